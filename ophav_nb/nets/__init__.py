@@ -1,0 +1,1 @@
+"""Networks of others, re-stated in torch."""
