@@ -1,4 +1,5 @@
-"""Packaging: metadata from settings.ini, version from the package, data/ shipped as ophav_nb.data."""
+"""Packaging: metadata from settings.ini, version from the package; data/ ships as ophav_nb.data, the papermill templates of
+nbs/experiments as ophav_nb.experiments."""
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -21,10 +22,10 @@ setup(
     author=cfg["author"],
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']},<{cfg['max_python']}",
-    packages=["ophav_nb", "ophav_nb.nets", "ophav_nb.data"],
-    package_dir={"ophav_nb": "ophav_nb", "ophav_nb.data": "data"},
-    package_data={"ophav_nb.data": ["*"]},
+    packages=["ophav_nb", "ophav_nb.nets", "ophav_nb.data", "ophav_nb.experiments"],
+    package_dir={"ophav_nb": "ophav_nb", "ophav_nb.data": "data", "ophav_nb.experiments": "nbs/experiments"},
+    package_data={"ophav_nb.data": ["*"], "ophav_nb.experiments": ["*.ipynb"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
-    entry_points={"console_scripts": [cfg["console_scripts"]]},
+    entry_points={"console_scripts": [cfg["console_scripts"]], "papermill.engine": ["ophav=ophav_nb.batch:OphavEngine"]},
 )
