@@ -244,6 +244,9 @@ class Run:
         write_atomic(self.folder/"run.json", json.dumps({**self.info, **plain(sections)}, indent=1) + "\n")
 
     def _describe(self, params: dict) -> None:
+        with explain_os_errors(self.folder):
+            strange = [] if self.info or not self.folder.exists() else [p for p in self.folder.iterdir() if not p.name.startswith(".")]
+        if strange: raise InputError(f"{self.folder} holds other files and is not a run folder; choose a new --out")
         with self:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             history = [*self.info.get("history", []), {"time": now, "command": Path(sys.argv[0]).name}]
@@ -350,7 +353,8 @@ class Run:
         "Put the complete folder in its place; an older one with another key goes."
         (partial/"partial.json").unlink(missing_ok=True)   # its manifest takes over
         old = final.with_name(final.name + ".old.partial")
-        if old.exists(): shutil.rmtree(old)
-        if final.exists(): os.replace(final, old)
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(final, old)
         os.replace(partial, final)
-        if old.exists(): shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,185 @@
+"""The run folder: resume after a kill, locks, invalidation, bad folders."""
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ophav_nb import run as run_module
+from ophav_nb.run import InputError, Run, make_key, plain, write_atomic
+
+
+def child(code, *args):
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, seconds=20):
+    end = time.time() + seconds
+    while not path.exists():
+        assert time.time() < end, f"{path} did not appear"
+        time.sleep(.02)
+
+
+COUNTING = """
+import sys, time
+from ophav_nb.run import Run, write_atomic
+def build(folder):
+    step = folder/'step'
+    n = int(step.read_text()) if step.exists() else 0
+    (folder/'starts').open('a').write(f'{n} ')
+    while n < 20:
+        n += 1
+        write_atomic(step, str(n))
+        if n == 10 and not (folder/'paused').exists():
+            (folder/'paused').touch(); time.sleep(60)
+Run(sys.argv[1], dict(seed=1)).make('train', build, params=dict(steps=20))
+"""
+
+
+def test_killed_build_continues_where_it_was(tmp_path):
+    process = child(COUNTING, tmp_path/"run")
+    wait_for(tmp_path/"run"/"train.partial"/"paused")
+    process.send_signal(signal.SIGKILL); process.wait()
+    assert not Run(tmp_path/"run").has("train")
+    again = child(COUNTING, tmp_path/"run")
+    assert again.wait(60) == 0, again.stderr.read()
+    folder = tmp_path/"run"/"train"
+    assert (folder/"step").read_text() == "20" and (folder/"starts").read_text() == "0 10 "
+    assert not (tmp_path/"run"/"train.partial").exists()
+
+
+def test_two_writers_are_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+    process = child(COUNTING, tmp_path/"run")
+    wait_for(tmp_path/"run"/"train.partial"/"paused")
+    with pytest.raises(InputError, match=f"is being written by process {process.pid}"):
+        Run(tmp_path/"run").make("other", lambda folder: None)
+    process.send_signal(signal.SIGKILL); process.wait()
+    Run(tmp_path/"run").make("other", lambda folder: None)
+
+
+def test_partial_of_other_parameters_is_not_continued(tmp_path):
+    def stop(folder):
+        (folder/"old").touch()
+        raise RuntimeError("stop")
+    with pytest.raises(RuntimeError): Run(tmp_path).make("a", stop, params=dict(x=1))
+    assert (tmp_path/"a.partial"/"old").exists()
+    Run(tmp_path).make("a", lambda folder: (folder/"new").touch(), params=dict(x=2))
+    assert sorted(p.name for p in (tmp_path/"a").iterdir()) == ["manifest.json", "new"]
+
+
+@pytest.mark.parametrize("moment", ["before", "between"])
+def test_killed_while_renaming(tmp_path, moment, monkeypatch):
+    """A kill between the last write and the rename, or between the two renames, loses nothing."""
+    run, built = Run(tmp_path), []
+    build = lambda folder: (built.append(1), (folder/"f").write_text("x"))
+    run.make("a", build, params=dict(x=1))
+    calls = []
+    def replace(a, b, real=os.replace):
+        if str(a).endswith((".partial", "/a")) and not Path(a).is_file():
+            calls.append(a)
+            if len(calls) == (1 if moment == "before" else 2): raise KeyboardInterrupt
+        real(a, b)
+    monkeypatch.setattr(run_module.os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt): run.make("a", build, params=dict(x=2))
+    monkeypatch.undo()
+    Run(tmp_path).make("a", build, params=dict(x=2))
+    assert len(built) == 2 and run.manifest("a")["params"] == {"x": 2}
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["a"]
+
+
+def test_only_what_depends_is_redone(tmp_path):
+    built = []
+    def whole(a, b):
+        run = Run(tmp_path, dict(a=a, b=b))
+        run.make("one", lambda f: built.append("one"), params=dict(a=a))
+        run.make("two", lambda f: built.append("two"), needs=["one"], params=dict(b=b))
+        run.make("three", lambda f: built.append("three"), needs=["two"])
+    whole(1, 1); whole(1, 1)
+    assert built == ["one", "two", "three"]
+    whole(1, 2)
+    assert built[3:] == ["two", "three"]
+    whole(2, 2)
+    assert built[5:] == ["one", "two", "three"]
+    with pytest.raises(KeyError, match="nothing"): Run(tmp_path).make("x", lambda f: None, needs=["nothing"])
+
+
+def test_damaged_artifact_is_rebuilt(tmp_path):
+    build = lambda folder: (folder/"f").write_text("content")
+    Run(tmp_path).make("a", build)
+    (tmp_path/"a"/"f").write_text("cont")
+    Run(tmp_path).make("a", build)
+    assert (tmp_path/"a"/"f").read_text() == "content"
+    (tmp_path/"a"/"manifest.json").write_text("{")
+    Run(tmp_path).make("a", build)
+    assert Run(tmp_path).has("a")
+
+
+def test_disk_full_is_one_line_and_keeps_what_is_done(tmp_path):
+    def full(folder): raise OSError(errno.ENOSPC, "No space left on device", str(folder/"f"))
+    Run(tmp_path).make("a", lambda folder: None)
+    with pytest.raises(InputError, match="disk is full") as caught: Run(tmp_path).make("b", full)
+    assert "\n" not in str(caught.value) and Run(tmp_path).has("a")
+
+
+def test_folders_that_cannot_be_written(tmp_path):
+    (tmp_path/"file").write_text("")
+    for bad in (tmp_path/"file", tmp_path/"file"/"run"):
+        with pytest.raises(InputError): Run(bad, dict(seed=0))
+    (tmp_path/"photos").mkdir(); (tmp_path/"photos"/"cat.jpg").write_text("")
+    with pytest.raises(InputError, match="not a run folder"): Run(tmp_path/"photos", dict(seed=0))
+    assert os.listdir(tmp_path/"photos") == ["cat.jpg"]
+    with pytest.raises(InputError, match="not a run folder"): Run.open(tmp_path/"nowhere")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_folder(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(InputError, match="no permission"): Run(tmp_path/"run", dict(seed=0))
+
+
+def test_bad_input_leaves_nothing(tmp_path):
+    def refuse(folder):
+        (folder/"half").write_text("half")
+        raise InputError("no face")
+    with pytest.raises(InputError): Run(tmp_path/"run", dict(seed=0)).make("portrait", refuse)
+    assert not (tmp_path/"run").exists()
+    Run(tmp_path/"run", dict(seed=0)).make("good", lambda folder: None)
+    with pytest.raises(InputError): Run(tmp_path/"run").make("portrait", refuse)
+    assert Run(tmp_path/"run").has("good") and not (tmp_path/"run"/"portrait.partial").exists()
+
+
+def test_run_json(tmp_path):
+    @dataclass
+    class Settings:
+        size: int = 3
+        path: Path = Path("x")
+    run = Run(tmp_path/"r", dict(seed=5, settings=Settings(), scale=np.float32(.5)))
+    run.note(device="cpu", inputs={"portrait": "abc"})
+    info = json.loads((tmp_path/"r"/"run.json").read_text())
+    assert info["parameters"] == {"seed": 5, "settings": {"size": 3, "path": "x"}, "scale": .5}
+    assert info["seed"] == 5 and info["device"] == "cpu" and "python" in info["versions"] and len(info["history"]) == 1
+    assert Run.open(tmp_path/"r").params["seed"] == 5
+
+
+def test_keys_see_arrays_and_formats(monkeypatch):
+    a = np.arange(3.)
+    assert make_key({"a": a}, {}) == make_key({"a": a.copy()}, {}) != make_key({"a": a + 1}, {})
+    assert plain({"s": {3, 1}, "t": (1, Path("p"))}) == {"s": [1, 3], "t": [1, "p"]}
+    before = make_key({}, {})
+    monkeypatch.setattr(run_module, "FORMAT", run_module.FORMAT + 1)
+    assert make_key({}, {}) != before
+
+
+def test_write_atomic_leaves_no_scraps(tmp_path):
+    def broken(path):
+        path.write_text("half")
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError): write_atomic(tmp_path/"a.txt", broken)
+    assert list(tmp_path.iterdir()) == []
