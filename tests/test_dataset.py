@@ -1,0 +1,144 @@
+"Datasets: what follows from a motion, the way to the disk and back, and other people's folders."
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import ophav_nb  # noqa: F401  (before torch: it decides about threads)
+import torch
+from ophav_nb.dataset import PARSING, HeadDataset, face_labels, parse_frame
+from ophav_nb.geometry import facing_camera, rasterize
+from ophav_nb.head import HeadModel, Motion
+from ophav_nb.run import InputError
+
+SIZE, N = 64, 5
+
+
+@pytest.fixture(scope='module')
+def head(): return HeadModel.load()
+
+
+@pytest.fixture(scope='module')
+def motion(head):
+    rng = np.random.default_rng(0)
+    m = Motion.still(N, head.n_expression)
+    m.translation[:] = [.01, -.02, -.8]
+    m.joints[:, 0] = rng.normal(size=(N, 3))*.15
+    m.joints[:, 2, 0] = np.linspace(0, .25, N)
+    m.expression[:, head.expression_names.index('mouthSmileLeft')] = np.linspace(0, .8, N)
+    return m
+
+
+@pytest.fixture(scope='module')
+def camera(): return facing_camera(1.6*SIZE, SIZE, SIZE)
+
+
+@pytest.fixture(scope='module')
+def shape(head): return np.random.default_rng(1).normal(size=head.n_shape).astype(np.float32)*.5
+
+
+@pytest.fixture(scope='module')
+def frames(head, motion, camera, shape):
+    "Shaded masks of the posed head."
+    with torch.no_grad(): v = head(torch.from_numpy(shape)[None], torch.from_numpy(motion.expression), torch.from_numpy(motion.joints), torch.from_numpy(motion.translation)).numpy()
+    out = np.zeros((N, SIZE, SIZE, 4), np.uint8)
+    for i in range(N):
+        r = rasterize(camera.project(v[i]), head.faces, SIZE, SIZE)
+        out[i, ..., :3] = (r.face % 200)[..., None] + [0, 20, 40]
+        out[i, ..., 3] = r.mask*255
+    return out
+
+
+@pytest.fixture(scope='module')
+def data(frames, motion, shape, camera, head): return HeadDataset.from_frames(frames, motion, shape, camera, head, test=2)
+
+
+def test_mesh_lands_where_the_posed_head_does(data, motion, shape, camera, head):
+    with torch.no_grad(): v = head(torch.from_numpy(shape)[None], torch.from_numpy(motion.expression), torch.from_numpy(motion.joints), torch.from_numpy(motion.translation)).numpy()
+    for i in range(N):
+        np.testing.assert_allclose(data.camera(i).project(data.vertices[i]), camera.project(v[i]), atol=2e-3)
+        r = rasterize(camera.project(v[i].astype(np.float64)), head.faces, SIZE, SIZE)
+        assert (np.abs(data.depth[i] - r.depth) > 1e-3).mean() < .005
+        assert ((data.depth[i] > 0) == (data.alpha[i] > 0)).mean() > .995
+
+
+def test_parts(data):
+    assert data.train.tolist() == [True]*3 + [False]*2 and len(data) == N
+    assert np.all(data.joints[:, 0] == 0) and data.condition.shape == (N, 16)
+    seen = set(np.unique(data.parsing))
+    assert {0, PARSING['skin'], PARSING['hair'], PARSING['nose'], PARSING['upper_lip'], PARSING['lower_lip']} <= seen
+    assert np.all(data.parsing[data.alpha < 128] == 0) and np.all(data.parsing[data.alpha >= 128] > 0)
+
+
+def test_hair_is_what_the_mesh_leaves(data, head):
+    alpha = np.full((SIZE, SIZE), 255, np.uint8)
+    parsing, depth = parse_frame(data.vertices[0], data.camera(0), data.faces, face_labels(head, data.shape), alpha)
+    assert np.all(parsing[depth == 0] == PARSING['hair'])
+
+
+def equal(a, b, depth=6e-4):
+    for k in ('rgb', 'alpha', 'parsing', 'faces', 'train'): np.testing.assert_array_equal(getattr(a, k), getattr(b, k), err_msg=k)
+    for k in ('vertices', 'condition', 'c2w', 'K', 'canonical'): np.testing.assert_allclose(getattr(a, k), getattr(b, k), atol=2e-6, err_msg=k)
+    np.testing.assert_allclose(a.depth, b.depth, atol=depth)
+
+
+def test_insta_folder_and_back(data, head, tmp_path):
+    data.save(tmp_path/'d')
+    equal(data, HeadDataset.load(tmp_path/'d', head))
+    info = json.loads((tmp_path/'d/transforms_train.json').read_text())
+    assert len(info['frames']) == 3 and info['integer_depth_scale'] == .001 and info['fl_x'] == data.K[0, 0]
+    assert len((tmp_path/'d/flame/exp/00000.txt').read_text().split()) == 100
+
+
+def test_a_stopped_save_goes_on(data, head, tmp_path):
+    data.save(tmp_path)
+    (tmp_path/'transforms.json').unlink()
+    (tmp_path/'images/00003.png').unlink()
+    before = (tmp_path/'images/00002.png').stat().st_mtime_ns
+    data.save(tmp_path)
+    assert (tmp_path/'images/00002.png').stat().st_mtime_ns == before
+    equal(data, HeadDataset.load(tmp_path, head))
+
+
+def test_another_programs_folder(data, tmp_path):
+    data.save(tmp_path, meshes=True)
+    (tmp_path/'head.npz').unlink()
+    shutil.rmtree(tmp_path/'depth')
+    other = HeadDataset.load(tmp_path)
+    assert other.motion is None and other.train.tolist() == data.train.tolist()
+    np.testing.assert_allclose(other.vertices, data.vertices, atol=2e-6)
+    np.testing.assert_allclose(other.condition, data.condition, atol=1e-6)
+    np.testing.assert_array_equal(other.rgb, data.rgb)
+    assert not other.depth.any()
+
+
+def test_arrays_on_disk_resume(frames, motion, shape, camera, head, data, tmp_path):
+    asked = []
+    def source(start):
+        asked.append(start)
+        return iter(frames[start:])
+    HeadDataset.from_frames(frames, motion, shape, camera, head, folder=tmp_path, test=2)
+    (tmp_path/'arrays.json').unlink()
+    (tmp_path/'arrays.done').write_text('3')
+    HeadDataset.from_frames(source, motion, shape, camera, head, folder=tmp_path, size=SIZE, test=2)
+    assert asked == [3]
+    again = HeadDataset.load(tmp_path, head)
+    assert isinstance(again.rgb, np.memmap)
+    equal(data, again, depth=0)
+
+
+def test_frames_from_an_iterator_and_other_images(frames, motion, shape, camera, head, data):
+    d = HeadDataset.from_frames((f for f in frames), motion, shape, camera, head, size=SIZE, test=2)
+    equal(data, d, depth=0)
+    new = d.with_images(255 - d.rgb)
+    assert new.vertices is d.vertices and np.array_equal(new.rgb, 255 - frames[..., :3])
+    part = d.subset(np.array([0, 2]))
+    assert len(part) == 2 and len(part.motion) == 2
+
+
+def test_wrong_folders_say_what_is_missing(data, tmp_path):
+    with pytest.raises(InputError, match='no dataset'): HeadDataset.load(tmp_path)
+    data.save(tmp_path)
+    (tmp_path/'images/00001.png').write_bytes(b'')
+    with pytest.raises(InputError, match='00001.png'): HeadDataset.load(tmp_path)
