@@ -115,6 +115,10 @@ class Camera:
         return float(self.K[0, 0])
 
     @property
+    def _intrinsics(self):
+        return tuple(float(self.K[i, j]) for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2)))
+
+    @property
     def w2c(self) -> np.ndarray:
         "World to camera, [4, 4] (a rigid motion, inverted in closed form)."
         R, t = self.c2w[:3, :3], self.c2w[:3, 3]
@@ -130,15 +134,17 @@ class Camera:
         if not isinstance(p, torch.Tensor): p = np.asarray(p)
         q = p @ _like(m[:3, :3].T, p) + _like(m[:3, 3], p)
         x, y, z = _columns(q, 3)
-        return _stack([self.K[0, 0]*x/z + self.K[0, 1]*y/z + self.K[0, 2], self.K[1, 1]*y/z + self.K[1, 2], z], q)
+        fx, skew, cx, fy, cy = self._intrinsics
+        return _stack([fx*x/z + skew*y/z + cx, fy*y/z + cy, z], q)
 
     def unproject(self,
         xyz,  # x and y in pixels, depth in metres, [..., 3]
     ):        # world points, [..., 3]
         "The inverse of `project`."
         x, y, z = _columns(xyz, 3)
-        v = (y - self.K[1, 2])/self.K[1, 1]
-        u = (x - self.K[0, 2] - self.K[0, 1]*v)/self.K[0, 0]
+        fx, skew, cx, fy, cy = self._intrinsics
+        v = (y - cy)/fy
+        u = (x - cx - skew*v)/fx
         q = _stack([u*z, v*z, z], xyz)
         return q @ _like(self.c2w[:3, :3].T, q) + _like(self.c2w[:3, 3], q)
 
@@ -148,8 +154,9 @@ class Camera:
         "Rays whose parameter is the depth in metres."
         if xy is None: xy = pixel_centres(self.height, self.width)
         x, y = _columns(xy, 2)
-        v = (y - self.K[1, 2])/self.K[1, 1]
-        d = _stack([(x - self.K[0, 2] - self.K[0, 1]*v)/self.K[0, 0], v, v*0 + 1], xy)
+        fx, skew, cx, fy, cy = self._intrinsics
+        v = (y - cy)/fy
+        d = _stack([(x - cx - skew*v)/fx, v, v*0 + 1], xy)
         d = d @ _like(self.c2w[:3, :3].T, d)
         return d*0 + _like(self.c2w[:3, 3], d), d
 
@@ -404,37 +411,35 @@ def _doubled(t, shape):
     y, x = np.meshgrid((np.arange(H, dtype=np.float32)+.5)/2, (np.arange(W, dtype=np.float32)+.5)/2, indexing='ij')
     return sample_bilinear(t, x, y)
 
-# %% ../nbs/02_geometry.ipynb #c034
+# %% ../nbs/02_geometry.ipynb #c035
 @kernel
 def _closest_point_triangle(px, py, pz, T, k):
-    "Squared distance, and the weights of corners b and c, of row `k` of `T` (corner a, edges ab, ac) nearest to a point (Ericson, Real-Time Collision Detection, 5.1.5)."
-    zero, one = float32(0), float32(1)
-    abx, aby, abz = T[k, 3], T[k, 4], T[k, 5]
-    acx, acy, acz = T[k, 6], T[k, 7], T[k, 8]
+    "Squared distance, and the weights of corners b and c, of the point of triangle `T[k]` (corner a, edges ab, ac) next to a point."
+    zero, one, tiny = float32(0), float32(1), float32(1e-30)
+    abx, aby, abz, acx, acy, acz = T[k, 3], T[k, 4], T[k, 5], T[k, 6], T[k, 7], T[k, 8]
     apx, apy, apz = px - T[k, 0], py - T[k, 1], pz - T[k, 2]
-    d1 = abx*apx + aby*apy + abz*apz
-    d2 = acx*apx + acy*apy + acz*apz
-    v, w = zero, zero
-    if not (d1 <= zero and d2 <= zero):                                        # not corner a
-        bpx, bpy, bpz = apx - abx, apy - aby, apz - abz
-        d3 = abx*bpx + aby*bpy + abz*bpz
-        d4 = acx*bpx + acy*bpy + acz*bpz
-        cpx, cpy, cpz = apx - acx, apy - acy, apz - acz
-        d5 = abx*cpx + aby*cpy + abz*cpz
-        d6 = acx*cpx + acy*cpy + acz*cpz
-        va, vb, vc = d3*d6 - d5*d4, d5*d2 - d1*d6, d1*d4 - d3*d2
-        if d3 >= zero and d4 <= d3: v = one                                     # corner b
-        elif d6 >= zero and d5 <= d6: w = one                                   # corner c
-        elif vc <= zero and d1 >= zero and d3 <= zero: v = d1/max(d1 - d3, float32(1e-30))     # edge ab
-        elif vb <= zero and d2 >= zero and d6 <= zero: w = d2/max(d2 - d6, float32(1e-30))     # edge ac
-        elif va <= zero and d4 >= d3 and d5 >= d6:                              # edge bc
-            w = (d4 - d3)/max((d4 - d3) + (d5 - d6), float32(1e-30))
-            v = one - w
-        else:                                                                   # inside
-            s = one/max(va + vb + vc, float32(1e-30))
-            v, w = min(max(vb*s, zero), one), min(max(vc*s, zero), one)
-    x, y, z = apx - v*abx - w*acx, apy - v*aby - w*acy, apz - v*abz - w*acz
-    return x*x + y*y + z*z, v, w
+    d1, d2 = abx*apx + aby*apy + abz*apz, acx*apx + acy*apy + acz*apz
+    e11, e12, e22 = abx*abx + aby*aby + abz*abz, abx*acx + aby*acy + abz*acz, acx*acx + acy*acy + acz*acz
+    det, vi, wi, inner = e11*e22 - e12*e12, e22*d1 - e12*d2, e11*d2 - e12*d1, float32(np.inf)
+    if det > zero and vi >= zero and wi >= zero and vi + wi <= det:   # its foot lies inside
+        vi, wi = vi*(one/det), wi*(one/det)
+        x, y, z = apx - vi*abx - wi*acx, apy - vi*aby - wi*acy, apz - vi*abz - wi*acz
+        inner = x*x + y*y + z*z
+        if det > float32(1e-5)*e11*e22: return inner, vi, wi           # and no needle, where rounding could deceive
+    s = min(max(d1/max(e11, tiny), zero), one)                         # otherwise the nearest of the three edges
+    x, y, z = apx - s*abx, apy - s*aby, apz - s*abz
+    best, v, w = x*x + y*y + z*z, s, zero
+    t = min(max(d2/max(e22, tiny), zero), one)
+    x, y, z = apx - t*acx, apy - t*acy, apz - t*acz
+    d = x*x + y*y + z*z
+    if d < best: best, v, w = d, zero, t
+    bcx, bcy, bcz, bpx, bpy, bpz = acx - abx, acy - aby, acz - abz, apx - abx, apy - aby, apz - abz
+    u = min(max((bcx*bpx + bcy*bpy + bcz*bpz)/max(bcx*bcx + bcy*bcy + bcz*bcz, tiny), zero), one)
+    x, y, z = bpx - u*bcx, bpy - u*bcy, bpz - u*bcz
+    d = x*x + y*y + z*z
+    if d < best: best, v, w = d, one - u, u
+    if inner < best: best, v, w = inner, vi, wi
+    return best, v, w
 
 @kernel
 def _box_distance(B, n, px, py, pz):
@@ -445,7 +450,7 @@ def _box_distance(B, n, px, py, pz):
     z = max(max(B[n, 2] - pz, pz - B[n, 5]), zero)
     return x*x + y*y + z*z
 
-# %% ../nbs/02_geometry.ipynb #c036
+# %% ../nbs/02_geometry.ipynb #c037
 STACK = 64   # deep enough for any mesh: the tree is balanced
 
 @kernel
@@ -472,6 +477,7 @@ def _nearest_in_tree(px, py, pz, T, B, left, right, start, count, guess, stack, 
             for s in range(start[n], start[n] + count[n]):
                 d, v, w = _closest_point_triangle(px, py, pz, T, s)
                 if d < best: best, row, bv, bw = d, s, v, w
+    if not best < float32(np.inf): row = -1
     return best, row, bv, bw
 
 @kernel(parallel=True)
@@ -486,7 +492,7 @@ def _nearest_kernel(P, T, B, left, right, start, count, order, d2, face, bary):
             d2[q], face[q] = d, order[row] if row >= 0 else -1
             bary[q, 0], bary[q, 1], bary[q, 2] = float32(1) - v - w, v, w
 
-# %% ../nbs/02_geometry.ipynb #c037
+# %% ../nbs/02_geometry.ipynb #c038
 @kernel
 def _refit_one(V, F, order, left, right, start, count, T, B):
     "Triangles and boxes for new vertices; children have higher numbers than their parents, so one backward pass suffices."
@@ -510,7 +516,7 @@ def _refit_one(V, F, order, left, right, start, count, T, B):
 def _refit_kernel(V, F, order, left, right, start, count, T, B):
     for i in prange(V.shape[0]): _refit_one(V[i], F, order, left, right, start, count, T[i], B[i])
 
-# %% ../nbs/02_geometry.ipynb #c038
+# %% ../nbs/02_geometry.ipynb #c039
 def _build_topology(V, F, leaf=4):
     "Median-split hierarchy over the triangles' centres: order [F], left, right (-1: leaf), start, count [M]."
     centres, order = V[F].mean(1), np.arange(len(F))
@@ -528,7 +534,7 @@ def _build_topology(V, F, leaf=4):
         todo += [(nodes[n][1], a+k, b), (nodes[n][0], a, a+k)]
     return (order.astype(np.int32), *np.ascontiguousarray(np.array(nodes, np.int32).T))
 
-# %% ../nbs/02_geometry.ipynb #c039
+# %% ../nbs/02_geometry.ipynb #c040
 def nearest_reference(
     points,             # [N, 3]
     verts,              # [V, 3]
@@ -566,7 +572,7 @@ def _nearest_of_all(p, a, ab, ac):
     v, w = V[edge[i, face], i, face], W[edge[i, face], i, face]
     return d, face, torch.stack([1-v-w, v, w], -1)
 
-# %% ../nbs/02_geometry.ipynb #c040
+# %% ../nbs/02_geometry.ipynb #c041
 class TriangleTree:
     "Nearest triangle of a mesh whose vertices move: hierarchy built once, boxes refitted for each shape."
     def __init__(self,
