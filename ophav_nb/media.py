@@ -135,7 +135,7 @@ class Picture:
             Image.fromarray(self.array).save(out, "JPEG", quality=self.quality)
             return out.getvalue()
 
-    def save(self, path: str|Path) -> Path: 
+    def save(self, path: str|Path) -> Path:
         "Write it to a file."
         return write_image(path, self.array)
 
@@ -375,8 +375,9 @@ def iter_video(
                 given += 1
                 if max_frames and given >= max_frames: return
             latest = _upright(frame, size)
-        if latest is not None:
+        while latest is not None and start + (given + .5)/rate <= time + 1/_rate(stream) and not (max_frames and given >= max_frames):
             yield latest
+            given += 1
         if seen < .9*stream.frames and not partial or seen == 0:
             raise InputError(f"{path} is truncated: {seen} of {stream.frames or '?'} frames can be read; copy it again, or cut it "
                              "anew with `ffmpeg -i FILM film.mp4`")
