@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['log', 'WEIGHTS', 'Weight', 'weight_row', 'weights_folder', 'find_weight', 'require', 'weights_table', 'read_tensors',
-           'recognise', 'add_weight', 'load_pickle_restricted', 'add_flame']
+           'recognise', 'add_weight', 'get_weight', 'load_pickle_restricted', 'add_flame']
 
 # %% ../nbs/04_weights.ipynb #c002
-import collections, codecs, hashlib, importlib.util, json, logging, os, pickle, re, struct, zipfile
+import collections, codecs, importlib.util, json, logging, os, pickle, re, struct, tempfile, urllib.request, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .run import InputError, explain_os_errors, file_hash, write_atomic
+from .run import InputError, explain_os_errors, file_hash, progress, write_atomic
 
 import numpy as np
 import safetensors, safetensors.torch
@@ -31,6 +31,7 @@ class Weight:
     without: str                 # what works without it
     keys: tuple = ()             # ((tensor name, shape), ...) that recognise it
     part: str = ""               # the dictionary inside the checkpoint, '' for the file itself
+    url: str = ""                # the file itself, where its authors let one fetch it without asking
     sha256: str|None = None      # of the published file, where known
     package: tuple = ()          # (installed package, file in it), for what comes by pip
     used: bool = True            # False: recognised and kept, but no stage of this version asks for it yet
@@ -43,6 +44,7 @@ WEIGHTS = [
            "--restorer detail, which carries the portrait's own detail", part="params_ema",
            keys=(("conv_body_first.weight", (32, 3, 1, 1)), ("stylegan_decoder.constant_input.weight", (1, 512, 4, 4)),
                  ("toRGB.6.weight", (3, 32, 1, 1))),
+           url=_GITHUB + "TencentARC/GFPGAN/releases/download/v1.3.0/GFPGANv1.4.pth",
            sha256="e2cd4703ab14f4d01fd1383a8a8b266f9a5833dacee8e6a79d3bf21a1b6be5ad"),
     Weight("dlib", "dlib_face_recognition_resnet_model_v1.dat", "CC0 (public domain)", _GITHUB + "davisking/dlib-models",
            "identity distance", "comes with the declared package face_recognition_models",
@@ -142,7 +144,9 @@ def read_tensors(
     if not path.is_file(): raise InputError(f"{path}: no such file; give the path of a weights file")
     try:
         if path.suffix == ".safetensors": return safetensors.torch.load_file(path)
-        return _flat(torch.load(path, map_location="cpu", weights_only=True))
+        with warnings.catch_warnings():   # torch remarks on pickle protocols
+            warnings.simplefilter("ignore", UserWarning)
+            return _flat(torch.load(path, map_location="cpu", weights_only=True))
     except _DAMAGE as error:
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"asks to run code ({unsafe[1]})" if unsafe else "is damaged, truncated, or no weights file"
@@ -187,6 +191,31 @@ def add_weight(
     return row.name, _save(row, path, weights_folder()/f"{row.name}.safetensors", lambda p: safetensors.torch.save_file(copies, p))
 
 # %% ../nbs/04_weights.ipynb #c019
+def get_weight(
+    name: str,
+) -> tuple[str, Path]:   # the row's name, and the file in the cache
+    "Fetch a file from its authors' page, compare its digest and keep it."
+    row = weight_row(name)
+    if not row.url:
+        why = f"pip install {row.package[0]}" if row.package else (f"read and accept its terms at {row.page}, fetch {row.file} there and "
+                                                                   "run `ophav weights add FILE`")
+        raise InputError(f"{name} is not fetched by this command: {why}")
+    with tempfile.TemporaryDirectory() as folder, explain_os_errors(weights_folder()):
+        path = Path(folder)/row.file
+        try:
+            with urllib.request.urlopen(row.url, timeout=30) as source, open(path, "wb") as file: _copy(source, file, row.file)
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            raise InputError(f"{row.url} cannot be fetched ({error}); fetch it by other means and run `ophav weights add FILE`") from error
+        if row.sha256 and file_hash(path) != row.sha256: raise InputError(f"what {row.url} sent is not the published file; try again later")
+        return add_weight(path)
+
+
+def _copy(source, file, name: str) -> None:
+    "Copy a download, with a progress bar in megabytes."
+    total = int(source.headers.get("Content-Length") or 0)
+    for _ in progress(iter(lambda: file.write(source.read(1 << 20)), 0), -(-total//(1 << 20)) or None, f"{name} (MB)"): pass
+
+# %% ../nbs/04_weights.ipynb #c021
 class _Plain:
     "Stands in for a class that holds arrays in its attributes (chumpy, scipy.sparse)."
     def __init__(self, *args): self.args = args

@@ -1,0 +1,130 @@
+"""Notebooks in batches: the engine, sweeps, failures as rows, resuming, Dask."""
+import csv
+import json
+import os
+
+import nbformat
+import pytest
+
+from ophav_nb import batch
+from ophav_nb.batch import add_badges, execute, fill_in, notebook_parameters, read_sweep, run_sweep, skipped, template
+from ophav_nb.run import InputError
+
+
+def notebook(path, *cells, tagged=True):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    if tagged: nb.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nb, path)
+    return path
+
+
+@pytest.fixture
+def small(tmp_path):
+    return notebook(tmp_path/"small.ipynb", "x = 1\nportrait = ''\nout = '.'", "#| eval: false\n1/0", """\
+import json, os, pathlib
+if x == 'fail': raise ValueError('first line\\nsecond line')
+if x == 'die': os._exit(1)
+pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+(pathlib.Path(out)/'metrics.json').write_text(json.dumps({'rows': {'a': {'psnr': 30.5}}, 'x': x, 'list': [1]}))
+""", "import ipywidgets; ipywidgets.IntSlider()")
+
+
+def sweep(tmp_path, text):
+    (tmp_path/"sweep.yaml").write_text("notebook: small.ipynb\n" + text)
+    return tmp_path/"sweep.yaml"
+
+
+@pytest.mark.parametrize("source, expected", [
+    ("#| eval: false\n1/0", True), ("#|eval:false\n1/0", True), ("# a word\n#| eval: false", True), ("%%time\n#| eval: false", True),
+    ("#| eval: true", False), ("x = 1\n#| eval: false", False), ("print('#| eval: false')", False)])
+def test_directive(source, expected): assert skipped(source) == expected
+
+
+def test_engine_skips_keeps_no_widget_state_and_saves_failures(tmp_path, small):
+    done = nbformat.read(execute(small, tmp_path/"done.ipynb", dict(x=2, out=str(tmp_path/"o"))), 4)
+    assert "widgets" not in done.metadata and "skip-execution" not in json.dumps(done)
+    assert json.loads((tmp_path/"o"/"metrics.json").read_text())["x"] == 2
+    with pytest.raises(Exception, match="first line"): execute(small, tmp_path/"failed.ipynb", dict(x="fail"))
+    assert "ValueError" in (tmp_path/"failed.ipynb").read_text()
+
+
+def test_unknown_parameters_are_refused(tmp_path, small):
+    for do in (execute, fill_in):
+        with pytest.raises(InputError, match="no parameter y; it knows x, portrait, out"): do(small, tmp_path/"a.ipynb", dict(y=1))
+    assert notebook_parameters(notebook(tmp_path/"none.ipynb", "y = 1", tagged=False)) == {}
+    (tmp_path/"bad.ipynb").write_text("{")
+    with pytest.raises(InputError, match="not a notebook"): notebook_parameters(tmp_path/"bad.ipynb")
+    with pytest.raises(InputError, match="no template called"): template("nonsense")
+
+
+def test_filled_in_is_not_run(tmp_path, small):
+    nb = nbformat.read(fill_in(small, tmp_path/"{curly}"/"a.ipynb", dict(x="it's")), 4)
+    assert any('x = "it\'s"' in c.source for c in nb.cells) and not any(c.get("outputs") for c in nb.cells)
+
+
+def test_sweep_files(tmp_path, small):
+    (tmp_path/"faces").mkdir()
+    for name in ("b b.jpg", "a.jpg"): (tmp_path/"faces"/name).write_text(name)
+    _, items = read_sweep(sweep(tmp_path, "parameters: {x: 0}\ngrid: {portrait: faces/*.jpg, x: [1, 2]}\nruns: [{name: 'a/../b', x: 3}, {name: a_x=1}]"))
+    assert [i["name"] for i in items] == ["a_x=1", "a_x=2", "b-b_x=1", "b-b_x=2", "a-..-b", "a_x=1-2"]
+    assert items[4]["parameters"] == {"x": 3} and items[5]["parameters"] == {"x": 0}
+    assert read_sweep(sweep(tmp_path, ""))[1] == [{"name": "run", "parameters": {}}]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("grid: {portrait: none/*.jpg}", "no file matches"), ("grids: {x: 1}", "grids is not part of a sweep"), ("parameters: {y: 1}", "no parameter y"),
+    ("grid: [", "not YAML"), ("notebook: other.ipynb", "no such notebook")])
+def test_bad_sweeps(tmp_path, small, text, message):
+    with pytest.raises(InputError, match=message) as caught: read_sweep(sweep(tmp_path, text))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="no such file"): read_sweep(tmp_path/"lost.yaml")
+
+
+def test_failures_are_rows_and_the_rest_is_kept(tmp_path, small):
+    path, out = sweep(tmp_path, "grid: {x: [1, fail, die]}"), tmp_path/"out"
+    rows = run_sweep(path, out, workers=3)
+    assert [r["status"] for r in rows] == ["done", "failed", "failed"]
+    assert rows[1]["error"] == "ValueError: first line second line" and "ernel" in rows[2]["error"]
+    assert rows[0]["metrics"] == {"rows.a.psnr": 30.5, "x": 1}
+    table = list(csv.DictReader(open(out/"table.csv")))
+    assert [r["name"] for r in table] == ["x=1", "fail", "die"] and table[0]["rows.a.psnr"] == "30.5"
+    assert "ValueError" in (out/"table.html").read_text()
+    path = sweep(tmp_path, "grid: {x: [1, 2]}")
+    assert [r["status"] for r in run_sweep(path, out)] == ["kept", "done"]
+    small.write_text(small.read_text().replace("30.5", "31.5"))
+    assert [r["status"] for r in run_sweep(path, out, workers=2)] == ["done", "done"]
+
+
+def test_changed_input_files_are_noticed(tmp_path, small):
+    face = tmp_path/"a.jpg"
+    face.write_text("one")
+    path = sweep(tmp_path, f"parameters: {{portrait: {face}}}")
+    assert [run_sweep(path, tmp_path/"out")[0]["status"] for _ in range(2)] == ["done", "kept"]
+    face.write_text("two")
+    assert run_sweep(path, tmp_path/"out")[0]["status"] == "done"
+
+
+@pytest.mark.slow
+def test_dask_cluster(tmp_path, small):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
+        rows = run_sweep(sweep(tmp_path, "grid: {x: [1, fail]}"), tmp_path/"out", dask=cluster)
+    assert [r["status"] for r in rows] == ["done", "failed"] and rows[1]["error"].startswith("ValueError: first line")
+    assert (tmp_path/"out"/"table.csv").exists()
+
+
+def test_no_scheduler(tmp_path, small, monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(batch, "DASK_TIMEOUT", "1s")
+    with pytest.raises(InputError, match="no Dask scheduler answers"): run_sweep(sweep(tmp_path, ""), tmp_path/"out", dask="tcp://127.0.0.1:9")
+
+
+def test_badges_are_made_from_the_settings_and_replaced(tmp_path):
+    (tmp_path/"nbs"/"sub").mkdir(parents=True)
+    path = notebook(tmp_path/"nbs"/"sub"/"a.ipynb", "x = 1")
+    for user in ("someone", "else"):
+        (tmp_path/"settings.ini").write_text(f"[DEFAULT]\nuser = {user}\nrepo = r\nbranch = b\n")
+        assert add_badges([path], tmp_path/"settings.ini") == [path] and add_badges([path], tmp_path/"settings.ini") == []
+        cells = nbformat.read(path, 4).cells
+        assert len(cells) == 3 and f"github/{user}/r/blob/b/nbs/sub/a.ipynb" in cells[1].source
+        assert skipped(cells[2].source) and f"github.com/{user}/r@b" in cells[2].source
