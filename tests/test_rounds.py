@@ -1,0 +1,169 @@
+"The rounds around a stand-in avatar: what is rendered, kept, resumed, measured and chosen."
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+import ophav_nb.rounds as rounds
+from ophav_nb.dataset import HeadDataset
+from ophav_nb.geometry import facing_camera, interpolate, rasterize
+from ophav_nb.head import HeadModel, Motion
+from ophav_nb.media import to_uint8
+from ophav_nb.rounds import RoundsConfig, choose_round, film_camera, finish_alpha, plan_round, read_log, run_rounds
+from ophav_nb.run import Run
+
+SIZE, FRAMES = 64, 8
+HEAD = HeadModel.load()
+CAMERA = facing_camera(1.6*SIZE, SIZE, SIZE)
+
+
+def motion(frames=FRAMES):
+    m = Motion.still(frames, HEAD.n_expression)
+    t = np.linspace(0, 2*np.pi, frames)
+    m.translation[:, 2] = -.8
+    m.joints[:, 0, 1], m.joints[:, 2, 0] = .2*np.sin(t), .1*(1 - np.cos(t))
+    return m
+
+
+def picture(m, i, blur):
+    "The textured head, straight RGBA."
+    v = HEAD(None, m.expression[i:i+1], m.joints[i:i+1], m.translation[i:i+1])[0].numpy()
+    raster = rasterize(CAMERA.project(v), HEAD.faces, SIZE, SIZE)
+    p = interpolate(HEAD.v_template.numpy(), HEAD.faces, raster)
+    rgb = .5 + .3*np.sin(p*300)
+    w = ndimage.gaussian_filter(raster.mask.astype(np.float32), blur)[..., None] if blur else raster.mask[..., None].astype(np.float32)
+    if blur: rgb = ndimage.gaussian_filter(rgb*raster.mask[..., None], (blur, blur, 0))/np.maximum(w, 1e-3)
+    return np.concatenate([rgb, w], -1).astype(np.float32)
+
+
+class FakeAvatar:
+    "Renders the textured head, blurred; learning makes it less so."
+    rendered, trained, fail_at = 0, [], None
+
+    def __init__(self, blur=1.5): self.blur = blur
+
+    @classmethod
+    def create(cls, *args, **kwargs): return cls()
+
+    @classmethod
+    def load(cls, folder, device='cpu'): return cls(json.loads((Path(folder)/'avatar.json').read_text()))
+
+    def save(self, folder): (Path(folder)/'avatar.json').write_text(json.dumps(self.blur))
+
+    def fit(self, dataset, steps, folder=None, log=None, seed=0, lr_scale=1.):
+        FakeAvatar.trained.append((len(dataset), steps, lr_scale))
+        for step in range(3): log(dict(step=step, loss=1/(step + 1)))
+        self.blur *= .7
+        return [dict(step=step, loss=1/(step + 1)) for step in range(3)]
+
+    def render(self, m, camera, frames=None, background=None, samples=None):
+        for i in range(len(m)):
+            if FakeAvatar.rendered == FakeAvatar.fail_at:
+                FakeAvatar.fail_at = None
+                raise KeyboardInterrupt
+            FakeAvatar.rendered += 1
+            yield picture(m, i, self.blur)
+
+
+@pytest.fixture(scope='module')
+def coarse():
+    m = motion()
+    return HeadDataset.from_frames(np.stack([to_uint8(picture(m, i, 0)) for i in range(len(m))]), m, np.zeros(4, np.float32), CAMERA, HEAD)
+
+
+@pytest.fixture
+def stage(monkeypatch, coarse):
+    "Everything a run wants, with the networks left out."
+    monkeypatch.setattr(rounds, 'Avatar', FakeAvatar)
+    FakeAvatar.rendered, FakeAvatar.trained, FakeAvatar.fail_at = 0, [], None
+    monkeypatch.setattr(rounds, 'make_check', lambda *a: SimpleNamespace(frames=np.array([1, 4])))
+    calls = []
+    def measure(check, shown, detector, previous=None):
+        calls.append(len(shown))
+        return dict(identity_distance=.3, landmark_distance=1., sharpness=10. + len(calls)), np.zeros((len(shown), 128))
+    monkeypatch.setattr(rounds, 'measure_round', measure)
+    track = SimpleNamespace(motion=coarse.motion[0], shape=coarse.shape, camera=CAMERA, landmarks=np.zeros((1, 478, 3), np.float32))
+    portrait = SimpleNamespace(image=coarse.rgb[0], matte=coarse.alpha[0]/255, track=track)
+    return SimpleNamespace(calls=calls, go=lambda run, **c: run_rounds(run, coarse, portrait, HEAD, RoundsConfig(**{**dict(
+        rounds=2, steps0=30, steps=20, render_frames=6, restorer='none'), **c}), detector='unused'))
+
+
+def test_plan_stays_within_the_range():
+    m = motion(20)
+    plan = plan_round(m, 30, .4, seed=3)
+    assert len(plan.motion) == len(plan.source) == len(plan.known) == 30 and plan.known.sum() == 18
+    assert all(any((plan.motion.joints[i, 0] == m.joints[:, 0]).all(1)) for i in range(30))     # every pose was seen
+    assert (plan.motion.expression == m.expression[plan.source]).all() and (plan.motion.joints[:, 1:] == m.joints[plan.source][:, 1:]).all()
+    old = plan.source[plan.known]
+    assert (plan.motion.joints[plan.known] == m.joints[old]).all() and len(set(old)) == 18
+    assert (plan_round(m, 30, .4, 3).motion.joints == plan.motion.joints).all()
+    assert len(plan_round(m[:1], 10).source) == 1
+
+
+def test_film_camera(coarse):
+    camera = film_camera(coarse, HEAD)
+    assert np.allclose(camera.c2w, CAMERA.c2w, atol=1e-5) and np.allclose(camera.K, CAMERA.K)
+
+
+def test_all_rounds(tmp_path, stage):
+    run = Run(tmp_path/'run', {})
+    results, chosen = stage.go(run)
+    assert chosen == 2 and [r.index for r in results] == [0, 1, 2]
+    assert FakeAvatar.trained == [(8, 30, 1.), (6, 20, .5), (6, 20, .5)]          # later rounds train on renders, from the weights they have
+    assert FakeAvatar.load(results[2].avatar).blur == pytest.approx(1.5*.7**3)
+    for part in ('dataset', 'renders', 'restored', 'avatar', 'log.jsonl', 'metrics.json'): assert run.path('rounds/2', part).exists()
+    assert [r['step'] for r in read_log(run.path('rounds/1/log.jsonl'))] == [0, 1, 2]
+    choice = json.loads(run.path('rounds/choice.json').read_text())
+    assert choice['chosen'] == 2 and 'sharper than round 0' in choice['reason']
+    done = FakeAvatar.rendered, len(FakeAvatar.trained), len(stage.calls)
+    assert stage.go(run)[1] == 2 and (FakeAvatar.rendered, len(FakeAvatar.trained), len(stage.calls)) == done   # nothing is done twice
+
+
+def test_only_what_changed_is_redone(tmp_path, stage):
+    run = Run(tmp_path/'run', {})
+    stage.go(run)
+    trained = len(FakeAvatar.trained)
+    stage.go(run, rounds=3)
+    assert len(FakeAvatar.trained) == trained + 1
+    stage.go(run, restorer=lambda render, context: render)
+    assert len(FakeAvatar.trained) == trained + 3                                 # rounds 1 and 2, not 0
+
+
+@pytest.mark.parametrize('after', [0, 3, 7])
+def test_killed_while_rendering(tmp_path, stage, after):
+    whole = Run(tmp_path/'whole', {})
+    stage.go(whole)
+    total, FakeAvatar.rendered, FakeAvatar.trained = FakeAvatar.rendered, 0, []
+    run, FakeAvatar.fail_at = Run(tmp_path/'run', {}), after
+    with pytest.raises(KeyboardInterrupt): stage.go(run)
+    stage.go(Run(tmp_path/'run', {}))
+    assert len(FakeAvatar.trained) == 3 and FakeAvatar.rendered <= total + 8      # at most psnr_to_input's renders came twice
+    same = lambda name: run.path('rounds', name).read_bytes() == whole.path('rounds', name).read_bytes()
+    assert same('2/renders/00003.png') and same('1/restored/00005.png')
+
+
+def test_silhouette_is_settled():
+    soft = picture(motion(), 0, 2.)
+    hard = to_uint8(picture(motion(), 0, 0))
+    out = finish_alpha(to_uint8(soft), hard[..., 3])
+    assert (out[..., 3] == hard[..., 3]).all()
+    rim = (hard[..., 3] == 255) & (soft[..., 3] < .5)
+    assert np.abs(out[rim][:, :3].astype(int) - hard[rim][:, :3]).mean() < 60     # a colour of the head, not of the background
+    own = finish_alpha(to_uint8(soft))
+    assert (own[..., 3] > 250).sum() >= (to_uint8(soft)[..., 3] > 250).sum()
+
+
+def test_guard():
+    base = dict(identity_distance=.3, landmark_distance=1.5, sharpness=80.)
+    row = lambda **c: {**base, **c}
+    assert choose_round([base])[0] == 0
+    assert choose_round([base, row(sharpness=81.)])[0] == 0                        # not worth a round
+    assert choose_round([base, row(sharpness=90.), row(sharpness=95.)])[0] == 2
+    assert choose_round([base, row(sharpness=90., identity_distance=.34)])[0] == 0
+    assert choose_round([base, row(sharpness=90., landmark_distance=1.7)])[0] == 0
+    number, reason = choose_round([base, row(sharpness=90.), row(sharpness=99., identity_distance=.34)])
+    assert number == 1 and reason.startswith('round 1') and 'round 2 drifts from the person' in reason
