@@ -6,7 +6,7 @@
 __all__ = ['log', 'PRESETS', 'make_parser', 'Finding', 'listed_assets', 'examine', 'main']
 
 # %% ../nbs/23_cli.ipynb #c002
-from .run import InputError, asset, file_hash
+from .run import InputError, Run, asset, file_hash
 
 import argparse, importlib.metadata, importlib.util, logging, os, platform, re, subprocess, sys, threading
 from dataclasses import dataclass
@@ -30,41 +30,61 @@ def _command(commands, name: str, what: str, examples: str, run) -> _Parser:
     return parser
 
 
+def _option(parser, name: str, what: str, **more) -> None:
+    "An option that, when it is not given, leaves the function's own default in force."
+    parser.add_argument(name, help=what, default=argparse.SUPPRESS, **more)
+
+
 def _add_create(commands) -> None:
     p = _command(commands, "create", "make an avatar from one portrait", """\
   ophav create astronaut --out runs/astronaut               the public-domain portrait, minutes on a laptop
   ophav create me.jpg --out runs/me --preset standard       512x512, a longer training
-  ophav create me.jpg --out runs/me --motion talk.mp4       the head moves as in this film
+  ophav create me.jpg --out runs/me --motion talk.mp4       the film shows the avatar moving as in this one
   ophav create me.jpg --out runs/me --coarse film.mp4       a talking-head film of this person from another tool
 The same command again continues where it stopped; changed options redo only what they touch.""", _create)
     p.add_argument("portrait", help="a picture with one face, or the word astronaut")
     p.add_argument("--out", required=True, help="the run's folder; everything is written there")
-    p.add_argument("--motion", default="range", help="script (range, talk), film, or motion file to train on (default: %(default)s)")
-    p.add_argument("--face", type=int, help="which face, where the picture shows several (0 is the largest)")
-    p.add_argument("--coarse", help="a talking-head film of the portrait, in place of the animator")
-    p.add_argument("--rounds", type=int, default=2, help="rounds of restoring and training (default: %(default)s)")
-    p.add_argument("--preset", choices=PRESETS, default="quick", help="size and length of everything (default: %(default)s)")
-    for name, default, what in (("head", "open", "head model: open, or flame"), ("matte", "default", "who cuts out the person"),
-                                ("parser", None, "who names the regions of a face"), ("animator", "mesh", "who makes the coarse film"),
-                                ("restorer", "detail", "who sharpens the renders: detail, gfpgan, none"),
-                                ("backend", "auto", "kernels: auto, torch, numba, tcnn")):
-        p.add_argument(f"--{name}", default=default, help=what + (f" (default: {default})" if default else ""))
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
+    _option(p, "--motion", "what the film shows: a script's name, a film, or a motion file (default: talk)")
+    _option(p, "--face", "which face, counted from 1 at the left, where there are several", type=int, metavar="N")
+    _option(p, "--coarse", "a talking-head film of the portrait, in place of the animator", metavar="FILM")
+    _option(p, "--rounds", "rounds of restoring and training on (default: 2)", type=_count, metavar="N")
+    _option(p, "--preset", "size and length of everything: smoke, quick, standard, paper (default: quick)", choices=PRESETS, metavar="NAME")
+    _option(p, "--head", "head model: open (default)")
+    _option(p, "--matte", "who cuts out the person: default")
+    _option(p, "--parser", "who names the regions of a face: default")
+    _option(p, "--animator", "who makes the coarse film: mesh (default)")
+    _option(p, "--restorer", "who sharpens the renders: detail (default), gfpgan, none")
+    _option(p, "--backend", "kernels: auto (default), torch, numba, tcnn")
+    _common(p)
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 0: raise ValueError
+    return value
+
+
+_count.__name__ = "number from 0 on"   # argparse puts it into its message
+
+
+def _common(p) -> None:
+    _option(p, "--device", "auto (default), cpu, cuda")
+    _option(p, "--seed", "of every random number (default: 0)", type=int)
 
 
 def _add_animate(commands) -> None:
     p = _command(commands, "animate", "drive a finished avatar", """\
   ophav animate runs/me --motion talk --out talk.mp4
   ophav animate runs/me --motion other.mp4 --out driven.mp4 --size 512      another person's film drives it
-  ophav animate runs/me --motion talk --out side.mp4 --yaw 15 --pitch -5    seen from the side""", _animate)
+  ophav animate runs/me --motion talk --out side.mp4 --yaw 15 --pitch -5    the head turned
+  ophav animate runs/me --motion talk --out round.mp4 --orbit 20            the camera swings around the head""", _animate)
     p.add_argument("folder", metavar="RUN", help="the folder that create made")
-    p.add_argument("--motion", default="talk", help="script, film, or motion file (default: %(default)s)")
+    p.add_argument("--motion", default="talk", help="a script's name, a film, or a motion file (default: talk)")
     p.add_argument("--out", required=True, help="the film, .mp4")
-    p.add_argument("--yaw", type=float, default=0., help="camera to the side, degrees")
-    p.add_argument("--pitch", type=float, default=0., help="camera up, degrees")
-    p.add_argument("--orbit", type=float, default=0., help="camera swings by so many degrees to both sides")
-    p.add_argument("--size", type=int, help="pixels a side (default: the avatar's own)")
+    _option(p, "--yaw", "turn of the head, degrees", type=float)
+    _option(p, "--pitch", "nod of the head, degrees", type=float)
+    _option(p, "--orbit", "the camera swings by so many degrees to both sides", type=float)
+    _option(p, "--size", "pixels a side of the rendered head", type=int)
+    _common(p)
 
 
 def _add_evaluate(commands) -> None:
@@ -74,12 +94,12 @@ def _add_evaluate(commands) -> None:
   ophav evaluate runs/me --motion other.mp4 --out eval               another person's motion: identity and landmarks
 metrics.json holds a row for each stage; what cannot be measured here stands under `missing`, with the reason.""", _evaluate)
     p.add_argument("folder", metavar="RUN", nargs="?", help="a finished run, for the cross-identity test")
-    p.add_argument("--clip", help="a film of one person")
-    p.add_argument("--motion", help="a film that drives RUN")
+    p.add_argument("--clip", help="a film of one person", metavar="FILM")
+    p.add_argument("--motion", help="a film that drives RUN", metavar="FILM")
     p.add_argument("--out", required=True, help="folder of metrics.json and the comparison films")
-    p.add_argument("--protocol", choices=("self", "monocular"), default="self", help="(default: %(default)s)")
-    p.add_argument("--preset", choices=PRESETS, default="quick", help="(default: %(default)s)")
-    p.add_argument("--device", default="auto"); p.add_argument("--seed", type=int, default=0)
+    _option(p, "--protocol", "self (default) or monocular", choices=("self", "monocular"), metavar="NAME")
+    _option(p, "--preset", "smoke, quick (default), standard, paper", choices=PRESETS, metavar="NAME")
+    _common(p)
 
 
 def _add_others(commands) -> None:
@@ -105,8 +125,12 @@ The same command again redoes what failed or changed; table.csv and table.html a
   ophav weights get gfpgan               fetch it from its authors' page (read the licence first)""", _weights)
     p.add_argument("action", nargs="?", choices=("add", "get"), help="add a file, or get one by name")
     p.add_argument("what", nargs="?", help="the file, or the name")
-    p = _command(commands, "bench", "speed of the parts, as ratios to a torch reference", "  ophav bench --out bench.json", _bench)
-    p.add_argument("--out", help="also write the numbers as JSON"); p.add_argument("--quick", action="store_true", help="fewer repeats")
+    p = _command(commands, "bench", "speed of the parts, as ratios to a torch reference", """\
+  ophav bench                              all parts; exit code 1 if one misses its target
+  ophav bench --parts encoder --compare bench.json --out new.json""", _bench)
+    _option(p, "--out", "the numbers as JSON (default: bench.json)")
+    _option(p, "--parts", "only these, with commas"); _option(p, "--compare", "an earlier bench.json: what became slower?", metavar="FILE")
+    p.add_argument("--quick", action="store_true", help="small and few turns: does it run at all?")
     _command(commands, "doctor", "say what this machine has and what it lacks", "  ophav doctor", _doctor)
 
 
@@ -134,7 +158,6 @@ def _say(*lines: str) -> None:
 
 
 def _create(args) -> int:
-    if args.rounds < 0: raise InputError("--rounds must be 0 or more")
     from ophav_nb.pipeline import create
     create(**_options(args))
     out = Path(args.out)
@@ -155,16 +178,15 @@ def _evaluate(args) -> int:
     if bool(args.clip) == bool(args.folder): raise InputError("give either --clip FILM, or a run with --motion FILM")
     if args.folder and not args.motion: raise InputError("--motion FILM is missing: the film that drives the run")
     from ophav_nb import evaluate
-    if args.clip: evaluate.evaluate_clip(args.clip, args.out, protocol=args.protocol, preset=args.preset, device=args.device, seed=args.seed)
-    else: evaluate.evaluate_run(args.folder, args.motion, args.out)
+    if args.clip: evaluate.evaluate_clip(**_options(args, "folder", "motion"))
+    else: evaluate.evaluate_run(args.folder, **_options(args, "folder", "clip", "protocol", "preset"))
     _say(f"measures: {Path(args.out)/'metrics.json'}")
     return 0
 
 
 def _inspect(args) -> int:
-    from ophav_nb.batch import fill_in, template
-    from ophav_nb.run import Run
     run = Run.open(args.folder)
+    from ophav_nb.batch import fill_in, template
     notebook = fill_in(template("inspect"), run.path("inspect.ipynb"), {"run": str(run.folder.absolute())})
     _say(f"notebook: {notebook}")
     if args.no_browser or not sys.stdin.isatty(): return 0
@@ -197,8 +219,8 @@ def _weights(args) -> int:
 
 def _bench(args) -> int:
     from ophav_nb.bench import bench
-    bench(**_options(args))
-    return 0
+    result = bench(**_options(args))
+    return 0 if args.quick or result["reached"] else 1
 
 # %% ../nbs/23_cli.ipynb #c009
 @dataclass

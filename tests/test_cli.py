@@ -1,0 +1,135 @@
+"""The command: arguments reach the functions, mistakes are one line and exit code 2."""
+import logging
+import os
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from ophav_nb import cli
+from ophav_nb.cli import main
+from ophav_nb.run import InputError, Run
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Records calls in place of the heavy modules."""
+    made = []
+    def stand_in(module, *names):
+        fake = types.ModuleType(module)
+        for name in names:
+            setattr(fake, name, lambda *args, _name=name, **kw: made.append((_name, args, kw)) or {"reached": False})
+        monkeypatch.setitem(sys.modules, f"ophav_nb.{module}", fake)
+        monkeypatch.setattr(sys.modules["ophav_nb"], module, fake, raising=False)
+    stand_in("pipeline", "create", "animate")
+    stand_in("evaluate", "evaluate_clip", "evaluate_run")
+    stand_in("bench", "bench")
+    return made
+
+
+def one_line(capsys, *argv):
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("ophav: ") and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+def test_only_given_options_are_passed_on(calls):
+    assert main(["create", "me.jpg", "--out", "r"]) == 0
+    assert calls[-1] == ("create", (), {"portrait": "me.jpg", "out": "r"})
+    main(["-q", "create", "astronaut", "--out", "r", "--preset", "smoke", "--rounds", "0", "--face", "2", "--seed", "7", "--restorer", "none"])
+    assert calls[-1][2] == {"portrait": "astronaut", "out": "r", "preset": "smoke", "rounds": 0, "face": 2, "seed": 7, "restorer": "none"}
+    main(["animate", "r", "--out", "a.mp4", "--yaw", "-15", "--size", "64"])
+    assert calls[-1] == ("animate", ("r",), {"motion": "talk", "out": "a.mp4", "yaw": -15., "size": 64})
+    main(["evaluate", "--clip", "c.mp4", "--out", "e", "--protocol", "monocular"])
+    assert calls[-1] == ("evaluate_clip", (), {"clip": "c.mp4", "out": "e", "protocol": "monocular"})
+    main(["evaluate", "r", "--motion", "c.mp4", "--out", "e"])
+    assert calls[-1] == ("evaluate_run", ("r",), {"motion": "c.mp4", "out": "e"})
+    assert main(["bench", "--parts", "encoder"]) == 1 and calls[-1] == ("bench", (), {"parts": "encoder", "quick": False})
+
+
+def test_options_exist_in_the_functions():
+    """What the command offers, the functions take."""
+    import inspect
+    from ophav_nb import bench, evaluate, pipeline
+    known = {"create": pipeline.create, "animate": pipeline.animate, "bench": bench.bench, "evaluate": evaluate.evaluate_clip}
+    for action in cli.make_parser()._subparsers._group_actions:
+        for name, function in known.items():
+            offered = {a.dest for a in action.choices[name]._actions} - {"help", "folder"} - ({"motion"} if name == "evaluate" else set())
+            assert offered <= set(inspect.signature(function).parameters), name
+    from ophav_nb.pipeline import PRESETS
+    assert set(cli.PRESETS) == set(PRESETS)
+
+
+@pytest.mark.parametrize("argv, part", [
+    ([], "COMMAND"), (["creat"], "invalid choice"), (["create"], "--out"), (["create", "a", "--out", "o", "--preset", "fast"], "smoke"),
+    (["create", "a", "--out", "o", "--rounds", "-1"], "number from 0 on"), (["create", "a", "--out", "o", "--seed", "x"], "--seed"),
+    (["create", "a", "--out", "o", "--nonsense"], "--nonsense"), (["animate", "r", "--out", "a.avi"], ".mp4"), (["evaluate", "--out", "o"], "--clip"),
+    (["evaluate", "r", "--out", "o"], "--motion"), (["evaluate", "r", "--clip", "c", "--out", "o"], "either"), (["inspect", "nowhere"], "run folder"),
+    (["batch", "lost.yaml", "--out", "o"], "lost.yaml"), (["weights", "add"], "needs a file"), (["weights", "get", "x"], "lists"),
+    (["weights", "add", "lost.pth"], "no such file")])
+def test_mistakes_are_one_line(capsys, argv, part, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert part in one_line(capsys, *argv)
+    assert os.listdir(tmp_path) == []
+
+
+def test_errors_of_the_functions(calls, capsys, monkeypatch):
+    def fail(error):
+        def function(**_): raise error
+        monkeypatch.setattr(sys.modules["ophav_nb.pipeline"], "create", function)
+    fail(InputError("two\nlines"))
+    assert one_line(capsys, "create", "a", "--out", "o") == "ophav: two lines\n"
+    fail(KeyboardInterrupt())
+    assert main(["create", "a", "--out", "o"]) == 130 and "continues" in capsys.readouterr().err
+    fail(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError): main(["create", "a", "--out", "o"])
+    assert not [h for h in logging.getLogger("ophav_nb").handlers if isinstance(h, cli._BarHandler)]
+
+
+def test_help_is_fast_and_teaches():
+    start = time.perf_counter()
+    text = subprocess.run([sys.executable, "-c", "from ophav_nb.cli import main; main(['create', '--help'])"], capture_output=True, text=True, check=True).stdout
+    seconds = time.perf_counter() - start
+    assert "examples:" in text and "ophav create astronaut" in text
+    heavy = subprocess.run([sys.executable, "-c", "import sys; from ophav_nb.cli import make_parser; make_parser(); print([m for m in "
+                            "('torch', 'numpy', 'numba', 'av', 'papermill') if m in sys.modules])"], capture_output=True, text=True).stdout
+    assert heavy.strip() == "[]" and seconds < 5   # under a second where nothing else runs
+
+
+def test_weights_table(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPHAV_HOME", str(tmp_path))
+    assert main(["weights"]) == 0
+    out = capsys.readouterr().out
+    assert "gfpgan (GFPGANv1.4.pth)" in out and "licence:" in out and "not here" in out
+
+
+def test_doctor(capsys, monkeypatch):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("python", "torch", "CUDA", "tinycudann", "gfpgan", "dlib", "codecs", "threads", "asset head.npz"): assert word in out
+    monkeypatch.setattr(cli, "listed_assets", lambda: {"head.npz": "0"*64, "lost.npz": "1"*64})
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "differs from the listed" in out and "to mend: asset head.npz, asset lost.npz" in out
+
+
+def test_inspect_writes_a_notebook(tmp_path, capsys, monkeypatch):
+    import nbformat
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("run = ''", metadata={"tags": ["parameters"]})])
+    nbformat.write(nb, tmp_path/"inspect.ipynb")
+    from ophav_nb import batch
+    monkeypatch.setattr(batch, "template", lambda name: tmp_path/f"{name}.ipynb")
+    Run(tmp_path/"r", dict(seed=0))
+    assert main(["inspect", str(tmp_path/"r"), "--no-browser"]) == 0
+    assert str(tmp_path/"r") in (tmp_path/"r"/"inspect.ipynb").read_text()
+
+
+def test_batch_counts_failures(tmp_path, capsys, monkeypatch):
+    from ophav_nb import batch
+    rows = [{"name": "a", "status": "done", "error": ""}, {"name": "b", "status": "failed", "error": "no face"}]
+    monkeypatch.setattr(batch, "run_sweep", lambda *a, **k: rows)
+    assert main(["batch", "s.yaml", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines()[:2] == ["failed: b: no face", f"1 of 2 done; table: {tmp_path/'table.html'}"]
