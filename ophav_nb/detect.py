@@ -6,25 +6,28 @@
 __all__ = ['INNER_LIPS_UPPER', 'INNER_LIPS_LOWER', 'INNER_LIPS', 'OUTER_LIPS', 'LEFT_LID_UPPER', 'LEFT_LID_LOWER',
            'RIGHT_LID_UPPER', 'RIGHT_LID_LOWER', 'LEFT_EYE', 'RIGHT_EYE', 'LEFT_IRIS', 'RIGHT_IRIS', 'IRIS',
            'LEFT_BROW', 'RIGHT_BROW', 'BROWS', 'OVAL', 'INNER_FACE', 'LID_PAIRS', 'LIP_PAIRS', 'LIPS', 'LEFT_REGION',
-           'RIGHT_REGION', 'patch_matrix', 'patch', 'unpatch', 'GraphNet', 'load_networks', 'to_batch', 'cut', 'uncut',
-           'Face', 'overlap', 'merge', 'roi_of_landmarks', 'Detector', 'fill_lost', 'head_crop']
+           'RIGHT_REGION', 'CODES', 'NOSE', 'patch_matrix', 'patch', 'unpatch', 'GraphNet', 'load_networks', 'to_batch',
+           'cut', 'uncut', 'Face', 'overlap', 'merge', 'roi_of_landmarks', 'Networks', 'draw_landmarks', 'find_faces',
+           'one_face', 'Follower', 'fill_lost', 'guided_filter', 'foreground', 'Detector', 'head_crop', 'eye_opening',
+           'blink', 'parsing']
 
-# %% ../nbs/05_detect.ipynb #c002
+# %% ../nbs/05_detect.ipynb #c003
 import json, logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 import numpy as np, torch, torch.nn.functional as F
+from PIL import Image, ImageDraw
 from safetensors import safe_open
 from torch import Tensor, nn
 
-# %% ../nbs/05_detect.ipynb #c003
+# %% ../nbs/05_detect.ipynb #c004
 from .run import InputError, asset, progress
-from .media import Crop
+from .media import Crop, to_uint8
 
-# %% ../nbs/05_detect.ipynb #c005
+# %% ../nbs/05_detect.ipynb #c006
 log = logging.getLogger(__name__)
 
-# %% ../nbs/05_detect.ipynb #c007
+# %% ../nbs/05_detect.ipynb #c008
 def patch_matrix(
     points: Tensor,     # [N,P,>=2] in feature pixels
     op: dict,           # which points, how much wider than their box, how large the patch
@@ -64,7 +67,7 @@ def unpatch(
     "Points of the patch back in the picture (`TransformLandmarks`)."
     return torch.cat([points[..., :2] @ matrix[:, :2, :2].mT + matrix[:, None, :2, 3], points[..., 2:]], -1)
 
-# %% ../nbs/05_detect.ipynb #c008
+# %% ../nbs/05_detect.ipynb #c009
 def _nhwc(shape: Sequence[int], x: Tensor) -> Tensor:
     "Reshape as the original would, which keeps channels last."
     flat = (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).reshape(list(shape))
@@ -157,7 +160,7 @@ class GraphNet(nn.Module):
             for i in done: del values[i]
         return [values[i] for i in outputs]
 
-# %% ../nbs/05_detect.ipynb #c009
+# %% ../nbs/05_detect.ipynb #c010
 def load_networks(
     path=None,                  # the safetensors file; default: the package's own
 ) -> dict[str, GraphNet]:       # short, full, mesh, matte
@@ -166,7 +169,7 @@ def load_networks(
         graphs, weights = json.loads(f.metadata()["graphs"]), {k: f.get_tensor(k) for k in f.keys()}
     return {n: GraphNet(g, {k: v for k, v in weights.items() if k.startswith(n + ".")}).eval() for n, g in graphs.items()}
 
-# %% ../nbs/05_detect.ipynb #c012
+# %% ../nbs/05_detect.ipynb #c013
 INNER_LIPS_UPPER = [191, 80, 81, 82, 13, 312, 311, 310, 415]      # left to right
 INNER_LIPS_LOWER = [95, 88, 178, 87, 14, 317, 402, 318, 324]
 INNER_LIPS = [78, *INNER_LIPS_UPPER, 308, *INNER_LIPS_LOWER[::-1]]                    # a ring
@@ -185,7 +188,7 @@ INNER_FACE = [i for i in range(468) if i not in set(OVAL)]
 LID_PAIRS = list(zip(LEFT_LID_UPPER + RIGHT_LID_UPPER, LEFT_LID_LOWER + RIGHT_LID_LOWER))
 LIP_PAIRS = list(zip(INNER_LIPS_UPPER, INNER_LIPS_LOWER))
 
-# %% ../nbs/05_detect.ipynb #c013
+# %% ../nbs/05_detect.ipynb #c014
 LIPS = [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 185, 40, 39, 37, 0, 267, 269, 270, 409, 78, 95, 88, 178, 87, 14, 317, 402,
         318, 324, 308, 191, 80, 81, 82, 13, 312, 311, 310, 415, 76, 77, 90, 180, 85, 16, 315, 404, 320, 307, 306, 184, 74, 73, 72,
         11, 302, 303, 304, 408, 62, 96, 89, 179, 86, 15, 316, 403, 319, 325, 292, 183, 42, 41, 38, 12, 268, 271, 272, 407]
@@ -196,20 +199,22 @@ RIGHT_REGION = [263, 249, 390, 373, 374, 380, 381, 382, 362, 466, 388, 387, 386,
                 463, 467, 260, 259, 257, 258, 286, 414, 446, 261, 448, 449, 450, 451, 452, 453, 464, 342, 445, 444, 443, 442, 441, 413,
                 265, 353, 276, 283, 282, 295, 372, 340, 346, 347, 348, 349, 350, 357, 465, 383, 300, 293, 334, 296, 336, 285, 417]
 
-# %% ../nbs/05_detect.ipynb #c016
+# %% ../nbs/05_detect.ipynb #c017
 def to_batch(
-    images,                 # uint8 [H,W,3], [N,H,W,3] or a list of such; or float [N,3,H,W] in [0,1]
+    images,                 # uint8 [H,W,3], [N,H,W,3] or a list of such; or a float tensor [N,3,H,W] in 0..1
     device: str|torch.device = "cpu",
 ) -> Tensor:                # float32 [N,3,H,W]
     "Images as torch wants them."
     if isinstance(images, Tensor) and images.is_floating_point(): return images.to(device)
-    images = np.asarray(images) if not isinstance(images, (list, tuple)) else np.stack(images)
-    images = torch.from_numpy(np.ascontiguousarray(images if images.ndim == 4 else images[None])).to(device)
-    return images.permute(0, 3, 1, 2).float()/255
+    if isinstance(images, Tensor): images = images.cpu().numpy()
+    images = np.stack(images) if isinstance(images, (list, tuple)) else np.asarray(images)
+    scale = 255. if images.dtype == np.uint8 else 1.
+    batch = np.ascontiguousarray((images if images.ndim == 4 else images[None]).transpose(0, 3, 1, 2), np.float32)/scale
+    return torch.from_numpy(batch).to(device)
 
 
 def cut(
-    images: Tensor,         # [N,3,H,W]
+    images: Tensor,         # [N,3,H,W], or [1,3,H,W] for all squares
     rois: Tensor,           # [N,4] centre x, y, side, angle
     size: int,              # px of the squares
 ) -> Tensor:                # [N,3,size,size]; zero outside the picture
@@ -221,6 +226,7 @@ def cut(
     c, s = torch.cos(rois[:, 3]), torch.sin(rois[:, 3])
     turn = torch.stack([torch.stack([c, -s], -1), torch.stack([s, c], -1)], -2)*rois[:, 2, None, None]
     at = (torch.einsum("nij,hwj->nhwi", turn, grid) + rois[:, None, None, :2])/step
+    if len(images) < len(rois): images = images.expand(len(rois), -1, -1, -1)
     extent = images.new_tensor([images.shape[3], images.shape[2]])
     return F.grid_sample(images, at*2/extent - 1, align_corners=False, padding_mode="zeros")
 
@@ -235,8 +241,8 @@ def uncut(
     xy = (points[..., :2] - .5)*side @ turn + rois[:, None, :2]
     return np.concatenate([xy, points[..., 2:]*side], -1).astype(np.float32)
 
-# %% ../nbs/05_detect.ipynb #c018
-@dataclass
+# %% ../nbs/05_detect.ipynb #c019
+@dataclass(eq=False)
 class Face:
     "A face in a picture."
     box: np.ndarray                        # [4] left, top, right, bottom, image px
@@ -265,21 +271,21 @@ def _anchors(net: str) -> np.ndarray:
 def overlap(
     box: np.ndarray,        # [4]
     boxes: np.ndarray,      # [N,4]
-) -> np.ndarray:            # [N] intersection over union
-    "How much boxes share."
+) -> np.ndarray:            # [N] 0..1
+    "Intersection over the smaller box, so that a box inside another is the same face."
     side = np.clip(np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2]), 0, None)
     area = lambda b: np.prod(b[..., 2:] - b[..., :2], -1)
-    return side.prod(1)/np.maximum(area(box) + area(boxes) - side.prod(1), 1e-9)
+    return side.prod(1)/np.maximum(np.minimum(area(box), area(boxes)), 1e-9)
 
 
 def merge(
     boxes: np.ndarray,      # [N,4]
     points: np.ndarray,     # [N,6,2]
     scores: np.ndarray,     # [N]
-    least: float = .3,      # overlap from which two answers are one face
+    least: float = .5,      # overlap from which two answers are one face
 ) -> list[Face]:
     "Answers for one face averaged by score (weighted non-maximum suppression), best first."
-    faces, left = [], np.argsort(-scores)
+    faces, left = [], np.argsort(-scores, kind="stable")
     while len(left):
         same = overlap(boxes[left[0]], boxes[left]) > least
         same[0] = True
@@ -289,7 +295,7 @@ def merge(
         left = left[~same]
     return faces
 
-# %% ../nbs/05_detect.ipynb #c019
+# %% ../nbs/05_detect.ipynb #c020
 def roi_of_landmarks(
     landmarks: np.ndarray,      # [N,478,3]
     wider: float = 1.5,         # side of the square in sides of the face's box
@@ -304,13 +310,13 @@ def roi_of_landmarks(
     centre = np.einsum("nij,nj->ni", turn, (low + high)/2)
     return np.concatenate([centre, wider*(high - low).max(1, keepdims=True), angle[:, None]], 1).astype(np.float32)
 
-# %% ../nbs/05_detect.ipynb #c021
-class Detector:
-    "Boxes, landmarks and mattes; loads in a tenth of a second, holds about two million numbers."
+# %% ../nbs/05_detect.ipynb #c022
+class Networks:
+    "The four networks on a device; about two million numbers, loaded in a tenth of a second."
     def __init__(
         self,
         device: str|torch.device = "cpu",
-        batch: int = 8,             # frames a call of a network
+        batch: int = 8,             # squares a call of a network
     ):
         self.device, self.batch = torch.device(device), batch
         self.nets = {k: net.to(self.device) for k, net in load_networks().items()}
@@ -318,150 +324,225 @@ class Detector:
     @torch.inference_mode()
     def boxes(
         self,
-        images: Tensor,             # [N,3,H,W]
-        rois: Tensor,               # [N,4] squares to look into
+        images: Tensor,             # [N,3,H,W], or [1,3,H,W] for all squares
+        rois: np.ndarray,           # [N,4] squares to look into
         net: str = "short",         # 'short' for large faces, 'full' for small ones
         least: float = .5,          # lowest score
     ) -> list[list[Face]]:          # for each square its faces, in image px
         "One of the two face networks on squares of the pictures."
-        size, anchors = self.nets[net].size, _anchors(net)
-        raw, logits = self.nets[net](cut(images, rois, size)*2 - 1)
-        scores = torch.sigmoid(logits[..., 0].clamp(-100, 100)).cpu().numpy()
-        raw, rois, found = raw.cpu().numpy()/size, rois.cpu().numpy(), []
-        for value, score, roi in zip(raw, scores, rois):
-            k = np.flatnonzero(score > least)
-            centre, half = value[k, :2] + anchors[k], value[k, 2:4]/2
-            points = value[k, 4:].reshape(-1, 6, 2) + anchors[k, None]
-            corners = np.stack([centre - half, centre + half], 1)
-            place = lambda p: (p - .5)*roi[2] + roi[:2]
-            found.append(merge(place(corners).reshape(-1, 4), place(points), score[k]))
+        size, anchors, found = self.nets[net].size, _anchors(net), []
+        for i in range(0, len(rois), self.batch):
+            roi = torch.as_tensor(rois[i:i + self.batch], device=self.device)
+            squares = cut(images[i:i + self.batch] if len(images) > 1 else images, roi, size)
+            raw, logits = self.nets[net](squares*2 - 1)
+            scores, raw = torch.sigmoid(logits[..., 0].clamp(-100, 100)).cpu().numpy(), raw.cpu().numpy()/size
+            found += [_decode(r, s, anchors, where, least) for r, s, where in zip(raw, scores, rois[i:i + self.batch])]
         return found
-
-    def faces(
-        self,
-        image: np.ndarray,          # uint8 [H,W,3]
-        least: float = .5,          # lowest score
-    ) -> list[Face]:                # from left to right
-        "All faces of a picture."
-        batch = to_batch(image, self.device)
-        h, w = batch.shape[2:]
-        whole = torch.tensor([[w/2, h/2, max(h, w), 0.]], device=self.device)
-        found = [f for net in ("short", "full") for f in self.boxes(batch, whole, net, least)[0]]
-        if not found: return []
-        found = merge(*(np.stack([getattr(f, k) for f in found]) for k in ("box", "keypoints")), np.array([f.score for f in found]))
-        return sorted(found, key=lambda f: f.box[0] + f.box[2])
 
     @torch.inference_mode()
     def landmarks(
         self,
-        images,                     # uint8 [N,H,W,3] (or one), or float [N,3,H,W]
+        images,                     # uint8 [N,H,W,3], float [N,3,H,W], or one picture for all squares
         rois,                       # [N,4] centre x, y, side, angle; or a list of `Face`
-    ) -> tuple[np.ndarray, np.ndarray]:   # [N,478,3] image px, presence [N] 0..1
+    ) -> tuple[np.ndarray, np.ndarray]:   # [N,478,3] image px (z grows away from the viewer), presence [N] 0..1
         "One pass of the attention mesh, in batches."
         rois = np.stack([r.roi if isinstance(r, Face) else r for r in rois]).astype(np.float32)
-        count, net, out, presence = len(rois), self.nets["mesh"], [], []
-        single = not isinstance(images, (list, tuple)) and images.ndim == 3
-        for i in range(0, count, self.batch):
-            some = to_batch(images if single else images[i:i + self.batch], self.device)
-            roi = torch.from_numpy(rois[i:i + self.batch]).to(self.device)
-            if single: some = some.expand(len(roi), -1, -1, -1)
-            base, lips, left, right, left_iris, right_iris, flag = (v.flatten(1) for v in net(cut(some, roi, net.size)))
-            points = base.reshape(-1, 468, 3)
+        one, net, points, presence = _is_one(images), self.nets["mesh"], [], []
+        same = to_batch(images, self.device) if one else None
+        for i in range(0, len(rois), self.batch):
+            some = same if one else to_batch(images[i:i + self.batch], self.device)
+            base, lips, left, right, left_iris, right_iris, flag = net(cut(some, torch.from_numpy(rois[i:i + self.batch]).to(self.device),
+                                                                           net.size))
+            mesh = base.reshape(-1, 468, 3)
             for group, value in ((LIPS, lips), (LEFT_REGION, left), (RIGHT_REGION, right)):
-                points[:, group, :2] = value.reshape(len(points), -1, 2)
-            depth = lambda ring: points[:, ring, 2:].mean(1, keepdim=True).expand(-1, 5, -1)
-            iris = [torch.cat([v.reshape(-1, 5, 2), depth(ring)], -1) for v, ring in ((left_iris, LEFT_EYE), (right_iris, RIGHT_EYE))]
-            out.append((torch.cat([points, *iris], 1)/net.size).cpu().numpy())
-            presence.append(torch.sigmoid(flag[:, 0]).cpu().numpy())
-        return uncut(np.concatenate(out), rois), np.concatenate(presence)
+                mesh[:, group, :2] = value.reshape(len(mesh), -1, 2)
+            for ring, value in ((LEFT_EYE, left_iris), (RIGHT_EYE, right_iris)):
+                depth = mesh[:, ring, 2:].mean(1, keepdim=True).expand(-1, 5, -1)
+                mesh = torch.cat([mesh, torch.cat([value.reshape(-1, 5, 2), depth], -1)], 1)
+            points.append((mesh/net.size).cpu().numpy())
+            presence.append(torch.sigmoid(flag.flatten()).cpu().numpy())
+        return uncut(np.concatenate(points), rois), np.concatenate(presence)
 
-    def one(
-        self,
-        image: np.ndarray,          # uint8 [H,W,3]
-        face: int|None = None,      # which of several, numbered from 1 at the left
-        smallest: float = 48.,      # px: narrower faces are refused
-    ) -> Face:                      # with landmarks
-        "The one face of a portrait, or an error that says what is wrong with the picture."
-        found = self.faces(image)
-        if not found: raise InputError("no face found in the picture; use a portrait that shows the whole face from the front")
-        if face is not None and not 1 <= face <= len(found):
-            raise InputError(f"there is no face {face}: the picture has {len(found)}, numbered from 1 at the left")
-        if face is None and len(found) > 1:
-            sizes = ", ".join(f"{i} ({f.width:.0f} px wide)" for i, f in enumerate(found, 1))
-            raise InputError(f"the picture shows {len(found)} faces, from left to right {sizes}; choose one with --face N")
-        best = found[(face or 1) - 1]
-        if best.width < smallest:
-            raise InputError(f"the face is only {best.width:.0f} px wide; use a larger picture ({smallest:.0f} px is the least, "
-                             "200 px and more look good)")
-        points, presence = self.landmarks(image, [best])
-        for _ in range(2): points, presence = self.landmarks(image, roi_of_landmarks(points))
-        if presence[0] < .5: raise InputError("what looks like a face is not a human face seen from the front; use another portrait")
-        return replace(best, landmarks=points[0], presence=float(presence[0]))
 
-    def film(
+def _is_one(images) -> bool:
+    "Is this one picture (rather than a batch or a list)?"
+    return not isinstance(images, (list, tuple)) and (images.ndim == 3 or len(images) == 1)
+
+
+def _decode(raw: np.ndarray, scores: np.ndarray, anchors: np.ndarray, roi: np.ndarray, least: float) -> list[Face]:
+    "One square's raw answers as faces in the picture."
+    k = np.flatnonzero(scores > least)
+    centre, half = raw[k, :2] + anchors[k], raw[k, 2:4]/2
+    points, corners = raw[k, 4:].reshape(-1, 6, 2) + anchors[k, None], np.stack([centre - half, centre + half], 1)
+    place = lambda p: (p - .5)*roi[2] + roi[:2]
+    return merge(place(corners).reshape(-1, 4), place(points), scores[k])
+
+# %% ../nbs/05_detect.ipynb #c025
+def draw_landmarks(
+    image: np.ndarray,          # uint8 [H,W,3]
+    landmarks: np.ndarray,      # [478,3] or [N,478,3] px
+    radius: float = 1.,         # px
+) -> np.ndarray:                # uint8 [H,W,3]
+    "The points over the picture, coloured by group."
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    colours = np.full((478, 3), [90, 255, 90])
+    for group, colour in ((OVAL, [255, 230, 0]), (LIPS, [0, 230, 255]), (BROWS, [255, 90, 255]), (LEFT_EYE + RIGHT_EYE + IRIS, [255, 60, 60])):
+        colours[group] = colour
+    for points in landmarks.reshape(-1, 478, landmarks.shape[-1]):
+        for (x, y), colour in zip(points[:, :2], colours): 
+            draw.ellipse([x - .5 - radius, y - .5 - radius, x - .5 + radius, y - .5 + radius], fill=tuple(int(c) for c in colour))
+    return np.array(picture)
+
+# %% ../nbs/05_detect.ipynb #c028
+def _tiles(
+    height: int, width: int,
+    parts: int,             # tiles on the longer side, before they overlap
+) -> np.ndarray:            # [N,4]
+    "Half-overlapping squares that cover the picture."
+    side = max(height, width)/parts
+    count = lambda n: max(1, int(np.ceil((n - side)/(side/2))) + 1)
+    xs, ys = (np.linspace(side/2, n - side/2, count(n)) if n > side else np.array([n/2]) for n in (width, height))
+    return np.array([[x, y, side, 0] for y in ys for x in xs], np.float32)
+
+
+def find_faces(
+    networks: Networks,
+    image: np.ndarray,          # uint8 [H,W,3]
+    least: float = .5,          # lowest score
+    thorough: bool = True,      # look into parts of the picture too
+) -> list[Face]:                # from left to right
+    "All faces of a picture; small ones are looked for only where there are no large ones."
+    h, w = image.shape[:2]
+    whole, fine = np.float32([[w/2, h/2, max(h, w), 0]]), [p for p in (2, 4) if thorough and max(h, w)/p >= 256]
+    plans = [(("short", "full"), whole, least), (("short",), whole*np.float32([1, 1, 1.7, 1]), least)]
+    plans += [(("full",), _tiles(h, w, p), max(least, .6)) for p in fine] + [(("short",), whole, .6*least)]*thorough
+    for nets, squares, score in plans:
+        shrink = min(1., 1.6*192/squares[0, 2])                # once for all squares, so that `cut` need not average each
+        small = to_batch(image, networks.device)
+        if shrink < 1: small = F.interpolate(small, (round(h*shrink), round(w*shrink)), mode="area")
+        scale = np.float32([small.shape[3]/w, small.shape[2]/h])
+        where = squares*np.float32([*scale, scale.mean(), 1])
+        found = [f for net in nets for some in networks.boxes(small, where, net, score) for f in some]
+        if not found: continue
+        boxes, points = np.stack([f.box for f in found])/np.tile(scale, 2), np.stack([f.keypoints for f in found])/scale
+        return sorted(merge(boxes, points, np.array([f.score for f in found])), key=lambda f: f.box[0] + f.box[2])
+    return []
+
+# %% ../nbs/05_detect.ipynb #c031
+def _settle(networks: Networks, image: np.ndarray, faces: list[Face], passes: int = 2) -> list[Face]:
+    "The faces with landmarks; each pass looks again at the square that the points before it give."
+    points, presence = networks.landmarks(image, faces)
+    for _ in range(passes): points, presence = networks.landmarks(image, roi_of_landmarks(points))
+    return [replace(f, landmarks=p, presence=float(v)) for f, p, v in zip(faces, points, presence)]
+
+
+def _none_found(networks: Networks, image: np.ndarray) -> InputError:
+    "Why there is no face: perhaps the picture lies on its side."
+    for turns, side in ((1, "to the right"), (3, "to the left"), (2, "upside down")):
+        found = find_faces(networks, np.ascontiguousarray(np.rot90(image, turns)), .7, thorough=False)
+        if found:
+            how = "turn it by 180 degrees" if turns == 2 else f"turn it by 90 degrees {'to the left' if turns == 1 else 'to the right'}"
+            return InputError(f"no upright face found: the picture seems to {'stand ' if turns == 2 else 'lie turned '}{side}; {how}")
+    return InputError("no face found in the picture; use a portrait that shows the whole face from the front")
+
+
+def one_face(
+    networks: Networks,
+    image: np.ndarray,          # uint8 [H,W,3]
+    face: int|None = None,      # which of several, numbered from 1 at the left
+    smallest: float = 48.,      # px: narrower faces are refused
+) -> Face:                      # with landmarks
+    "The one face of a portrait, or an error that says what is wrong with the picture."
+    found = find_faces(networks, image)
+    if not found: raise _none_found(networks, image)
+    real = [f for f in _settle(networks, image, found) if f.presence > .5]
+    if not real: raise InputError("what looks like a face there is not a human face seen from the front; use another portrait")
+    widest = max(f.width for f in real)
+    if face is None and len(real) > 1:                     # passers-by far behind do not count
+        near = [f for f in real if f.width > .3*widest]
+        if len(near) < len(real): log.info("%d small faces in the background are left out", len(real) - len(near))
+        if len(near) > 1:
+            sizes = ", ".join(f"{real.index(f) + 1} ({f.width:.0f} px wide)" for f in near)
+            raise InputError(f"the picture shows {len(near)} faces, from left to right {sizes}; choose one with --face N")
+        real, face = near, 1
+    if face is not None and not 1 <= face <= len(real):
+        raise InputError(f"there is no face {face}: the picture has {len(real)}, numbered from 1 at the left")
+    best = real[(face or 1) - 1]
+    share = best.width/min(image.shape[:2])
+    if best.width < (smallest if share < .15 or min(image.shape[:2]) < 160 else .75*smallest):    # a small picture is all there is
+        raise InputError(f"the face is only {best.width:.0f} px wide; use a larger picture ({smallest:.0f} px is the least, "
+                         "200 px and more look good)")
+    if best.width < 100: log.warning("the face is only %.0f px wide: the avatar will be soft", best.width)
+    if abs(best.roi[3]) > np.radians(50): raise InputError("the head lies on its side; turn the picture upright")
+    return best
+
+# %% ../nbs/05_detect.ipynb #c034
+class Follower:
+    "One person's landmarks through a film that comes in pieces."
+    def __init__(
         self,
-        frames,                     # uint8 [T,H,W,3], or a list of frames
+        networks: Networks,
         face: int|None = None,      # which face of the first frame, from 1 at the left; default: the largest
         least: float = .5,          # presence below which a frame counts as lost
-    ) -> tuple[np.ndarray, np.ndarray]:   # landmarks [T,478,3] image px (filled in where lost), ok [T]
-        "The landmarks of one person through a film, in batches; lost frames are looked for again."
-        count = len(frames)
-        points, presence = np.zeros((count, 478, 3), np.float32), np.zeros(count, np.float32)
-        roi = None
-        for i in progress(range(0, count, self.batch), desc="landmarks"):
-            some = slice(i, min(i + self.batch, count))
-            chunk = to_batch(frames[some], self.device)
-            rois = self._chunk_rois(chunk, roi, face, least)
-            if rois is None: continue
-            points[some], presence[some] = self.landmarks(chunk, rois)
-            good = np.flatnonzero(presence[some] > least)
-            if len(good): roi = roi_of_landmarks(points[i + good[-1]][None])[0]
-            else: roi = None
-        ok = presence > least
-        if not ok.any(): raise InputError("no face found in the film; use one that shows one person from the front")
-        return fill_lost(points, ok), ok
+    ):
+        self.networks, self.face, self.least, self.last, self.held = networks, face, least, None, False
 
-    def _chunk_rois(self, chunk: Tensor, roi, face, least) -> np.ndarray|None:
-        "Where to look in some frames: near the last place, or anywhere if that is lost."
-        if roi is not None:
-            rough, seen = self.landmarks(chunk, np.repeat(roi[None], len(chunk), 0))
-            if (seen > least).all(): return roi_of_landmarks(rough)
-        rois, last = [], roi
-        for frame in chunk:
-            h, w = frame.shape[1:]
-            whole = torch.tensor([[w/2, h/2, max(h, w), 0.]], device=self.device)
-            found = self.boxes(frame[None], whole)[0] or self.boxes(frame[None], whole, "full")[0]
+    def add(
+        self,
+        frames,                     # some frames of the film, uint8 [n,H,W,3] or a list
+    ) -> tuple[np.ndarray, np.ndarray]:   # landmarks [n,478,3] image px, ok [n]
+        "The next frames' landmarks; those of lost frames mean nothing."
+        step = self.networks.batch
+        parts = [self._batch(to_batch(frames[i:i + step], self.networks.device)) for i in range(0, len(frames), step)]
+        return tuple(np.concatenate(v) for v in zip(*parts))
+
+    def _batch(self, frames: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        look = self.networks.landmarks
+        rois = np.repeat(self.last[None], len(frames), 0) if self.held else self._search(frames)
+        if rois is None: return np.zeros((len(frames), 478, 3), np.float32), np.zeros(len(frames), bool)
+        points, seen = look(frames, rois)
+        if self.held and (lost := seen < self.least).any():
+            points[lost], seen[lost] = look(frames[torch.from_numpy(lost)], self._search(frames[torch.from_numpy(lost)]))
+        used, far = self._smooth(roi_of_landmarks(points)), np.ones(len(frames), bool)
+        for _ in range(2):                                  # the second time only where the head was far off
+            points[far], seen[far] = look(frames[torch.from_numpy(far)], used[far])
+            new = self._smooth(roi_of_landmarks(points))
+            far, used = _differ(new, used), new
+            if not far.any(): break
+        ok = seen > self.least
+        self.held = bool(ok[-1])
+        if ok.any(): self.last = roi_of_landmarks(points[np.flatnonzero(ok)[-1:]])[0]
+        return points, ok
+
+    def _smooth(self, rois: np.ndarray) -> np.ndarray:
+        "Squares averaged with their neighbours in time (1 2 1): less shiver in the points."
+        before = self.last[None] if self.held else rois[:1]
+        padded = np.concatenate([before, rois, rois[-1:]])
+        return (padded[:-2] + 2*padded[1:-1] + padded[2:])/4
+
+    def _search(self, frames: Tensor) -> np.ndarray|None:
+        "Each frame's square from the box networks; frames without a face take their neighbour's."
+        h, w = frames.shape[2:]
+        whole, rois, last = np.float32([[w/2, h/2, max(h, w), 0]]), [], self.last
+        for frame, found in zip(frames, self.networks.boxes(frames, whole.repeat(len(frames), 0))):
+            found = found or self.networks.boxes(frame[None], whole, "full")[0]
+            found.sort(key=lambda f: f.box[0] + f.box[2])
             if found:
-                found.sort(key=lambda f: f.box[0] + f.box[2])
                 if last is not None: best = min(found, key=lambda f: np.hypot(*(f.roi - last)[:2]))
-                elif face is not None: best = found[min(face, len(found)) - 1]
+                elif self.face is not None: best = found[min(self.face, len(found)) - 1]
                 else: best = max(found, key=lambda f: f.width)
                 last = best.roi
             rois.append(last)
         first = next((r for r in rois if r is not None), None)
-        if first is None: return None
-        rough, seen = self.landmarks(chunk, [first if r is None else r for r in rois])
-        return roi_of_landmarks(rough)
+        return None if first is None else np.stack([first if r is None else r for r in rois])
 
-    @torch.inference_mode()
-    def matte(
-        self,
-        images,                     # uint8 [N,H,W,3] or one image [H,W,3]
-        refine: bool = True,        # follow the picture's edges (guided filter)
-    ) -> np.ndarray:                # float32 [N,H,W], 1 on the person
-        "How much each pixel belongs to a person."
-        images = images if isinstance(images, (list, tuple)) or images.ndim == 4 else images[None]
-        out = []
-        for i in range(0, len(images), self.batch):
-            some = to_batch(images[i:i + self.batch], self.device)
-            size = self.nets["matte"].size
-            small = F.interpolate(some, (size, size), mode="bilinear", antialias=True, align_corners=False)
-            mask = self.nets["matte"](small)[0]
-            mask = F.interpolate(mask, some.shape[2:], mode="bilinear", align_corners=False)
-            out.append(mask[:, 0].cpu().numpy())
-        return np.concatenate(out)
 
-# %% ../nbs/05_detect.ipynb #c022
+def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    "Which squares differ by so much that the points in them do: 4% of the side or a tenth of a radian."
+    return (np.abs(a - b)[:, :3].max(1) > .04*b[:, 2]) | (np.abs(a - b)[:, 3] > .1)
+
+
 def fill_lost(
     values: np.ndarray,     # [T,...]
     ok: np.ndarray,         # bool [T]
@@ -474,7 +555,111 @@ def fill_lost(
     w = np.where(b > a, (t - a)/np.maximum(b - a, 1), 0.).astype(np.float32).reshape(-1, *[1]*(values.ndim - 1))
     return np.where(ok.reshape(w.shape), values, values[a]*(1 - w) + values[b]*w).astype(values.dtype)
 
+# %% ../nbs/05_detect.ipynb #c037
+def _box(x: Tensor, radius: int) -> Tensor:
+    "Mean over a square window."
+    x, k = F.pad(x, (radius,)*4, mode="reflect"), 2*radius + 1
+    return F.avg_pool2d(F.avg_pool2d(x, (k, 1), 1), (1, k), 1)
 
+
+def guided_filter(
+    guide: Tensor,          # [N,3,H,W] the picture
+    matte: Tensor,          # [N,1,h,w] any size
+    size: int = 256,        # px of the longer side on which the windows are solved (the fast variant, He and Sun 2015)
+    radius: int = 3,        # px there
+    eps: float = 3e-4,      # colour variance below which the windows are flat
+) -> Tensor:                # [N,1,H,W]
+    "The matte as a locally linear function of the picture's colours (He, Sun and Tang 2010, eq. 19-21)."
+    shrink = min(1., size/max(guide.shape[2:]))
+    small = [max(8, round(n*shrink)) for n in guide.shape[2:]]
+    shape = lambda x, to: F.interpolate(x, to, mode="bilinear", antialias=True, align_corners=False)
+    image, p = shape(guide, small), shape(matte, small)
+    mean, mean_p = _box(image, radius), _box(p, radius)
+    cov_p = (_box(image*p, radius) - mean*mean_p).permute(0, 2, 3, 1)[..., None]
+    i, j = torch.triu_indices(3, 3, device=guide.device)
+    upper = _box(image[:, i]*image[:, j], radius) - mean[:, i]*mean[:, j]
+    cov = upper.new_empty(*cov_p.shape[:3], 3, 3)
+    cov[..., i, j] = cov[..., j, i] = upper.permute(0, 2, 3, 1)
+    a = _solve_3x3(cov + eps*torch.eye(3, device=guide.device), cov_p)[..., 0].permute(0, 3, 1, 2)
+    line = F.interpolate(_box(torch.cat([a, mean_p - (a*mean).sum(1, keepdim=True)], 1), radius), guide.shape[2:], mode="bilinear",
+                         align_corners=False)
+    return (line[:, :3]*guide).sum(1, keepdim=True) + line[:, 3:]
+
+
+def _solve_3x3(m: Tensor, v: Tensor) -> Tensor:
+    "m^-1 v for symmetric [...,3,3] and [...,3,1] by cofactors: much faster than a general solver on many small matrices."
+    x, y, z = m[..., 0, :], m[..., 1, :], m[..., 2, :]
+    rows = torch.stack([torch.linalg.cross(y, z), torch.linalg.cross(z, x), torch.linalg.cross(x, y)], -1)
+    return rows @ v/(x*rows[..., 0]).sum(-1)[..., None, None]
+
+
+def foreground(
+    images: np.ndarray,         # uint8 [N,H,W,3] or [H,W,3]
+    mattes: np.ndarray,         # 0..1 [N,H,W] or [H,W]
+    radii: tuple = (.06, .012),  # of the longer side: a wide pass, then a close one
+) -> np.ndarray:                # uint8, as images
+    "The person's own colours where the background shines through hair (blur fusion, Forte 2021)."
+    batch, alpha = to_batch(images), torch.from_numpy(np.asarray(mattes, np.float32)).reshape(-1, 1, *images.shape[-3:-1])
+    own = under = batch
+    for r in radii:
+        radius = max(2, round(r*max(batch.shape[2:])))
+        weight = _box(alpha, radius)
+        f = _box(own*alpha, radius)/(weight + 1e-5)
+        under = _box(under*(1 - alpha), radius)/(1 - weight + 1e-5)
+        own = (f + alpha*(batch - alpha*f - (1 - alpha)*under)).clamp(0, 1)
+    return to_uint8(np.ascontiguousarray(own.permute(0, 2, 3, 1).numpy())).reshape(images.shape)
+
+# %% ../nbs/05_detect.ipynb #c039
+class Detector(Networks):
+    "Faces, landmarks and mattes of pictures and films."
+    def faces(
+        self,
+        image: np.ndarray,          # uint8 [H,W,3]
+        least: float = .5,          # lowest score
+    ) -> list[Face]:                # from left to right
+        "All faces of a picture (boxes and six points each)."
+        return find_faces(self, image, least)
+
+    def one(
+        self,
+        image: np.ndarray,          # uint8 [H,W,3]
+        face: int|None = None,      # which of several, numbered from 1 at the left
+        smallest: float = 48.,      # px: narrower faces are refused
+    ) -> Face:                      # with landmarks
+        "The one face of a portrait; `InputError` says what is wrong with the picture."
+        return one_face(self, image, face, smallest)
+
+    def film(
+        self,
+        frames,                     # uint8 [T,H,W,3], or a list of frames
+        face: int|None = None,      # which face of the first frame, from 1 at the left; default: the largest
+        least: float = .5,          # presence below which a frame counts as lost
+    ) -> tuple[np.ndarray, np.ndarray]:   # landmarks [T,478,3] image px (filled in where lost), ok bool [T]
+        "One person's landmarks through a film."
+        follower, step = Follower(self, face, least), self.batch
+        parts = [follower.add(frames[i:i + step]) for i in progress(range(0, len(frames), step), desc="landmarks")]
+        points, ok = (np.concatenate(v) for v in zip(*parts))
+        if not ok.any(): raise InputError("no face found in the film; use one that shows one person from the front")
+        return fill_lost(points, ok), ok
+
+    @torch.inference_mode()
+    def matte(
+        self,
+        images,                     # uint8 [N,H,W,3], a list, or one image [H,W,3]
+        refine: bool = True,        # follow the picture's edges
+    ) -> np.ndarray:                # float32 [N,H,W], 1 on the person
+        "How much each pixel belongs to a person."
+        images = images if isinstance(images, (list, tuple)) or images.ndim == 4 else images[None]
+        size, out = (self.nets["matte"].size,)*2, []
+        for i in range(0, len(images), self.batch):
+            some = to_batch(images[i:i + self.batch], self.device)
+            mask = self.nets["matte"](F.interpolate(some, size, mode="bilinear", antialias=True, align_corners=False))[0]
+            if refine: full = ((guided_filter(some, mask) - .12)/.76).clamp(0, 1)
+            else: full = F.interpolate(mask, some.shape[2:], mode="bilinear", align_corners=False)
+            out.append(full[:, 0].cpu().numpy())
+        return np.concatenate(out)
+
+# %% ../nbs/05_detect.ipynb #c042
 def head_crop(
     landmarks: np.ndarray,      # [478,3] or [T,478,3] image px
     size: int = 512,            # px of the crop
@@ -482,10 +667,55 @@ def head_crop(
     lift: float = .12,          # how far the centre lies above the face's, in sides of its box: hair needs room
 ) -> Crop:
     "One square around the head for a whole clip."
-    points = landmarks.reshape(-1, landmarks.shape[-1])[:, :2] if landmarks.ndim == 2 else landmarks[..., :2]
-    low, high = points.min(-2), points.max(-2)                   # of each frame
+    points = landmarks[None] if landmarks.ndim == 2 else landmarks
+    low, high = points[..., :2].min(1), points[..., :2].max(1)                    # of each frame
     side = float(np.median(np.max(high - low, -1)))
-    low, high = low.reshape(-1, 2).min(0), high.reshape(-1, 2).max(0)
-    centre = (low + high)/2
-    span = float(np.max(high - low) - side)                       # how far the head travels
-    return Crop(float(centre[0]), float(centre[1] - lift*side), scale*side + span, size)
+    travel = float(np.max((high.max(0) - low.min(0)) - np.median(high - low, 0)))  # how far the head goes
+    centre = (low.min(0) + high.max(0))/2
+    return Crop(float(centre[0]), float(centre[1] - lift*side), scale*side + max(0., travel), size)
+
+
+def eye_opening(
+    landmarks: np.ndarray,      # [...,478,3] px
+) -> np.ndarray:                # [...,2] left and right (in the picture) gap over width
+    "Mean distance of the lids over the width of the eye."
+    xy, out = landmarks[..., :2], []
+    for upper, lower, (a, b) in ((LEFT_LID_UPPER, LEFT_LID_LOWER, (33, 133)), (RIGHT_LID_UPPER, RIGHT_LID_LOWER, (362, 263))):
+        gap = np.linalg.norm(xy[..., upper, :] - xy[..., lower, :], axis=-1).mean(-1)
+        out.append(gap/np.maximum(np.linalg.norm(xy[..., a, :] - xy[..., b, :], axis=-1), 1e-6))
+    return np.stack(out, -1)
+
+
+def blink(
+    landmarks: np.ndarray,              # [...,478,3] px
+    opened: float|np.ndarray|None = None,   # the person's open eye in `eye_opening`'s unit; default: from the film, at least `usual`
+    shut: float = .055,                 # what a shut eye reads
+    usual: float = .21,                 # an open eye, where nothing better is known
+) -> np.ndarray:                        # [...,2] 0 open .. 1 shut
+    "How far each eye is closed, with both ends calibrated."
+    gap = eye_opening(landmarks)
+    if opened is None: opened = np.percentile(gap, 75, axis=0) if gap.ndim == 2 and len(gap) >= 25 else usual
+    return np.clip(((opened - gap)/np.maximum(opened - shut, 1e-3) - .1)/.85, 0, 1)
+
+# %% ../nbs/05_detect.ipynb #c043
+CODES = {"background": 0, "cloth": 90, "hair": 80, "lower_lip": 120, "upper_lip": 130, "mouth": 140, "nose": 150, "right_eye": 200,
+         "left_eye": 210, "right_brow": 230, "left_brow": 240, "skin": 250}      # INSTA's, in its masks' red channel
+NOSE = [168, 122, 174, 198, 49, 48, 64, 98, 97, 2, 326, 327, 294, 278, 279, 420, 399, 351]       # a ring around the nose
+
+
+def parsing(
+    landmarks: np.ndarray,      # [478,3] px
+    matte: np.ndarray,          # [H,W] 0..1
+) -> np.ndarray:                # uint8 [H,W] of `CODES`
+    "Rough labels from matte and points: above the chin what is not face is hair, below it cloth."
+    height, width = matte.shape
+    label = np.full((height, width), CODES["hair"], np.uint8)
+    chin = float(landmarks[152, 1] + .05*(landmarks[152, 1] - landmarks[10, 1]))
+    label[max(0, round(chin)):] = CODES["cloth"]
+    canvas = Image.fromarray(label)
+    draw = ImageDraw.Draw(canvas)
+    upper, lower = OUTER_LIPS[:11] + INNER_LIPS[10::-1], OUTER_LIPS[10:] + OUTER_LIPS[:1] + [78] + INNER_LIPS[:9:-1]
+    rings = [(OVAL, "skin"), (NOSE, "nose"), (LEFT_BROW, "left_brow"), (RIGHT_BROW, "right_brow"), (LEFT_EYE, "left_eye"),
+             (RIGHT_EYE, "right_eye"), (INNER_LIPS, "mouth"), (upper, "upper_lip"), (lower, "lower_lip")]
+    for ring, name in rings: draw.polygon([(float(x) - .5, float(y) - .5) for x, y in landmarks[ring, :2]], fill=CODES[name])
+    return np.where(matte > .5, np.array(canvas), CODES["background"]).astype(np.uint8)

@@ -71,7 +71,7 @@ def test_merge_averages_overlapping_boxes():
     found = merge(boxes, np.zeros((3, 6, 2)), np.array([.9, .9, .8]))
     assert len(found) == 2
     np.testing.assert_allclose(found[0].box, [.5, 0, 10.5, 10])
-    np.testing.assert_allclose(overlap(boxes[0], boxes), [1, 9/11, 0])
+    np.testing.assert_allclose(overlap(boxes[0], boxes), [1, .9, 0])
 
 
 def test_lost_frames_are_filled_in():
