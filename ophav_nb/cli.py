@@ -20,7 +20,9 @@ PRESETS = ("smoke", "quick", "standard", "paper")
 class _Parser(argparse.ArgumentParser):
     "An argument parser that explains a mistake in one line."
     def __init__(self, *args, **kwargs): super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-    def error(self, message): raise InputError(f"{message}; `{self.prog} --help` explains the arguments")
+    def error(self, message):
+        "A mistake is the user's to mend."
+        raise InputError(f"{message}; `{self.prog} --help` explains the arguments")
 
 
 def _command(commands, name: str, what: str, examples: str, run) -> _Parser:
@@ -320,6 +322,7 @@ def _doctor(args) -> int:
 class _BarHandler(logging.Handler):
     "Writes log lines above a progress bar."
     def emit(self, record):
+        "Write one line."
         from tqdm import tqdm
         tqdm.write(self.format(record), file=sys.stderr)
 

@@ -246,7 +246,9 @@ _SAFE |= {(m, "object"): _Plain for m in ("builtins", "__builtin__")}
 
 
 class _Restricted(pickle.Unpickler):
+    "An unpickler that knows numpy's few names and no others."
     def find_class(self, module, name):
+        "What stands for this name; anything unknown is refused."
         if (module, name) in _SAFE: return _SAFE[module, name]
         if module.startswith(("chumpy.", "scipy.sparse")): return type(name, (_Plain,), {"module": module})
         raise pickle.UnpicklingError(f"{module}.{name}")
