@@ -6,170 +6,27 @@
 __all__ = ['INNER_LIPS_UPPER', 'INNER_LIPS_LOWER', 'INNER_LIPS', 'OUTER_LIPS', 'LEFT_LID_UPPER', 'LEFT_LID_LOWER',
            'RIGHT_LID_UPPER', 'RIGHT_LID_LOWER', 'LEFT_EYE', 'RIGHT_EYE', 'LEFT_IRIS', 'RIGHT_IRIS', 'IRIS',
            'LEFT_BROW', 'RIGHT_BROW', 'BROWS', 'OVAL', 'INNER_FACE', 'LID_PAIRS', 'LIP_PAIRS', 'LIPS', 'LEFT_REGION',
-           'RIGHT_REGION', 'CODES', 'NOSE', 'patch_matrix', 'patch', 'unpatch', 'GraphNet', 'load_networks', 'to_batch',
-           'cut', 'uncut', 'Face', 'overlap', 'merge', 'roi_of_landmarks', 'Networks', 'draw_landmarks', 'find_faces',
-           'one_face', 'Follower', 'fill_lost', 'guided_filter', 'foreground', 'Detector', 'head_crop', 'eye_opening',
-           'blink', 'parsing']
+           'RIGHT_REGION', 'CODES', 'NOSE', 'to_batch', 'cut', 'uncut', 'Face', 'overlap', 'merge', 'roi_of_landmarks',
+           'Networks', 'draw_landmarks', 'find_faces', 'is_human', 'yaw_of', 'one_face', 'Follower', 'fill_lost',
+           'guided_filter', 'foreground', 'Detector', 'head_crop', 'eye_opening', 'blink', 'parsing']
 
 # %% ../nbs/05_detect.ipynb #c003
-import json, logging
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 # %% ../nbs/05_detect.ipynb #c004
-from .run import InputError, asset, progress
+from .run import InputError, progress
 from .media import Crop, to_uint8
+from .nets.mediapipe import load_networks
 
 # %% ../nbs/05_detect.ipynb #c006
 log = logging.getLogger(__name__)
 
-# %% ../nbs/05_detect.ipynb #c008
-def patch_matrix(
-    points: Tensor,     # [N,P,>=2] in feature pixels
-    op: dict,           # which points, how much wider than their box, how large the patch
-) -> Tensor:            # [N,4,4]: patch pixels -> feature pixels
-    "The upright box of some points as a matrix (MediaPipe's `Landmarks2TransformMatrix`)."
-    d = points[:, op["right_rotation_idx"], :2] - points[:, op["left_rotation_idx"], :2]
-    angle = torch.atan2(d[:, 1], d[:, 0]) - op["target_rotation_radians"]
-    c, s = torch.cos(angle), torch.sin(angle)
-    turn = torch.stack([torch.stack([c, -s], -1), torch.stack([s, c], -1)], -2)
-    upright = points[:, op["subset_idxs"], :2] @ turn
-    low, high = upright.amin(1), upright.amax(1)
-    size, wider = (points.new_tensor([op[f"{a}"], op[f"{b}"]]) for a, b in (("output_width", "output_height"), ("scale_x", "scale_y")))
-    linear = turn*((high - low)*wider/size)[:, None]
-    matrix = torch.eye(4, dtype=points.dtype, device=points.device).repeat(len(points), 1, 1)
-    matrix[:, :2, :2] = linear
-    matrix[:, :2, 3] = (turn @ ((low + high)/2)[..., None] - linear @ (size/2)[:, None])[..., 0]
-    return matrix
-
-
-def patch(
-    features: Tensor,   # [N,C,H,W]
-    matrix: Tensor,     # [N,4,4] of `patch_matrix`
-    op: dict,
-) -> Tensor:            # [N,C,h,w]
-    "The feature map inside the box, zero outside the map (`TransformTensorBilinear`)."
-    y, x = (torch.arange(op[k], dtype=features.dtype, device=features.device) + .5 for k in ("output_height", "output_width"))
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
-    at = torch.einsum("nij,hwj->nhwi", matrix[:, :2, :2], grid) + matrix[:, None, None, :2, 3]
-    size = features.new_tensor([features.shape[3], features.shape[2]])
-    return F.grid_sample(features, at*2/size - 1, align_corners=False, padding_mode="zeros")
-
-
-def unpatch(
-    points: Tensor,     # [N,P,2] in patch pixels
-    matrix: Tensor,     # [N,4,4] of `patch_matrix`
-) -> Tensor:            # [N,P,2] in feature pixels
-    "Points of the patch back in the picture (`TransformLandmarks`)."
-    return torch.cat([points[..., :2] @ matrix[:, :2, :2].mT + matrix[:, None, :2, 3], points[..., 2:]], -1)
-
-# %% ../nbs/05_detect.ipynb #c009
-def _nhwc(shape: Sequence[int], x: Tensor) -> Tensor:
-    "Reshape as the original would, which keeps channels last."
-    flat = (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).reshape(list(shape))
-    return flat.permute(0, 3, 1, 2) if flat.ndim == 4 else flat
-
-
-def _unpack(block: int, x: Tensor) -> Tensor:
-    "Channels to pixels, in the original's order (block row, block column, channel)."
-    n, c, h, w = x.shape
-    x = x.reshape(n, block, block, c//block**2, h, w).permute(0, 3, 4, 1, 5, 2)
-    return x.reshape(n, c//block**2, h*block, w*block)
-
-
-_ACTIVATIONS = {None: lambda x: x, "relu": lambda x: x.relu_(), "relu6": lambda x: x.clamp_(0, 6),
-                "hardswish": lambda x: F.hardswish(x, inplace=True)}
-
-
-class GraphNet(nn.Module):
-    "A network given as a list of operations on numbered values (batches of NCHW images)."
-    def __init__(
-        self,
-        graph: dict,                 # of detector.safetensors: input, outputs, size, ops
-        weights: dict[str, Tensor],
-    ):
-        super().__init__()
-        self.graph, self.size, self.names, self.plans = graph, graph["size"], {}, {}
-        for key, value in weights.items():
-            value = value.float().contiguous(memory_format=torch.channels_last if value.ndim == 4 else torch.contiguous_format)
-            self.names[key] = key.replace(".", "_")
-            self.register_buffer(self.names[key], value, persistent=False)
-
-    def weight(self, op: dict, key: str = "weight") -> Tensor: return getattr(self, self.names[op[key]])
-
-    def plan(self, outputs: tuple) -> list:
-        "The operations that these outputs need, each with the values nobody reads after it."
-        if outputs not in self.plans:
-            needed, ops, last = set(outputs), [], {}
-            for op in reversed(self.graph["ops"]):
-                if op["out"] in needed:
-                    ops.insert(0, op)
-                    needed.update(op["in"])
-            for op in ops: last.update({i: op["out"] for i in op["in"]})
-            self.plans[outputs] = [(op, [i for i in set(op["in"]) if last[i] == op["out"] and i not in outputs]) for op in ops]
-        return self.plans[outputs]
-
-    def activate(self, op: dict, x: Tensor) -> Tensor:
-        kind = op.get("activation")
-        return F.prelu(x, self.weight(op, "slope")) if kind == "prelu" else _ACTIVATIONS[kind](x)
-
-    def conv(self, op: dict, x: Tensor) -> Tensor:
-        left, right, top, bottom = op["pad"]
-        even = left == right and top == bottom
-        x = x if even else F.pad(x, op["pad"])
-        return self.activate(op, F.conv2d(x, self.weight(op), self.weight(op, "bias"), op["stride"], (top, left) if even else 0,
-                                          1, op["groups"]))
-
-    def run(self, op: dict, x: list[Tensor]) -> Tensor:
-        "One operation."
-        match op["op"]:
-            case "conv": return self.conv(op, x[0])
-            case "add": return self.activate(op, x[0] + x[1])
-            case "mul": return x[0]*(x[1] if len(x) > 1 else self.weight(op))
-            case "prelu": return F.prelu(x[0], self.weight(op))
-            case "relu": return x[0].relu()
-            case "hardswish": return F.hardswish(x[0])
-            case "sigmoid": return x[0].sigmoid()
-            case "maxpool": return F.max_pool2d(x[0], op["kernel"], op["stride"])
-            case "meanpool": return F.avg_pool2d(x[0], op["kernel"], op["stride"])
-            case "pad": return F.pad(x[0], op["pad"])
-            case "concat": return torch.cat(x, op["axis"])
-            case "reshape": return _nhwc(op["shape"], x[0])
-            case "resize": return F.interpolate(x[0], op["size"], mode="bilinear", align_corners=op["corners"])
-            case "unpack": return _unpack(op["block"], x[0])
-            case "unconv": return F.conv_transpose2d(x[0], self.weight(op), self.weight(op, "bias"), self.weight(op).shape[2:])
-            case "same": return x[0]
-            case "patch_matrix": return patch_matrix(x[0], op)
-            case "patch": return patch(x[0], x[1], op)
-            case "unpatch": return unpatch(x[0], x[1])
-            case kind: raise NotImplementedError(f"operation {kind}")
-
-    def forward(
-        self,
-        images: Tensor,                   # [N,3,size,size]
-        outputs: tuple|None = None,       # numbers of the values wanted; default: all of the graph's outputs
-    ) -> list[Tensor]:
-        outputs = tuple(outputs or self.graph["outputs"])
-        values = {self.graph["input"]: images.contiguous(memory_format=torch.channels_last)}
-        for op, done in self.plan(outputs):
-            values[op["out"]] = self.run(op, [values[i] for i in op["in"]])
-            for i in done: del values[i]
-        return [values[i] for i in outputs]
-
 # %% ../nbs/05_detect.ipynb #c010
-def load_networks(
-    path=None,                  # the safetensors file; default: the package's own
-) -> dict[str, GraphNet]:       # short, full, mesh, matte
-    "The four networks, on the CPU."
-    with safe_open(str(path or asset("detector.safetensors")), "pt") as f:
-        graphs, weights = json.loads(f.metadata()["graphs"]), {k: f.get_tensor(k) for k in f.keys()}
-    return {n: GraphNet(g, {k: v for k, v in weights.items() if k.startswith(n + ".")}).eval() for n, g in graphs.items()}
-
-# %% ../nbs/05_detect.ipynb #c013
 INNER_LIPS_UPPER = [191, 80, 81, 82, 13, 312, 311, 310, 415]      # left to right
 INNER_LIPS_LOWER = [95, 88, 178, 87, 14, 317, 402, 318, 324]
 INNER_LIPS = [78, *INNER_LIPS_UPPER, 308, *INNER_LIPS_LOWER[::-1]]                    # a ring
@@ -188,7 +45,7 @@ INNER_FACE = [i for i in range(468) if i not in set(OVAL)]
 LID_PAIRS = list(zip(LEFT_LID_UPPER + RIGHT_LID_UPPER, LEFT_LID_LOWER + RIGHT_LID_LOWER))
 LIP_PAIRS = list(zip(INNER_LIPS_UPPER, INNER_LIPS_LOWER))
 
-# %% ../nbs/05_detect.ipynb #c014
+# %% ../nbs/05_detect.ipynb #c011
 LIPS = [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 185, 40, 39, 37, 0, 267, 269, 270, 409, 78, 95, 88, 178, 87, 14, 317, 402,
         318, 324, 308, 191, 80, 81, 82, 13, 312, 311, 310, 415, 76, 77, 90, 180, 85, 16, 315, 404, 320, 307, 306, 184, 74, 73, 72,
         11, 302, 303, 304, 408, 62, 96, 89, 179, 86, 15, 316, 403, 319, 325, 292, 183, 42, 41, 38, 12, 268, 271, 272, 407]
@@ -199,7 +56,7 @@ RIGHT_REGION = [263, 249, 390, 373, 374, 380, 381, 382, 362, 466, 388, 387, 386,
                 463, 467, 260, 259, 257, 258, 286, 414, 446, 261, 448, 449, 450, 451, 452, 453, 464, 342, 445, 444, 443, 442, 441, 413,
                 265, 353, 276, 283, 282, 295, 372, 340, 346, 347, 348, 349, 350, 357, 465, 383, 300, 293, 334, 296, 336, 285, 417]
 
-# %% ../nbs/05_detect.ipynb #c017
+# %% ../nbs/05_detect.ipynb #c014
 def to_batch(
     images,                 # uint8 [H,W,3], [N,H,W,3] or a list of such; or a float tensor [N,3,H,W] in 0..1
     device: str|torch.device = "cpu",
@@ -241,7 +98,7 @@ def uncut(
     xy = (points[..., :2] - .5)*side @ turn + rois[:, None, :2]
     return np.concatenate([xy, points[..., 2:]*side], -1).astype(np.float32)
 
-# %% ../nbs/05_detect.ipynb #c019
+# %% ../nbs/05_detect.ipynb #c016
 @dataclass(eq=False)
 class Face:
     "A face in a picture."
@@ -295,7 +152,7 @@ def merge(
         left = left[~same]
     return faces
 
-# %% ../nbs/05_detect.ipynb #c020
+# %% ../nbs/05_detect.ipynb #c017
 def roi_of_landmarks(
     landmarks: np.ndarray,      # [N,478,3]
     wider: float = 1.5,         # side of the square in sides of the face's box
@@ -310,7 +167,7 @@ def roi_of_landmarks(
     centre = np.einsum("nij,nj->ni", turn, (low + high)/2)
     return np.concatenate([centre, wider*(high - low).max(1, keepdims=True), angle[:, None]], 1).astype(np.float32)
 
-# %% ../nbs/05_detect.ipynb #c022
+# %% ../nbs/05_detect.ipynb #c019
 class Networks:
     "The four networks on a device; about two million numbers, loaded in a tenth of a second."
     def __init__(
@@ -377,7 +234,7 @@ def _decode(raw: np.ndarray, scores: np.ndarray, anchors: np.ndarray, roi: np.nd
     place = lambda p: (p - .5)*roi[2] + roi[:2]
     return merge(place(corners).reshape(-1, 4), place(points), scores[k])
 
-# %% ../nbs/05_detect.ipynb #c025
+# %% ../nbs/05_detect.ipynb #c022
 def draw_landmarks(
     image: np.ndarray,          # uint8 [H,W,3]
     landmarks: np.ndarray,      # [478,3] or [N,478,3] px
@@ -394,7 +251,7 @@ def draw_landmarks(
             draw.ellipse([x - .5 - radius, y - .5 - radius, x - .5 + radius, y - .5 + radius], fill=tuple(int(c) for c in colour))
     return np.array(picture)
 
-# %% ../nbs/05_detect.ipynb #c028
+# %% ../nbs/05_detect.ipynb #c025
 def _tiles(
     height: int, width: int,
     parts: int,             # tiles on the longer side, before they overlap
@@ -429,7 +286,7 @@ def find_faces(
         return sorted(merge(boxes, points, np.array([f.score for f in found])), key=lambda f: f.box[0] + f.box[2])
     return []
 
-# %% ../nbs/05_detect.ipynb #c031
+# %% ../nbs/05_detect.ipynb #c028
 def _settle(networks: Networks, image: np.ndarray, faces: list[Face], passes: int = 2) -> list[Face]:
     "The faces with landmarks; each pass looks again at the square that the points before it give."
     points, presence = networks.landmarks(image, faces)
@@ -437,47 +294,75 @@ def _settle(networks: Networks, image: np.ndarray, faces: list[Face], passes: in
     return [replace(f, landmarks=p, presence=float(v)) for f, p, v in zip(faces, points, presence)]
 
 
-def _none_found(networks: Networks, image: np.ndarray) -> InputError:
-    "Why there is no face: perhaps the picture lies on its side."
-    for turns, side in ((1, "to the right"), (3, "to the left"), (2, "upside down")):
-        found = find_faces(networks, np.ascontiguousarray(np.rot90(image, turns)), .7, thorough=False)
-        if found:
-            how = "turn it by 180 degrees" if turns == 2 else f"turn it by 90 degrees {'to the left' if turns == 1 else 'to the right'}"
-            return InputError(f"no upright face found: the picture seems to {'stand ' if turns == 2 else 'lie turned '}{side}; {how}")
+def is_human(
+    networks: Networks,
+    image: np.ndarray,      # uint8 [H,W,3]
+    face: Face,             # with landmarks
+) -> bool:
+    "Whether a second look, upright and wider, sees a whole face again."
+    roi = roi_of_landmarks(face.landmarks[None])
+    wider = roi*np.float32([1, 1, 1.15, 1])
+    if min(face.presence, networks.landmarks(image, wider)[1][0]) < .8: return False
+    found = networks.boxes(to_batch(image, networks.device), roi*np.float32([1, 1, 1.35, 1]), "short", .7)[0]
+    return len(found) > 0
+
+
+def yaw_of(
+    landmarks: np.ndarray,      # [478,3] px
+) -> float:                     # radians; positive when the subject looks to the right of the picture
+    "How far the face is turned away, from the outer corners of the eyes and their rough depth."
+    d = landmarks[263] - landmarks[33]
+    return float(np.arctan2(d[2], np.hypot(d[0], d[1])))
+
+
+def _none_found(networks: Networks, image: np.ndarray, found: bool) -> InputError:
+    "Why there is no face: perhaps the picture is turned."
+    advice = {1: "lies on its side; turn it by 90 degrees to the left", 2: "stands on its head; turn it by 180 degrees",
+              3: "lies on its side; turn it by 90 degrees to the right"}
+    turned = {k: find_faces(networks, np.ascontiguousarray(np.rot90(image, k)), .75, thorough=False) for k in advice}
+    best = max(turned, key=lambda k: max((f.score for f in turned[k]), default=0.))
+    if turned[best]: return InputError(f"no upright face found: the picture {advice[best]}")
+    if found: return InputError("no whole human face seen from the front in the picture (an animal, a drawing, a part of a face?); use "
+                                "another portrait")
     return InputError("no face found in the picture; use a portrait that shows the whole face from the front")
+
+
+def _choose(faces: list[Face], face: int|None) -> Face:
+    "The face meant by its number, or the only one that counts."
+    if face is not None and not 1 <= face <= len(faces):
+        raise InputError(f"there is no face {face}: the picture has {len(faces)}, numbered from 1 at the left")
+    if face is not None: return faces[face - 1]
+    widest = max(f.width for f in faces)
+    near = [(i, f) for i, f in enumerate(faces, 1) if f.width > .3*widest]         # passers-by far behind do not count
+    if len(near) < len(faces): log.info("%d small faces in the background are left out", len(faces) - len(near))
+    if len(near) == 1: return near[0][1]
+    sizes = ", ".join(f"{i} ({f.width:.0f} px wide)" for i, f in near)
+    raise InputError(f"the picture shows {len(near)} faces, from left to right {sizes}; choose one with --face N")
 
 
 def one_face(
     networks: Networks,
     image: np.ndarray,          # uint8 [H,W,3]
     face: int|None = None,      # which of several, numbered from 1 at the left
-    smallest: float = 48.,      # px: narrower faces are refused
+    smallest: float = 48.,      # px: narrower faces are refused, in a picture that is small itself those below 3/4 of it
 ) -> Face:                      # with landmarks
     "The one face of a portrait, or an error that says what is wrong with the picture."
     found = find_faces(networks, image)
-    if not found: raise _none_found(networks, image)
-    real = [f for f in _settle(networks, image, found) if f.presence > .5]
-    if not real: raise InputError("what looks like a face there is not a human face seen from the front; use another portrait")
-    widest = max(f.width for f in real)
-    if face is None and len(real) > 1:                     # passers-by far behind do not count
-        near = [f for f in real if f.width > .3*widest]
-        if len(near) < len(real): log.info("%d small faces in the background are left out", len(real) - len(near))
-        if len(near) > 1:
-            sizes = ", ".join(f"{real.index(f) + 1} ({f.width:.0f} px wide)" for f in near)
-            raise InputError(f"the picture shows {len(near)} faces, from left to right {sizes}; choose one with --face N")
-        real, face = near, 1
-    if face is not None and not 1 <= face <= len(real):
-        raise InputError(f"there is no face {face}: the picture has {len(real)}, numbered from 1 at the left")
-    best = real[(face or 1) - 1]
-    share = best.width/min(image.shape[:2])
-    if best.width < (smallest if share < .15 or min(image.shape[:2]) < 160 else .75*smallest):    # a small picture is all there is
+    real = [f for f in _settle(networks, image, found) if is_human(networks, image, f)] if found else []
+    if not real: raise _none_found(networks, image, len(found) > 0)
+    best, size = _choose(real, face), min(image.shape[:2])
+    if best.width < (.75*smallest if 160 <= size < best.width/.15 else smallest):
         raise InputError(f"the face is only {best.width:.0f} px wide; use a larger picture ({smallest:.0f} px is the least, "
                          "200 px and more look good)")
-    if best.width < 100: log.warning("the face is only %.0f px wide: the avatar will be soft", best.width)
-    if abs(best.roi[3]) > np.radians(50): raise InputError("the head lies on its side; turn the picture upright")
+    if abs(roi_of_landmarks(best.landmarks[None])[0, 3]) > np.radians(50):
+        raise InputError("the head lies on its side; turn the picture upright")
+    yaw = np.degrees(yaw_of(best.landmarks))
+    if abs(yaw) > 45: raise InputError(f"the face is turned away by about {abs(yaw):.0f} degrees; use a portrait taken from the front")
+    if best.width < 80: log.warning("the face is only %.0f px wide: the avatar will be soft", best.width)
+    if abs(yaw) > 30: log.warning("the face is turned by about %.0f degrees: its far side will be guessed", abs(yaw))
     return best
 
-# %% ../nbs/05_detect.ipynb #c034
+# %% ../nbs/05_detect.ipynb #c031
 class Follower:
     "One person's landmarks through a film that comes in pieces."
     def __init__(
@@ -555,7 +440,7 @@ def fill_lost(
     w = np.where(b > a, (t - a)/np.maximum(b - a, 1), 0.).astype(np.float32).reshape(-1, *[1]*(values.ndim - 1))
     return np.where(ok.reshape(w.shape), values, values[a]*(1 - w) + values[b]*w).astype(values.dtype)
 
-# %% ../nbs/05_detect.ipynb #c037
+# %% ../nbs/05_detect.ipynb #c034
 def _box(x: Tensor, radius: int) -> Tensor:
     "Mean over a square window."
     x, k = F.pad(x, (radius,)*4, mode="reflect"), 2*radius + 1
@@ -609,7 +494,7 @@ def foreground(
         own = (f + alpha*(batch - alpha*f - (1 - alpha)*under)).clamp(0, 1)
     return to_uint8(np.ascontiguousarray(own.permute(0, 2, 3, 1).numpy())).reshape(images.shape)
 
-# %% ../nbs/05_detect.ipynb #c039
+# %% ../nbs/05_detect.ipynb #c036
 class Detector(Networks):
     "Faces, landmarks and mattes of pictures and films."
     def faces(
@@ -659,7 +544,7 @@ class Detector(Networks):
             out.append(full[:, 0].cpu().numpy())
         return np.concatenate(out)
 
-# %% ../nbs/05_detect.ipynb #c042
+# %% ../nbs/05_detect.ipynb #c039
 def head_crop(
     landmarks: np.ndarray,      # [478,3] or [T,478,3] image px
     size: int = 512,            # px of the crop
@@ -697,7 +582,7 @@ def blink(
     if opened is None: opened = np.percentile(gap, 75, axis=0) if gap.ndim == 2 and len(gap) >= 25 else usual
     return np.clip(((opened - gap)/np.maximum(opened - shut, 1e-3) - .1)/.85, 0, 1)
 
-# %% ../nbs/05_detect.ipynb #c043
+# %% ../nbs/05_detect.ipynb #c040
 CODES = {"background": 0, "cloth": 90, "hair": 80, "lower_lip": 120, "upper_lip": 130, "mouth": 140, "nose": 150, "right_eye": 200,
          "left_eye": 210, "right_brow": 230, "left_brow": 240, "skin": 250}      # INSTA's, in its masks' red channel
 NOSE = [168, 122, 174, 198, 49, 48, 64, 98, 97, 2, 326, 327, 294, 278, 279, 420, 399, 351]       # a ring around the nose

@@ -1,13 +1,15 @@
 """Networks against the originals' outputs, faces and points on the astronaut."""
 from pathlib import Path
 
+import ophav_nb  # noqa: F401  (before torch: it sets how threads wait)
 import numpy as np
 import pytest
 import torch
 
-from ophav_nb.detect import (IRIS, LEFT_IRIS, RIGHT_IRIS, Detector, Face, cut, fill_lost, head_crop, load_networks, merge, overlap,
-                             roi_of_landmarks, to_batch, uncut)
-from ophav_nb.media import read_image
+from ophav_nb.detect import (INNER_LIPS, IRIS, LEFT_IRIS, RIGHT_IRIS, Detector, blink, cut, eye_opening, fill_lost, foreground, head_crop,
+                             merge, overlap, parsing, roi_of_landmarks, to_batch, uncut)
+from ophav_nb.media import read_image, resize
+from ophav_nb.nets.mediapipe import load_networks
 from ophav_nb.run import InputError
 
 # What MediaPipe 0.10.21's own calculator graph (its inference calculator with its custom operations) gives for the pieces of the
@@ -88,3 +90,70 @@ def test_no_face_and_several_faces_say_what_to_do(detector, image):
     assert detector.one(two, face=2).box[0] > 400
     with pytest.raises(InputError, match="no face 3"):
         detector.one(two, face=3)
+
+
+def test_a_cat_is_refused(detector):
+    from skimage.data import chelsea
+    with pytest.raises(InputError, match="human"):
+        detector.one(chelsea())
+
+
+def test_a_small_face_in_a_large_picture_is_found(detector, image):
+    large = np.full((1000, 1500, 3), 150, np.uint8)
+    large[600:856, 1200:1456] = resize(image, 256)
+    face = detector.one(large)
+    np.testing.assert_allclose(face.landmarks[:, :2], detector.one(image).landmarks[:, :2]/2 + [1200, 600], atol=3)
+
+
+def test_a_face_that_fills_the_picture_is_found(detector, image, face):
+    points = detector.one(image[85:170, 180:272]).landmarks
+    np.testing.assert_allclose(points[:, :2] + [180, 85], face.landmarks[:, :2], atol=4)
+
+
+@pytest.mark.parametrize("size, fine", [(200, True), (150, False)])
+def test_small_portraits(detector, image, size, fine):
+    if fine: assert detector.one(resize(image, size)).presence > .9
+    else:
+        with pytest.raises(InputError, match="only .. px wide"):
+            detector.one(resize(image, size))
+
+
+def test_turned_pictures_are_named(detector, image):
+    with pytest.raises(InputError, match="on its side"):
+        detector.one(np.ascontiguousarray(np.rot90(image)))
+    with pytest.raises(InputError, match="on its head"):
+        detector.one(np.ascontiguousarray(np.rot90(image, 2)))
+
+
+def test_film_marks_lost_frames_and_goes_on(detector, image):
+    shifts = [(3*t, -2*t) for t in range(11)]
+    film = [np.roll(image, (dy, dx), (0, 1)) for dx, dy in shifts]
+    film[4] = np.zeros_like(image)
+    points, ok = detector.film(film)
+    assert np.flatnonzero(~ok).tolist() == [4]
+    still = points[:, :468, :2] - np.array(shifts)[:, None]
+    assert np.abs(still - still[0]).mean() < .6
+    with pytest.raises(InputError, match="film"):
+        detector.film([np.zeros_like(image)]*3)
+
+
+def test_matte_covers_the_head(detector, image, face):
+    matte = detector.matte(image)[0]
+    assert matte.shape == image.shape[:2] and matte[0, 0] < .05
+    y, x = face.landmarks[:, 1].astype(int), face.landmarks[:, 0].astype(int)
+    assert np.percentile(matte[y, x], 5) > .9
+    assert foreground(image, matte).shape == image.shape
+
+
+def test_crop_blink_and_parsing(image, face):
+    crop = head_crop(face.landmarks, 200)
+    assert (crop.points(face.landmarks[:, :2]) > 0).all() and (crop.points(face.landmarks[:, :2]) < 200).all()
+    film = np.stack([face.landmarks, face.landmarks + 40])
+    assert head_crop(film, 200).side > crop.side
+    assert blink(face.landmarks).max() < .1 and eye_opening(face.landmarks).shape == (2,)
+    shut = face.landmarks.copy()
+    shut[:, 1] = 0
+    assert blink(shut).min() > .9
+    label = parsing(face.landmarks, np.ones(image.shape[:2], np.float32))
+    x, y = face.landmarks[INNER_LIPS, :2].mean(0).astype(int)
+    assert label[y, x] == 140 and label[0, 0] == 80
