@@ -15,7 +15,7 @@ import io
 import json
 import logging
 import time
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -36,6 +36,9 @@ from .track import Track
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/18_inspect.ipynb #c007
+@lru_cache(maxsize=1)
+def _head(): return HeadModel.load()
+
 class RunView:
     "What a run folder holds, for reading."
     def __init__(self,
@@ -78,8 +81,8 @@ class RunView:
     @property
     def choice(self) -> dict: return self.numbers('rounds', 'choice.json')
 
-    @cached_property
-    def head(self) -> HeadModel: return HeadModel.load()
+    @property
+    def head(self) -> HeadModel: return _head()
 
     def portrait(self) -> np.ndarray|None:
         "The crop, uint8 [S, S, 3]."

@@ -1,0 +1,147 @@
+"Widgets over a toy run: what they show, what they show of a run that is not finished, their still pictures; the report."
+import ophav_nb  # noqa: F401, before torch: it decides about threads
+import base64
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ophav_nb.inspect import (Curves, RunView, check_numbers, example_run, inspect_coarse, inspect_drift, inspect_fit, inspect_run,
+                              joined, overlay, rounds_strip, training_curves, write_report)
+from ophav_nb.run import InputError
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    return example_run(tmp_path_factory.mktemp('inspect')/'run', frames=6, size=96, fit=False)
+
+
+def controls(panel, kind):
+    found, todo = [], [panel]
+    while todo:
+        w = todo.pop(0)
+        if type(w).__name__ == kind: found.append(w)
+        todo += list(getattr(w, 'children', ()))
+    return found
+
+
+def shown(widget): return np.asarray(Image.open(io.BytesIO(widget.value)))
+
+
+def test_coarse_frames_follow_the_slider(run):
+    panel = inspect_coarse(run)
+    image, slider, box = controls(panel, 'Image')[0], controls(panel, 'IntSlider')[0], controls(panel, 'Checkbox')[0]
+    assert slider.max == 5 and shown(image).shape[0] == 96
+    first = shown(image)
+    slider.value = 2
+    assert np.abs(shown(image).astype(int) - first).max() > 50
+    plain = shown(image)
+    box.value = True
+    assert np.abs(shown(image).astype(int) - plain).max() > 50
+
+
+def test_fit_opacity_and_landmarks(run):
+    panel = inspect_fit(run)
+    image, opacity, box = controls(panel, 'Image')[0], controls(panel, 'FloatSlider')[0], controls(panel, 'Checkbox')[0]
+    box.value, opacity.value = False, 0
+    plain = RunView(run).portrait()
+    assert np.abs(shown(image).astype(int) - plain).mean() < 3
+    box.value = True
+    red = (shown(image).astype(int) - plain)[..., 0]
+    assert (red > 60).sum() > 20
+    assert 'landmark error' in controls(panel, 'HTML')[0].value
+
+
+def test_drift(run):
+    view, panel = RunView(run), inspect_drift(run)
+    assert rounds_strip(view, 0)[1] == ['coarse', 'round 0', 'round 1', 'round 2']
+    images, sliders = controls(panel, 'Image'), controls(panel, 'IntSlider')
+    before = [im.value for im in images]
+    sliders[0].value = sliders[1].value = 1
+    assert all(a != im.value for a, im in zip(before, images))
+    border = controls(panel, 'FloatSlider')[0]
+    before = images[1].value
+    border.value = .9
+    assert images[1].value != before
+    assert any('18% sharper' in h.value for h in controls(panel, 'HTML'))
+    assert len(controls(panel, 'FigureWidget')) == 1
+
+
+def test_check_numbers_are_those_of_rounds():
+    "The same frames as `rounds.make_check` would choose."
+    import inspect as python_inspect
+    from ophav_nb import rounds
+    source = python_inspect.getsource(rounds.make_check)
+    assert 'max(4, frames//3)' in source and 'np.linspace(0, total - 1' in source, 'rounds.make_check changed: check_numbers must follow'
+    assert list(check_numbers(6, 8)) == [0, 2, 3, 5, 1, 2, 3, 4] and len(check_numbers(300, 16)) == 16
+
+
+def test_still_pictures(run):
+    for panel in (inspect_coarse(run), inspect_fit(run), training_curves(run), inspect_drift(run), inspect_run(run)):
+        data, _ = panel._repr_mimebundle_()
+        assert 'application/vnd.jupyter.widget-view+json' in data
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(data['image/png']))).convert('RGB'))
+        assert picture.shape[1] <= 900 and picture.std() > 10 and len(data['image/png']) < 600_000
+
+
+def test_curves_live():
+    curves = Curves(every=0.)
+    assert curves.still() is None
+    for step in range(1, 6): curves(dict(step=step, loss=1/step, psnr=float(step), samples_per_second=1e5, memory_mb=5.))
+    assert list(curves.figure.data[0].x) == [1, 2, 3, 4, 5] and curves.figure.data[1].y[-1] == 5. and 'loss 0.2' in curves.text.value
+    slow = Curves(every=1e9)
+    slow(dict(step=1, loss=1.))
+    slow(dict(step=2, loss=1.))
+    assert len(slow.figure.data[0].x or ()) <= 1
+    slow.redraw()
+    assert len(slow.figure.data[0].x) == 2
+    curves(dict(step=6, loss=float('nan'), psnr=None))
+    assert curves.still().ndim == 3
+    assert joined({0: [], 1: [dict(step=2, psnr=3.)]}, 'psnr') == ([2], [3.])
+
+
+def test_curves_from_files(run, tmp_path):
+    assert len(training_curves(run).rows) == 3
+    log = tmp_path/'log.jsonl'
+    log.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')       # cut off by a kill
+    assert training_curves(log).rows == {0: [dict(step=1, loss=.5)]}
+
+
+@pytest.mark.parametrize('gone', [['rounds', 'motion'], ['rounds', 'coarse', 'motion', 'track'], ['rounds', 'coarse', 'motion', 'track', 'portrait'],
+                                  ['rounds/1', 'rounds/2/restored', 'rounds/choice.json']])
+def test_unfinished_runs_open(run, tmp_path, gone):
+    folder = tmp_path/'run'
+    shutil.copytree(run, folder)
+    for name in gone: (shutil.rmtree if (folder/name).is_dir() else lambda p: p.unlink())(folder/name)
+    panel = inspect_run(folder)
+    panel.still()
+    assert 'Synthetic' in write_report(folder).read_text()
+
+
+def test_not_a_run(tmp_path):
+    with pytest.raises(InputError, match='run.json'): inspect_run(tmp_path)
+
+
+def test_overlay_draws_the_mesh_where_it_is(run):
+    view = RunView(run)
+    image = np.full((96, 96, 3), 255, np.uint8)
+    out = overlay(image, view.track.vertices(view.head, 0), view.track.camera, view.head, 1.)
+    rows, cols = np.nonzero((out != 255).any(-1))
+    x, y = view.track.camera.project(view.track.vertices(view.head, 0))[:, :2].T
+    assert abs(cols.mean() - np.clip(x, 0, 95).mean()) < 8 and abs(rows.min() - max(y.min(), 0)) < 2
+
+
+def test_report_is_one_file_and_says_what_it_is(run, tmp_path):
+    (run/'video.mp4').write_bytes(b'\0'*100)
+    info = json.loads((run/'run.json').read_text())
+    info['parameters'].update(portrait='/home/anna/pictures/<b>me & you.jpg', coarse=None)
+    (run/'run.json').write_text(json.dumps(info))
+    page = write_report(run, tmp_path/'page.html').read_text()
+    assert '<meta name="synthetic-media" content="true">' in page and 'not recordings' in page
+    assert '<b>me' not in page and '&lt;b&gt;me' in page and '/home/anna' not in page
+    assert 'data:video/mp4' in page and page.count('data:image/') == 4
+    assert not [line for line in page.split('"') if line.startswith('http')]
+    assert 'class=chosen' in page
