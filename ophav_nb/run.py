@@ -107,6 +107,7 @@ def pick_device(
     "The device to compute on: CUDA if there is one and 'auto' is asked for."
     import torch
     if device == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda", "mps"): raise InputError(f"unknown device '{device}'; choose auto, cpu, or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
     return device
@@ -116,6 +117,7 @@ def file_hash(
     path: str|Path,
 ) -> str:
     "sha256 of a file."
+    if not Path(path).is_file(): raise InputError(f"{path}: no such file")
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 
