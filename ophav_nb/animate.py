@@ -19,11 +19,12 @@ from numba import prange
 from scipy import ndimage as ndi
 from scipy import sparse
 from scipy.sparse.linalg import spsolve
+from scipy.interpolate import RBFInterpolator
 from scipy.spatial import cKDTree
 from skimage.draw import polygon as fill_polygon
 
 # %% ../nbs/08_animate.ipynb #c004
-from .detect import INNER_LIPS, OUTER_LIPS, OVAL
+from .detect import INNER_FACE, INNER_LIPS, OUTER_LIPS, OVAL
 from .geometry import (Camera, axis_angle_to_matrix, interpolate, kernel, push_pull, rasterize, sample_bilinear,
                                vertex_normals)
 from .head import HeadModel, Motion
@@ -58,11 +59,16 @@ def polygon_mask(
     fine: int = 4,     # samples along a pixel
 ) -> np.ndarray:       # float32 [H, W], 0..1, with soft edges a pixel wide
     "A filled outline, grown or shrunk."
-    mask = np.zeros((height*fine, width*fine), bool)
-    mask[fill_polygon(np.asarray(points)[:, 1]*fine - .5, np.asarray(points)[:, 0]*fine - .5, mask.shape)] = True
+    points, out, margin = np.asarray(points, np.float64), np.zeros((height, width), np.float32), math.ceil(abs(grow)) + 2
+    x0, y0 = np.clip(np.floor(points.min(0)).astype(int) - margin, 0, [width, height])
+    x1, y1 = np.clip(np.ceil(points.max(0)).astype(int) + margin, 0, [width, height])
+    if x1 <= x0 or y1 <= y0: return out
+    mask = np.zeros(((y1 - y0)*fine, (x1 - x0)*fine), bool)
+    mask[fill_polygon((points[:, 1] - y0)*fine - .5, (points[:, 0] - x0)*fine - .5, mask.shape)] = True
     if grow > 0: mask = ndi.distance_transform_edt(~mask) <= grow*fine
     if grow < 0: mask = ndi.distance_transform_edt(mask) > -grow*fine
-    return mask.reshape(height, fine, width, fine).mean((1, 3), dtype=np.float32)
+    out[y0:y1, x0:x1] = mask.reshape(y1 - y0, fine, x1 - x0, fine).mean((1, 3), dtype=np.float32)
+    return out
 
 def bleed(
     image,             # [H, W, 3]
@@ -83,6 +89,7 @@ class NeckCut:
     "The line under the chin where a head ends. It moves with the head's pose alone, never with the face (measured: a cut that follows the jaw flickers)."
     HEIGHTS = np.array([-1.9, -1.35, -.9, -.3, .5, 2.5])   # above the eyes, in distances between the eyes
     WIDTHS = np.array([.05, .10, .18, .35, 1.0, 1.2])      # kept around the mesh there, the same unit
+    TIGHT = np.array([0, .01, .03, .3, 1.0, 1.2])          # where a body is under it, which shows the neck
 
     def __init__(self,
         head: HeadModel,
@@ -103,8 +110,9 @@ class NeckCut:
         self.eyes = J[3:5].astype(np.float64)
 
     def reserve(self,
-        camera: Camera,  # in the head's space
-    ) -> np.ndarray:     # pixels at the camera's size, positive inside, float32 [H, W]
+        camera: Camera,       # in the head's space
+        tight: bool = False,  # along the jaw itself
+    ) -> np.ndarray:          # pixels at the camera's size, positive inside, float32 [H, W]
         "How far a pixel is inside the cut."
         scale = self.resolution/max(camera.width, camera.height)
         small = camera.resized(max(1, round(camera.width*scale)), max(1, round(camera.height*scale)))
@@ -115,7 +123,7 @@ class NeckCut:
         unit = max(np.linalg.norm(q[0] - q[1]), .75*np.linalg.norm(q[3] - q[2])/.03*np.linalg.norm(self.eyes[0] - self.eyes[1]))
         up = (q[3] - q[2])/np.linalg.norm(q[3] - q[2])
         y, x = np.mgrid[:small.height, :small.width] + .5
-        wide = np.interp(((x - q[2, 0])*up[0] + (y - q[2, 1])*up[1])/unit, self.HEIGHTS, self.WIDTHS)*unit
+        wide = np.interp(((x - q[2, 0])*up[0] + (y - q[2, 1])*up[1])/unit, self.HEIGHTS, self.TIGHT if tight else self.WIDTHS)*unit
         return resize_field((wide - away)/scale, camera.height, camera.width)
 
     def __call__(self,
@@ -162,9 +170,12 @@ def without_mouth(
     "Lips closed over the mouth: what lies between them is filled with their own colour, so that no tooth sticks to a lip."
     h, w = image.shape[:2]
     unit = np.linalg.norm(landmarks[78, :2] - landmarks[308, :2])/60
-    hole = polygon_mask(landmarks[INNER_LIPS, :2], h, w, grow=.8 + .6*unit)
-    lips = polygon_mask(landmarks[OUTER_LIPS, :2], h, w, grow=-.3*unit)
-    filled = push_pull(image, np.clip(lips*(1 - hole), 0, 1)*(hole < .05))
+    hole = polygon_mask(landmarks[INNER_LIPS, :2], h, w, grow=.8 + .5*unit)
+    lips = polygon_mask(landmarks[OUTER_LIPS, :2], h, w, grow=.5*unit)
+    known = (hole < .02) & (lips > .5)
+    if not known.any(): return np.asarray(image, np.float32)
+    i, j = ndi.distance_transform_edt(~known, return_distances=False, return_indices=True)
+    filled = blurred(image[i, j], .5*unit)
     return (image*(1 - hole[..., None]) + filled*hole[..., None]).astype(np.float32)
 
 def draw_curve(
@@ -226,7 +237,7 @@ def whole_eyes(
         wide = np.linalg.norm(o[0] - o[8])
         r = np.linalg.norm(landmarks[eye['iris'][1:], :2] - c, axis=1).mean()*1.06
         inside = polygon_mask(o, h, w, grow=-.02*wide) > .6
-        top = np.roll(inside, int(round(.05*wide)), axis=0)                      # the upper lid's shadow and lashes are not the eye's
+        top = np.roll(inside, int(round(.08*wide)), axis=0)                      # the upper lid's shadow and lashes are not the eye's
         known = inside & top
         rho = np.hypot(xx - c[0], yy - c[1])
         iris = np.clip(r - rho + .5, 0, 1)[..., None]
@@ -287,7 +298,8 @@ def depth_shell(
     h, w = alpha.shape
     step = max(1, h//128)
     small = lambda a: a[step//2::step, step//2::step]
-    inside = small(alpha) > .4
+    label, n = ndi.label(small(alpha) > .4)
+    inside = label == 1 + np.argmax(ndi.sum_labels(np.ones(label.shape), label, np.arange(1, n + 1))) if n else label > 0
     bulge = inflate(inside, small(person) > .4)*step
     mesh = small(depth)
     trusted = (mesh > 0) & inside
@@ -304,7 +316,8 @@ def depth_shell(
     full = resize_field(ndi.gaussian_filter(shell[i, j], .7), h, w)
     weight = ndi.gaussian_filter(ndi.binary_erosion(depth > 0, iterations=2).astype(np.float32), 2)
     blend = np.where(depth > 0, depth, full)
-    return (blend*weight + full*(1 - weight)).astype(np.float32)
+    low, high = np.quantile(mesh[trusted], [0, 1])
+    return np.clip(blend*weight + full*(1 - weight), low - .04, high + .12).astype(np.float32)
 
 # %% ../nbs/08_animate.ipynb #c015
 @kernel(inline=True)
@@ -330,27 +343,28 @@ def _look1(image, x, y):
 
 @kernel(parallel=True)
 def _paint_sheet(face, bary, faces, source, image, alpha, out):
-    "The portrait's pixels carried along, premultiplied."
+    "The portrait's pixels carried along, over what is there, premultiplied."
     h, w = face.shape
     for y in prange(h):
         for x in range(w):
             f = face[y, x]
-            if f < 0:
-                out[y, x, 0] = out[y, x, 1] = out[y, x, 2] = out[y, x, 3] = np.float32(0)
-                continue
+            if f < 0: continue
             p, q, r = faces[f, 0], faces[f, 1], faces[f, 2]
             a, b, c = bary[y, x, 0], bary[y, x, 1], bary[y, x, 2]
             sx = a*source[p, 0] + b*source[q, 0] + c*source[r, 0]
             sy = a*source[p, 1] + b*source[q, 1] + c*source[r, 1]
             cr, cg, cb = _look(image, sx, sy)
             t = _look1(alpha, sx, sy)
-            out[y, x, 0], out[y, x, 1], out[y, x, 2], out[y, x, 3] = cr*t, cg*t, cb*t, t
+            out[y, x, 0] = out[y, x, 0]*(1-t) + cr*t
+            out[y, x, 1] = out[y, x, 1]*(1-t) + cg*t
+            out[y, x, 2] = out[y, x, 2]*(1-t) + cb*t
+            out[y, x, 3] = out[y, x, 3]*(1-t) + t
 
 _SKIN, _EYE, _MOUTH, _TEETH = 0, 1, 2, 3
 
 @kernel(parallel=True)
 def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, alpha, out):
-    "The face over the sheet. fixed: place in the portrait (2), place with lids shut (2), seen; moving: lids' weight, own colour (3), opacity."
+    "The face over the sheet. fixed: place (2), place with lids shut (2), seen, tooth, twin's place (2), seen there, its light; moving: lids' weight, own colour (3), opacity."
     h, w = face.shape
     for y in prange(h):
         for x in range(w):
@@ -372,6 +386,12 @@ def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, alpha,
             else:
                 seen = a*fixed[p, 4] + b*fixed[q, 4] + c*fixed[r, 4]
                 cr, cg, cb = own_r, own_g, own_b
+                twin = a*fixed[p, 8] + b*fixed[q, 8] + c*fixed[r, 8]
+                if seen < 1 and twin > 0:
+                    kr, kg, kb = _look(skin, a*fixed[p, 6] + b*fixed[q, 6] + c*fixed[r, 6], a*fixed[p, 7] + b*fixed[q, 7] + c*fixed[r, 7])
+                    light = (kr + kg + kb)/max(a*fixed[p, 9] + b*fixed[q, 9] + c*fixed[r, 9], np.float32(.05))
+                    light = 1 + twin*(min(max(light, np.float32(.6)), np.float32(1.35)) - 1)
+                    cr, cg, cb = cr*light, cg*light, cb*light
                 if seen > 0:
                     kr, kg, kb = _look(skin, sx, sy)
                     shut = a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0]
@@ -386,7 +406,7 @@ def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, alpha,
                 if kind[f] == _TEETH:                                     # the gaps between teeth
                     u = a*fixed[p, 5] + b*fixed[q, 5] + c*fixed[r, 5]
                     u = (u - np.round(u))*np.float32(9)
-                    u = np.float32(1) - np.float32(.30)*np.exp(-u*u)
+                    u = np.float32(1) - np.float32(.16)*np.exp(-u*u)
                     cr, cg, cb = cr*u, cg*u*(np.float32(.25) + np.float32(.75)*u), cb*u*(np.float32(.25) + np.float32(.75)*u)
             out[y, x, 0] = out[y, x, 0]*(1-t) + cr*t
             out[y, x, 1] = out[y, x, 1]*(1-t) + cg*t
@@ -481,7 +501,8 @@ class MeshAnimator:
         self._setup_own_colours()
         self._setup_sheet()
         self._setup_teeth()
-        self._plate = None
+        self._setup_back()
+        self._ground, self._state = None, (self.V0, self.A0)
 
     # --- geometry -----------------------------------------------------------------------------------------------------------
     def vertices(self,
@@ -514,6 +535,8 @@ class MeshAnimator:
         self.kind[inside] = _MOUTH
         self.kind[self._region('upper_teeth') | self._region('lower_teeth')] = _TEETH
         self.camera0 = self.camera.moved(self.A0)
+        self.eye_vertices = np.zeros(len(self.V0), bool)
+        self.eye_vertices[f[self.kind == _EYE]] = True
         P = self.P0 = self.camera0.project(self.V0.astype(np.float64))
         h, w = self.image.shape[:2]
         self.raster0 = rasterize(P, f, h, w)
@@ -521,26 +544,50 @@ class MeshAnimator:
         visible = P[:, 2] < sample_bilinear(near[..., None], P[:, 0], P[:, 1])[..., 0] + .004
         self.normals0 = vertex_normals(self.V0, f)
         facing = self._facing(self.V0, self.normals0, self.camera0)
+        for k in range(3): visible[f[:, k][~visible[f].all(1)]] = False           # the rim of what is hidden is not to be trusted
         self.seen = (smoothstep(.10, .38, facing)*visible).astype(np.float32)
         self.skin_vertices = np.unique(f[self.kind == _SKIN])
         self.face_mask = self._face_mask()
+        self.T0 = self.P0[:, :2] + self._misfit(self.P0)
+        self.opening = self._around_openings()
 
     def _facing(self, V, N, camera) -> np.ndarray:
         "Cosine between normal and the way to the camera."
         d = camera.c2w[:3, 3].astype(np.float32) - V
         return (N*d).sum(-1)/np.maximum(np.linalg.norm(d, axis=-1)*np.linalg.norm(N, axis=-1), 1e-9)
 
+    def _around_openings(self) -> np.ndarray:
+        "1 at the rims of mouth and eyes, whose inward folds are not the face's outline, [V]."
+        away = lambda index: cKDTree(self._points(self.rest, index)).query(self.rest)[0]
+        eyes = np.minimum(*(away(eye['outline']) for eye in EYES.values()))
+        return np.maximum(1 - smoothstep(.008, .014, away(INNER_LIPS)), 1 - smoothstep(.004, .009, eyes)).astype(np.float32)
+
+    def _misfit(self, P) -> np.ndarray:
+        "From where the mesh lies to where its parts are seen: the landmarks' remaining error, spread over the face, pixels [V, 2]."
+        inner = np.array(INNER_FACE)
+        q = self.camera0.project(self._points(self.V0, inner).astype(np.float64))[:, :2]
+        error = self.landmarks[inner, :2] - q
+        spread = RBFInterpolator(q, error, neighbors=24, smoothing=.5, kernel='linear')
+        out = np.zeros((len(P), 2))
+        used = (self.face_mask > 0) | self.eye_vertices
+        out[used] = spread(P[used, :2])
+        return out*np.maximum(self.face_mask, self.eye_vertices)[:, None]
+
     def _face_mask(self, feather: float = .014) -> np.ndarray:
         "How much a vertex belongs to the face: its distance inside the face's oval, seen from the front on the person's neutral head."
         rest = self.vertices(np.zeros((1, len(self.source[0])), np.float32), np.zeros((1, 5, 3), np.float32))[0]
         self.rest = rest
         oval = self.head.landmarks(torch.from_numpy(rest)[None])[0].numpy()[OVAL, :2]
-        lo, unit = oval.min(0) - .02, 4000.
-        span = ((oval.max(0) + .02 - lo)*unit).astype(int) + 1
+        lo, unit = oval.min(0) - .04, 3000.
+        span = ((oval.max(0) + .04 - lo)*unit).astype(int) + 1
         inside = polygon_mask((oval - lo)*unit, span[1], span[0], fine=1) > .5
         d = ndi.distance_transform_edt(inside)/unit
         q = (rest[:, :2] - lo)*unit
-        return smoothstep(.001, feather, sample_bilinear(d[..., None].astype(np.float32), q[:, 0], q[:, 1])[..., 0]).astype(np.float32)*(rest[:, 2] > self.joints3[3:, 2].mean() - .06)
+        d = sample_bilinear((d - ndi.distance_transform_edt(~inside)/unit)[..., None].astype(np.float32), q[:, 0], q[:, 1])[..., 0]
+        lower = 1 - smoothstep(-.015, .01, rest[:, 1] - oval[:, 1].min() - .03)     # the jaw's own line belongs to the mesh, the hairline does not
+        front = smoothstep(-.075, -.045, rest[:, 2] - self.joints3[3:, 2].mean())
+        inner = smoothstep(0, 1, (d - .001)/feather)
+        return (np.maximum(inner, smoothstep(0, 1, (d - .001 + .012*lower)/feather)*self.seen)*front).astype(np.float32)
 
     # --- the portrait's textures ---------------------------------------------------------------------------------------------
     def _setup_textures(self):
@@ -549,8 +596,36 @@ class MeshAnimator:
         margin = .02*self.size
         self.alpha = (self.matte*np.clip((inside + margin)/margin + .5, 0, 1)).astype(np.float32)
         self.spread = bleed(self.image, self.matte)
+        self.alpha *= self._bare_neck()
         self.skin = without_mouth(self.spread, self.landmarks)
         self.eyes = whole_eyes(self.spread, self.landmarks)
+
+    def _bare_neck(self) -> np.ndarray:
+        "0 on clothes beside and below the jaw (neither like the face's skin nor like the hair): a collar does not turn with the head."
+        h, w = self.image.shape[:2]
+        px = h/512
+        core = rasterize(self.P0, self.faces[~self._region('neck')], h, w).mask
+        area = ~ndi.binary_dilation(core, iterations=max(1, int(px))) & (np.arange(h)[:, None] > self.landmarks[[61, 291], 1].mean())
+        chroma = lambda c: c[..., :2]/np.maximum(c.sum(-1, keepdims=True), .05)
+        at = lambda which: sample_bilinear(self.image, *self.T0[which].T.astype(np.float32))
+        face = at((self.face_mask > .9) & (self.seen > .9) & ~self.eye_vertices)
+        middle, light = np.median(chroma(face), axis=0), np.median(face.sum(-1))
+        spread = 1.48*np.median(np.abs(chroma(face) - middle), axis=0) + .012
+        far = np.sqrt((((chroma(self.image) - middle)/spread)**2).sum(-1))
+        beside = ~ndi.binary_dilation(rasterize(self.P0, self.faces[self.kind == _SKIN], h, w).mask, iterations=int(4*px))
+        cloth = np.maximum(smoothstep(3.5, 6, far + 2*beside), 1 - smoothstep(.18, .34, self.image.sum(-1)/light))
+        cloth = cloth*area
+        label, _ = ndi.label((cloth > .5) & (self.matte > .4))
+        first = np.flatnonzero(area.any(1))[0]
+        hanging = np.unique(label[first:first + max(2, int(3*px))])                # what comes down from above is hair
+        cloth = np.where(np.isin(label, hanging[hanging > 0]), 0, cloth)
+        self.cloth = ndi.grey_closing(ndi.median_filter(cloth.astype(np.float32), 3), 5)
+        neck = rasterize(self.P0, self.faces[self._region('neck') & (self.kind == _SKIN)], h, w).mask
+        self.hanging = ndi.binary_dilation(np.isin(label, hanging[hanging > 0]), iterations=max(1, int(4*px)))
+        stray = area & ~self.hanging & ~ndi.binary_dilation(core | neck, iterations=max(1, int(4*px)))
+        self.cloth = np.maximum(self.cloth, stray*smoothstep(1.5, 2.5, far))
+        bare = ndi.maximum_filter(np.maximum(self.cloth, stray), 2*int(px) + 1)
+        return 1 - ndi.gaussian_filter(bare.astype(np.float32), .7*px)
 
     def _lid_gap(self, V, eye) -> float:
         "Opening of an eye on a mesh, metres."
@@ -570,51 +645,42 @@ class MeshAnimator:
             if eye['blink'] in names: shut[0, names.index(eye['blink'])] = 1
         V = self.vertices(shut, np.asarray(self.source[1])[None])[0]
         self.P_shut = self.camera0.project(V.astype(np.float64))
+        self.P_shut[:, :2] += self.T0 - self.P0[:, :2]
         edges = {}
         self.lids_of = {}
-        moved = np.linalg.norm(V - self.V0, axis=1)
+        fall = np.maximum((self.V0 - V)[:, 1], 0)
         for side, eye in EYES.items():
-            q = self._points(V, eye['outline'][:9])
-            edges[side] = self.camera0.project(q.astype(np.float64))[:, :2]
+            edges[side] = self._points(self.P_shut, eye['outline'][:9])[:, :2]
             sign = 1 if side == 'left' else -1
-            around = np.linalg.norm(self.rest[:, :2] - self._points(self.rest, [eye['iris'][0]])[0, :2], axis=1)
-            weight = smoothstep(.030, .022, around) if False else 1 - smoothstep(.022, .030, around)
-            self.lids_of[side] = (weight*(self.rest[:, 0]*sign > 0)).astype(np.float32)
+            mine = fall*(self.rest[:, 0]*sign > 0)
+            self.lids_of[side] = smoothstep(.08, .3, mine/max(mine.max(), 1e-6)).astype(np.float32)   # the upper lid alone falls
             eye_open, eye_shut = self._lid_gap(self.V0, eye), self._lid_gap(V, eye)
             setattr(self, f'gap_{side}', (eye_open, min(eye_shut, .8*eye_open)))
         self.lids = closed_lids(self.skin, self.landmarks, edges)
-        self._keep_lashes_up(edges)
-
-    def _keep_lashes_up(self, edges):
-        "The lashes belong to the upper lid: the lower lid takes its colours from below them."
-        for side, eye in EYES.items():
-            lid = self.lids_of[side] > 0
-            low = self._points(self.rest, eye['outline'])[:, 1]
-            upper_lip = np.interp(self.rest[:, 0], *np.array(sorted(zip(*self._points(self.rest, eye['outline'][:9])[:, :2].T))).T)
-            wide = np.ptp(edges[side][:, 0])
-            below = lid & (self.rest[:, 1] < upper_lip - .0015)
-            depth = np.clip((upper_lip - self.rest[:, 1])/.012, 0, 1)
-            self.P_shut[below, 1] += (.09*wide*(1 - depth))[below]
 
     def _setup_own_colours(self):
-        "A colour for every vertex that the portrait does not show: its mirror image's, or what lies around."
-        P, V = self.P0, self.rest
-        colour = sample_bilinear(self.skin, P[:, 0].astype(np.float32), P[:, 1].astype(np.float32))
-        inside = sample_bilinear(self.matte[..., None], P[:, 0].astype(np.float32), P[:, 1].astype(np.float32))[..., 0]
-        w = self.seen*(inside > .9)
-        twin = cKDTree(V[self.skin_vertices]).query(V*[-1, 1, 1])[1]
-        twin = self.skin_vertices[twin]
-        data = colour*w[:, None] + colour[twin]*((1 - w)*w[twin])[:, None]*.5
-        weight = w + (1 - w)*w[twin]*.5
+        "Where the portrait shows nothing of the skin: the colours around, with the details (light and dark) of the other side."
+        P, V = self.T0, self.rest
+        at = lambda image, p: sample_bilinear(image, p[:, 0].astype(np.float32), p[:, 1].astype(np.float32))
+        colour = at(self.skin, P)
+        w = self.seen*(at(self.matte[..., None], P)[:, 0] > .9)
+        twin = self.skin_vertices[cKDTree(V[self.skin_vertices]).query(V*[-1, 1, 1])[1]]
+        self.mirror, self.mirror_seen = P[twin], (w[twin]*smoothstep(.2, .8, w[twin])).astype(np.float32)
         f = self.faces[self.kind == _SKIN]
         e = np.concatenate([f[:, [0, 1]], f[:, [1, 2]], f[:, [2, 0]]])
-        n = len(V)
-        A = sparse.coo_matrix((np.ones(len(e)), (e[:, 0], e[:, 1])), shape=(n, n))
+        A = sparse.coo_matrix((np.ones(len(e)), (e[:, 0], e[:, 1])), shape=(len(V),)*2)
         A = ((A + A.T) > 0).astype(np.float64)
-        L = sparse.diags(np.asarray(A.sum(1)).ravel() + 1e-9) - A
-        self.own = np.clip(spsolve((sparse.diags(weight*20.) + L).tocsc(), data*20.), 0, 1).astype(np.float32).reshape(n, 3)
+        self._laplacian = sparse.diags(np.asarray(A.sum(1)).ravel() + 1e-9) - A
+        spread = self._spread
+        self.own = np.clip(spread(colour, w), 0, 1).astype(np.float32)
+        self.twin_light = spread(colour, w)[twin].sum(1)
         cheek = self.landmarks[[50, 280, 4, 205, 425, 151], :2]
         self.skin_colour = np.median(sample_bilinear(self.skin, cheek[:, 0], cheek[:, 1]), axis=0)
+
+    def _spread(self, data, weight) -> np.ndarray:
+        "Values known at some vertices, smoothly over the skin, [V, C]."
+        weight = np.asarray(weight, np.float64)*20 + 1e-7
+        return spsolve((sparse.diags(weight) + self._laplacian).tocsc(), data*weight[:, None]).reshape(len(weight), -1)
 
     # --- the sheet -------------------------------------------------------------------------------------------------------------
     def _setup_sheet(self, step: int = 2):
@@ -626,25 +692,84 @@ class MeshAnimator:
         hairy = interpolate(scalp, f, outer)[..., 0] > .98          # hair hides the scalp: its depth says little
         depth = np.where(outer.mask & ~hairy, outer.depth, 0)
         self.shell = depth_shell(self.alpha, self.matte, depth, self.camera.focal)
+        self.person = np.maximum(self.matte, self.alpha)
         gx, gy = np.meshgrid(np.arange(0, w + 1, step), np.arange(0, h + 1, step))
         i = np.arange(gx.size).reshape(gx.shape)
         q = np.stack([i[:-1, :-1], i[:-1, 1:], i[1:, 1:], i[1:, :-1]], -1).reshape(-1, 4)
         xy = np.stack([gx.ravel(), gy.ravel()], 1).astype(np.float32)
-        covered = ndi.maximum_filter(self.alpha, 3) > .02
-        q = q[sample_bilinear(covered[..., None].astype(np.float32), *xy.T)[..., 0][q].max(1) > 0]
+        self._flesh()
+        covers = lambda alpha, q: sample_bilinear((ndi.maximum_filter(alpha, 3) > .02)[..., None].astype(np.float32), *xy.T)[..., 0][q].max(1) > 0
+        q = q[covers(self.person, q)]
+        of_head = covers(self.alpha, q)
         used, q = np.unique(q, return_inverse=True)
         q = q.reshape(-1, 4)
-        self.sheet_faces = np.concatenate([q[:, [0, 1, 2]], q[:, [0, 2, 3]]]).astype(np.int32)
+        split = lambda q: np.concatenate([q[:, [0, 1, 2]], q[:, [0, 2, 3]]]).astype(np.int32)
+        self.sheet_faces, self.body_faces = split(q[of_head]), split(q)
+        self.head_part = np.unique(self.sheet_faces)
         self.sheet_source = np.ascontiguousarray(xy[used])
         away, (ni, nj) = ndi.distance_transform_edt(~outer.mask, return_indices=True)
         at = np.clip(self.sheet_source.astype(int), 0, [w - 1, h - 1])
         ni, nj, away = ni[at[:, 1], at[:, 0]], nj[at[:, 1], at[:, 0]], away[at[:, 1], at[:, 0]]
-        self.bound = f[outer.face[ni, nj]]
-        self.bound_weights = outer.bary[ni, nj]
+        corners, weights = f[outer.face[ni, nj]], outer.bary[ni, nj]
         z = sample_bilinear(self.shell[..., None], *self.sheet_source.T)[..., 0]
         self.sheet = self.camera0.unproject(np.concatenate([self.sheet_source, z[:, None]], 1).astype(np.float64)).astype(np.float32)
         metres = np.median(z)/self.camera.focal
-        self.bound_weights = (self.bound_weights*np.exp(-(away*metres/.015)**2)[:, None]).astype(np.float32)
+        weights = weights*np.exp(-(away*metres/.015)**2)[:, None]
+        n = len(used)
+        binding = sparse.csr_matrix((weights.ravel(), (np.repeat(np.arange(n), 3), corners.ravel())), shape=(n, len(self.V0)))
+        e = np.concatenate([q, np.roll(q, 1, 1)], 1).reshape(-1, 2, 4).transpose(0, 2, 1).reshape(-1, 2)
+        near = sparse.csr_matrix((np.ones(len(e)), e.T), shape=(n, n))
+        near = ((near + near.T) > 0).astype(np.float64) + 2*sparse.eye(n)
+        near = sparse.diags(1/np.asarray(near.sum(1)).ravel()) @ near
+        self.binding = (near @ (near @ binding)).astype(np.float32).tocsr()       # neighbours move alike
+        self.follows = sample_bilinear(self._following()[..., None], *self.sheet_source.T)[..., 0]
+
+    def _flesh(self):
+        "The person without clothes on the neck (they stay where they are, over it): colours and matte."
+        cloth = ndi.maximum_filter(self.cloth, 5)
+        bare = ndi.binary_erosion((cloth < .1) & (self.person > .9), iterations=3)
+        away, (i, j) = ndi.distance_transform_edt(~bare, return_indices=True)
+        under = blurred(self.skin[i, j], .012*self.size)
+        soft = ndi.gaussian_filter((ndi.maximum_filter(cloth, 5) > .1).astype(np.float32), 1.5)[..., None]
+        self.flesh = (under*soft + self.skin*(1 - soft)).astype(np.float32)
+        reach = .04*self.size
+        self.flesh_alpha = (self.person*np.where(cloth > .1, np.clip(2 - away/reach, 0, 1), 1)).astype(np.float32)
+        a = (self.person*ndi.gaussian_filter(self.cloth, .7))[..., None]
+        self.clothes = np.concatenate([self.spread, a], -1)
+
+    def _following(self) -> np.ndarray:
+        "How much each pixel of the person follows the head: all inside the cut, less and less down neck and hair, the rest stays."
+        h, w = self.image.shape[:2]
+        unit = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])
+        inside = self.cut.reserve(self.camera0)
+        neck = rasterize(self.P0, self.faces[self._region('neck') & (self.kind == _SKIN)], h, w).mask
+        soft = ndi.gaussian_filter((ndi.binary_dilation(neck, iterations=int(.08*unit)) | self.hanging).astype(np.float32), .08*unit)
+        out = smoothstep(-1.1*unit, 0, inside)*soft + smoothstep(-.15*unit, 0, inside)*(1 - soft)
+        out *= smoothstep(0, .12*h, h - 1 - np.arange(h))[:, None]
+        low = self.landmarks[152, 1] + 1.5*unit
+        out *= 1 - smoothstep(0, .8*unit, np.arange(h) - low)[:, None]
+        out = np.where(inside > .1*unit, 1, out)
+        return ndi.gaussian_filter(out, .05*unit).astype(np.float32)
+
+    def _setup_back(self):
+        "The hair's thickness over the scalp, where it shows, spread to where it does not; what of the back may be drawn."
+        n, P = len(self.rest), self.P0
+        scalp = np.zeros(n, bool)
+        scalp[self.faces[self._region('scalp')]] = True
+        at = lambda image, p: sample_bilinear(image[..., None], p[:, 0].astype(np.float32), p[:, 1].astype(np.float32))[..., 0]
+        facing = np.clip(self._facing(self.V0, self.normals0, self.camera0), 0, 1)
+        thick = np.clip(P[:, 2] - at(self.shell, P), 0, .05)*facing*scalp
+        weight = self.seen*smoothstep(.3, .6, facing) + ~scalp*1.
+        thick = self._spread(thick[:, None], weight)
+        self.hair = (self.normals0*np.clip(thick, 0, .04)).astype(np.float32)
+        Q = self.camera0.project((self.V0 + self.hair).astype(np.float64))
+        attached = 1 - self.head.weights.numpy()[:, 0]
+        self.back = np.zeros((n, 5), np.float32)
+        self.back[:, 1:4] = self.own
+        self.back[:, 4] = smoothstep(.4, .9, at(ndi.minimum_filter(self.matte, 3), Q))*smoothstep(.5, .9, attached)*smoothstep(-.045, -.02, self.rest[:, 1] - self.joints3[3, 1])
+        keep = (self.kind == _SKIN) & ~self._region('neck') & ~self._region('left_ear') & ~self._region('right_ear')
+        self.back_faces = np.ascontiguousarray(self.faces[keep])
+        self.full = np.ones((2, 2), np.float32)
 
     # --- the mouth -------------------------------------------------------------------------------------------------------------
     def _setup_teeth(self):
@@ -658,7 +783,7 @@ class MeshAnimator:
         self.teeth_weight = np.zeros((h, w), np.float32)
         skin = self.skin_colour
         grey = float(skin.mean())
-        self.tooth_colour = np.clip(grey*np.array([1.06, 1.0, .93])*1.02 + .02, 0, .93)
+        self.tooth_colour = np.clip(grey*np.array([1.03, .97, .87]) + .02, 0, .9)
         self.teeth_faces = None
         if gap > .06*wide and (inner > .8).sum() > 12:
             px = self.image[inner > .8]
@@ -670,7 +795,7 @@ class MeshAnimator:
                 sure = self.teeth_weight > .8
                 if sure.any(): self.tooth_colour = np.median(self.image[sure], axis=0)
                 self._teeth_surface(inner)
-        dark = skin*[.30, .12, .11]
+        dark = skin*[.40, .17, .16]
         if gap > .06*wide:
             px = self.image[inner > .8]
             if len(px) > 12: dark = .5*dark + .5*np.minimum(px[px.mean(-1) <= np.percentile(px.mean(-1), 10)].mean(0), dark*1.6)
@@ -699,20 +824,24 @@ class MeshAnimator:
         base = np.array(self.own)
         skin = np.zeros(len(self.V0), bool)
         skin[self.skin_vertices] = True
-        for name, colour in (('mouth_interior', self.cavity_colour), ('tongue', self.tongue_colour), ('lower_teeth', self.tooth_colour*.93),
+        for name, colour in (('mouth_interior', self.cavity_colour), ('tongue', self.tongue_colour), ('lower_teeth', self.tooth_colour*[.95, .92, .88]),
                              ('upper_teeth', self.tooth_colour)):
             v = np.zeros(len(self.V0), bool)
             v[self.faces[self._region(name)]] = True
             v &= ~skin                                       # the rim belongs to the lips
             base[v] = colour
+            if name == 'mouth_interior':                     # the rim of the mouth takes the lips' colour
+                rim = 1 - smoothstep(.001, .009, cKDTree(self._points(self.rest, INNER_LIPS)).query(self.rest[v])[0])[:, None]
+                base[v] += rim*.5*(self.own[v] - base[v])
             self.inside |= v
         self.base = base.astype(np.float32)
+        self.least = np.full(len(base), .38, np.float32)
+        self.least[self.faces[self.kind == _TEETH]] = .85
         self.seen[self.inside] = 0
-        eye = np.zeros(len(self.V0), bool)
-        eye[self.faces[self.kind == _EYE]] = True
-        self.eye_vertices = eye
-        self.seen[eye] = 1
-        self.fixed = np.concatenate([self.P0[:, :2], self.P_shut[:, :2], self.seen[:, None], self._teeth_numbers()[:, None]], 1).astype(np.float32)
+        self.seen[self.eye_vertices] = 1
+        self.fixed = np.concatenate([self.T0, self.P_shut[:, :2], self.seen[:, None], self._teeth_numbers()[:, None],
+                                     self.mirror, self.mirror_seen[:, None], self.twin_light[:, None]], 1).astype(np.float32)
+        self.fixed[self.inside, 8] = 0
 
     def _teeth_numbers(self) -> np.ndarray:
         "Where a vertex of the teeth stands along its row, in teeth from the middle."
@@ -725,6 +854,18 @@ class MeshAnimator:
             out[v] = np.arctan2(p[:, 0], p[:, 2] - (p[:, 2].max() - radius))*radius*1.1/wide
         return out
 
+    def _lid_shade(self, V) -> np.ndarray:
+        "The upper lid's shadow on the eyes."
+        v = V[self.eye_vertices]
+        out = np.ones(len(v), np.float32)
+        for side, eye in EYES.items():
+            mine = v[:, 0] > 0 if side == 'left' else v[:, 0] < 0
+            q = self._points(V, eye['outline'][:9])
+            q = q[np.argsort(q[:, 0])]
+            below = np.interp(v[mine, 0], q[:, 0], q[:, 1]) - v[mine, 1]
+            out[mine] = 1 - .42*np.exp(-np.maximum(below, 0)/.0016)
+        return out
+
     def _moving(self, V, N, camera) -> np.ndarray:
         "What changes each frame for each vertex: lids' weight, colour, opacity, [V, 5]."
         out = np.empty((len(V), 5), np.float32)
@@ -734,15 +875,15 @@ class MeshAnimator:
             closed = (start - self._lid_gap(V, eye))/max(start - end, 1e-5)
             out[:, 0] += self.lids_of[side]*smoothstep(.06, .4, closed)
         out[:, 1:4] = self.base
-        out[self.eye_vertices, 1:4] = 1
+        out[self.eye_vertices, 1:4] = self._lid_shade(V)[:, None]
         i = self.inside
         lips = self._points(V, [13, 14, 78, 308])
         z = lambda p: (p - camera.c2w[:3, 3].astype(np.float32)) @ camera.c2w[:3, 2].astype(np.float32)
         behind = z(V[i]) - z(lips).mean()
         light = camera.c2w[:3, :3].astype(np.float32) @ np.array([.1, -.45, -.88], np.float32)
-        lit = .70 + .30*np.clip(N[i] @ light, 0, 1)
-        out[i, 1:4] *= (lit*np.clip(np.exp(-np.clip(behind - .008, 0, 1)/.024), .10, 1))[:, None]
-        out[:, 4] = self.face_mask*smoothstep(.12, .34, self._facing(V, N, camera))
+        lit = np.maximum(.70 + .30*np.clip(N[i] @ light, 0, 1), self.least[i])
+        out[i, 1:4] *= (lit*np.maximum(np.exp(-np.clip(behind - .008, 0, 1)/.024), self.least[i]))[:, None]
+        out[:, 4] = self.face_mask*np.maximum(smoothstep(.12, .34, self._facing(V, N, camera)), self.opening)
         return out
 
     # --- a frame ---------------------------------------------------------------------------------------------------------------
@@ -751,17 +892,18 @@ class MeshAnimator:
         s = self.supersample
         camera = self.camera.resized(size*s, size*s).moved(A)
         dV = V - self.V0
-        sheet = self.sheet + (dV[self.bound]*self.bound_weights[..., None]).sum(1)
+        sheet = self.sheet + self.binding @ dV
         screen = camera.project(sheet)
-        lo = np.maximum(np.floor(screen[:, :2].min(0)/s).astype(int), 0)
-        hi = np.minimum(np.ceil(screen[:, :2].max(0)/s).astype(int), size)
+        lo = np.maximum(np.floor(screen[self.head_part, :2].min(0)/s).astype(int), 0)
+        hi = np.minimum(np.ceil(screen[self.head_part, :2].max(0)/s).astype(int), size)
         out = np.zeros((size, size, 4), np.float32)
         if (hi <= lo).any(): return out
         offset = np.array([lo[0]*s, lo[1]*s, 0])
         w, h = (hi - lo)*s
+        fine = np.zeros((h, w, 4), np.float32)
+        self._paint_back(V, camera, offset, fine)
         cloth = rasterize(screen - offset, self.sheet_faces, h, w)
-        fine = np.empty((h, w, 4), np.float32)
-        _paint_sheet(cloth.face, cloth.bary, self.sheet_faces, self.sheet_source, self.spread, self.alpha, fine)
+        _paint_sheet(cloth.face, cloth.bary, self.sheet_faces, self.sheet_source, self.skin, self.alpha, fine)
         N = vertex_normals(V, self.faces)
         mesh_screen = camera.project(V) - offset
         mesh = rasterize(mesh_screen, self.faces, h, w)
@@ -770,6 +912,11 @@ class MeshAnimator:
         self._meet_lips(V, camera, offset, mesh, fine)
         _shrink(fine, s, int(lo[0]), int(lo[1]), self.cut(self.camera.resized(size, size).moved(A)), out)
         return out
+
+    def _paint_back(self, V, camera, offset, fine):
+        "Under all: the sides and back of the head that the portrait does not show, as far out as its hair."
+        r = rasterize(camera.project(V + self.hair) - offset, self.back_faces, *fine.shape[:2])
+        _paint_mesh(r.face, r.bary, self.back_faces, np.zeros(len(self.back_faces), np.int8), self.fixed, self.back, self.skin, self.skin, self.skin, self.full, fine)
 
     def _paint_teeth(self, V, camera, offset, mesh, fine):
         "The portrait's teeth, in a window of their own."
@@ -803,8 +950,8 @@ class MeshAnimator:
         size: int = None,  # pixels; None: the portrait's
     ) -> np.ndarray:  # straight RGBA, float32 [size, size, 4]
         "The head alone in one state."
-        V = self.vertices(np.asarray(expression)[None], np.asarray(joints)[None])[0]
-        return self._render(V, self._transform(joints, translation), size or self.size)
+        self._state = self.vertices(np.asarray(expression)[None], np.asarray(joints)[None])[0], self._transform(joints, translation)
+        return self._render(*self._state, size or self.size)
 
     def frames(self,
         motion: Motion,
@@ -815,67 +962,64 @@ class MeshAnimator:
         for k in range(0, len(motion), chunk):
             part = motion[k:k + chunk]
             for V, j, t in zip(self.vertices(part.expression, part.joints), part.joints, part.translation):
-                yield to_uint8(self._render(V, self._transform(j, t), size or self.size))
+                self._state = V, self._transform(j, t)
+                yield to_uint8(self._render(*self._state, size or self.size))
 
     # --- the whole picture -------------------------------------------------------------------------------------------------------
-    @property
-    def plate(self) -> np.ndarray:
-        "Background and body without the head, float32 [H, W, 3]."
-        if self._plate is None: self._plate = self._make_plate()
-        return self._plate
-
-    def _make_plate(self) -> np.ndarray:
-        "The background where the person was, the body over it, and a neck where the head was."
+    def _make_ground(self) -> np.ndarray:
+        "The background where the person was: smooth from around, with the grain of what lies across the edge."
         h, w = self.image.shape[:2]
         px = h/512
-        clear = ndi.binary_erosion(ndi.binary_opening(self.matte < .04, iterations=max(1, int(4*px))), iterations=max(1, int(3*px)))
-        ground = push_pull(self.image, clear.astype(np.float32))
-        ground = np.where(clear[..., None], self.image, blurred(ground, 2*px))
-        inside = self.cut.reserve(self.camera0)
-        column, body = self._neck(px)
-        outside = np.clip(-inside/(2*px), 0, 1)                       # what the head takes away is never the body's
-        alpha = np.maximum(self.matte*outside*self._hangs_together(outside), column)
-        body = body*column[..., None]*(1 - outside[..., None]) + self.spread*(1 - column[..., None]*(1 - outside[..., None]))
-        return (ground*(1 - alpha[..., None]) + body*alpha[..., None]).astype(np.float32)
+        clear = ndi.binary_erosion(ndi.binary_opening(self.matte < .04, iterations=max(1, int(3*px))), iterations=max(1, int(4*px)))
+        if clear.mean() < .01: return blurred(self.image, 12*px)
+        smooth = blurred(push_pull(self.image, clear.astype(np.float32)), 3*px)
+        weight = blurred(clear[..., None].astype(np.float32), 3*px)
+        grain = np.where(clear[..., None], self.image - blurred(self.image*clear[..., None], 3*px)/np.maximum(weight, .05), 0)
+        i, j = ndi.distance_transform_edt(~clear, return_distances=False, return_indices=True)
+        y, x = np.mgrid[:h, :w]
+        grain = grain[np.clip(2*i - y, 0, h - 1), np.clip(2*j - x, 0, w - 1)]
+        edge = np.clip(ndi.distance_transform_edt(clear)/(4*px), 0, 1)[..., None]
+        return (self.image*edge + np.clip(smooth + grain, 0, 1)*(1 - edge)).astype(np.float32)
 
-    def _hangs_together(self, outside) -> np.ndarray:
-        "Only the part of the body that reaches the picture's lower edge: no tufts of hair left in the air."
-        label, n = ndi.label((self.matte*outside) > .3)
-        keep = np.unique(label[-3:])
-        good = np.isin(label, keep[keep > 0])
-        return np.clip(blurred(ndi.binary_dilation(good, iterations=2).astype(np.float32)[..., None], .8)[..., 0]*1.2, 0, 1)
+    @property
+    def ground(self) -> np.ndarray:
+        "The background without anybody, float32 [H, W, 3]."
+        if self._ground is None: self._ground = self._make_ground()
+        return self._ground
 
-    def _neck(self, px: float):
-        "A neck under the head: where it is, and its colours carried up from the skin that shows below the chin."
-        h, w = self.image.shape[:2]
-        neck = self.faces[self._region('neck') & (self.kind == _SKIN)]
-        column = rasterize(self.P0, neck, h, w).mask
-        core = rasterize(self.P0, self.faces[~self._region('neck')], h, w).mask
-        sure = ndi.binary_erosion(column & ~ndi.binary_dilation(core, iterations=max(1, int(2*px))) & (self.matte > .9), iterations=max(1, int(2*px)))
-        if sure.sum() < 20: return np.zeros((h, w), np.float32), self.spread
-        column &= ndi.binary_dilation(sure.any(0)[None].repeat(h, 0), iterations=int(4*px) + 1)
-        top = np.flatnonzero(sure.any(1))[0]
-        column[:max(0, int(top - .12*h))] = False
-        i, j = ndi.distance_transform_edt(~sure, return_distances=False, return_indices=True)
-        colour = np.where(sure[..., None], self.image, blurred(self.image[i, j], 3*px))
-        shade = 1 - .35*smoothstep(0, .07*h, top + .02*h - np.arange(h))[:, None, None]   # a chin throws a shadow
-        soft = blurred(ndi.binary_erosion(column, iterations=max(1, int(2*px))).astype(np.float32)[..., None], 1.5*px)[..., 0]
-        return soft*(self.matte > .02), (colour*shade).astype(np.float32)
+    def _body(self, V, A, size: int) -> np.ndarray:
+        "The whole person, the head as it moves, neck and hair going along, the clothes still; straight RGBA."
+        s = self.supersample
+        camera = self.camera.resized(size*s, size*s)
+        moved = camera.moved(A).project(self.sheet + self.binding @ (V - self.V0))
+        still = camera.moved(self.A0).project(self.sheet)
+        w = self.follows[:, None]
+        r = rasterize(moved*w + still*(1 - w), self.body_faces, size*s, size*s)
+        fine = np.zeros((size*s, size*s, 4), np.float32)
+        _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.flesh, self.flesh_alpha, fine)
+        out = np.zeros((size, size, 4), np.float32)
+        _shrink(fine, s, 0, 0, np.ones((size, size), np.float32), out)
+        return out
 
     def composite(self,
-        rgba,                # a frame of this head, uint8 or float [H, W, 4]
-        joints=None,         # its pose, to soften the neck, [5, 3]
-        translation=None,    # [3]
-    ) -> np.ndarray:         # float32 [H, W, 3]
+        rgba,              # a frame of this head (ours or an avatar's), uint8 or float [H, W, 4]
+        expression=None,   # its state, so that neck and hair go along, [E]; None: the last frame that was made
+        joints=None,       # [5, 3]
+        translation=None,  # [3]
+    ) -> np.ndarray:       # float32 [H, W, 3]
         "The head over the portrait's own body and background."
+        if joints is not None: self._state = self.vertices(np.asarray(expression)[None], np.asarray(joints)[None])[0], self._transform(joints, translation)
         rgba = to_float(np.asarray(rgba))
-        h, w = rgba.shape[:2]
-        plate = self.plate if self.plate.shape[:2] == (h, w) else resize(self.plate, (h, w))
-        a = rgba[..., 3:]
-        if joints is not None:
-            inside = self.cut.reserve(self.camera.resized(w, h).moved(self._transform(joints, translation)))
-            a = a*smoothstep(0, .012*h, inside)[..., None]
-        return plate*(1 - a) + rgba[..., :3]*a
+        size = rgba.shape[0]
+        V, A = self._state
+        ground = self.ground if self.ground.shape[0] == size else np.clip(resize(self.ground, size), 0, 1)
+        body = self._body(V, A, size)
+        clothes = self.clothes if size == self.size else np.clip(resize(self.clothes, size), 0, 1)
+        out = ground*(1 - body[..., 3:]) + body[..., :3]*body[..., 3:]
+        out = out*(1 - clothes[..., 3:]) + clothes[..., :3]*clothes[..., 3:]
+        inside = self.cut.reserve(self.camera.resized(size, size).moved(A), tight=True)
+        a = rgba[..., 3:]*smoothstep(-.006*size, .003*size, inside)[..., None]
+        return out*(1 - a) + rgba[..., :3]*a
 
 # %% ../nbs/08_animate.ipynb #c019
 class VideoAnimator:
