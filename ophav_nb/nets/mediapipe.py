@@ -154,5 +154,5 @@ def load_networks(
 ) -> dict[str, GraphNet]:       # short, full, mesh, matte
     "The four networks, on the CPU."
     with safe_open(str(path or asset("detector.safetensors")), "pt") as f:
-        graphs, weights = json.loads(f.metadata()["graphs"]), {k: f.get_tensor(k) for k in f.keys()}
+        graphs, weights = json.loads(f.metadata()["about"])["graphs"], {k: f.get_tensor(k) for k in f.keys()}
     return {n: GraphNet(g, {k: v for k, v in weights.items() if k.startswith(n + ".")}).eval() for n, g in graphs.items()}
