@@ -274,7 +274,7 @@ def _example_track(run, size, fit):
         return fit_portrait(read_image(run.path('portrait', 'crop.png')), landmarks, head)
     from ophav_nb.geometry import facing_camera
     motion = Motion.still(1, len(head.expression_names))
-    motion.translation[0] = [.01, .03, -.95]
+    motion.translation[0] = [.006, 0, -.6]
     return Track(motion, np.zeros(head.shapedirs.shape[-1], np.float32), facing_camera(1.6*size, size, size), landmarks[None], np.zeros(1, np.float32), np.ones(1, bool))
 
 def _example_round(run, k):
