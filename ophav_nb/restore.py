@@ -210,7 +210,7 @@ def gain_to_sharpness(
     base: np.ndarray,     # Laplacian of the render, px of the mask, [n]
     detail: np.ndarray,   # Laplacian of the detail, [n]
     target: float,        # variance to reach
-    most: float = 1.5,
+    most: float = 1.3,
 ) -> float:
     "How much of the detail gives the target sharpness: the positive root of a quadratic, 0 where the render has it already."
     a, c, e = detail.var(), np.mean((base - base.mean())*(detail - detail.mean())), base.var() - target
@@ -224,7 +224,7 @@ class DetailConfig:
     radius: float = .11          # Gaussian that separates detail from colour, inter-ocular distances
     rim: float = 3.              # px of the silhouette left out, at 256 px
     limit: float = .25           # largest detail kept, 0..1
-    gain: float = 1.5            # largest amplification
+    gain: float = 1.3            # largest amplification
     sharpness: float = 1.        # target, in units of the portrait's own
     step: int = 2                # px of the sheet's grid
     aperture: float = .12        # change of the lid gap that silences the eyes, in units of the eye's width
@@ -325,14 +325,14 @@ class DetailRestorer:
         image = to_float(render)
         detail, weight = self.layer(context)
         detail = detail*(weight*_ramp(image[..., 3], .5, .9))[..., None]
-        mask = self._sharpness_mask(context.landmarks, image.shape[:2])
+        mask = self._sharpness_mask(context.landmarks, image.shape[:2]) & (weight > .5)   # what it cannot mend must not raise the gain
         if not mask.any(): return to_uint8(image)
         shown = on_background(image)
         gain = gain_to_sharpness(laplacian(shown)[mask], laplacian(detail)[mask], self.target, self.config.gain)
         image[..., :3] = np.clip(image[..., :3] + gain*detail, 0, 1)
         return to_uint8(image)
 
-# %% ../nbs/15_restore.ipynb #c020
+# %% ../nbs/15_restore.ipynb #c026
 GFPGAN = dict(out_size=512, num_style_feat=512, channel_multiplier=2, decoder_load_path=None, fix_decoder=False, num_mlp=8,
               input_is_latent=True, different_w=True, narrow=1, sft_half=True)   # version 1.4
 
@@ -362,7 +362,7 @@ def gfpgan_network(
                          "--restorer detail") from cause
     return module.GFPGANv1Clean(**{**GFPGAN, **config}).eval()
 
-# %% ../nbs/15_restore.ipynb #c023
+# %% ../nbs/15_restore.ipynb #c029
 def load_gfpgan(
     checkpoint: str|Path|None = None,   # GFPGANv1.4.pth; None: where `ophav weights add` has put it
     device: str = 'cpu',
@@ -378,7 +378,7 @@ def load_gfpgan(
         raise InputError(f"{path}: not a GFPGAN v1.4 checkpoint ({str(cause).splitlines()[-1].strip()[:120]})") from cause
     return network.to(device).eval()
 
-# %% ../nbs/15_restore.ipynb #c025
+# %% ../nbs/15_restore.ipynb #c031
 TEMPLATE = np.float32([[192.98138, 239.94708], [318.90277, 240.1936], [256.63416, 314.01935], [201.26117, 371.41043],
                        [313.08905, 371.15118]])   # FFHQ's five points at 512 px, centres of pixels at whole numbers
 BORDER = np.float32([135, 133, 132])/255          # what lies outside, as in its training
@@ -417,7 +417,7 @@ def _inverse(A):
     B = np.linalg.inv(A[:, :2])
     return np.column_stack([B, -B @ A[:, 2]])
 
-# %% ../nbs/15_restore.ipynb #c027
+# %% ../nbs/15_restore.ipynb #c033
 class GfpganRestorer:
     "GFPGAN on the aligned face, pasted back within the face's oval; hair, neck and silhouette stay the render's."
 
@@ -466,7 +466,7 @@ class GfpganRestorer:
         image[..., :3] += (back - image[..., :3])*weight[..., None]
         return to_uint8(image)
 
-# %% ../nbs/15_restore.ipynb #c029
+# %% ../nbs/15_restore.ipynb #c037
 def make_restorer(
     kind: Literal['detail', 'gfpgan', 'none']|Callable = 'detail',
     image: np.ndarray|None = None,         # the portrait, RGB (detail)

@@ -1,0 +1,108 @@
+"Protocols and tables; the whole protocol on a short film that is made here, with a stand-in avatar."
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import ophav_nb.evaluate as evaluate
+from ophav_nb.evaluate import (PRESETS, Comparison, compared_frames, comparison, evaluate_clip, evaluate_run, pick_preset,
+                               results_table)
+from ophav_nb.run import InputError, Run
+
+CLIPS = Path(__file__).resolve().parents[2]/'shared/data/clips'
+
+
+def test_compared_frames():
+    numbers, spread = compared_frames(100, 10, 12)
+    assert list(numbers[:spread]) == list(range(1, 100, 10)) and (np.diff(numbers[spread:]) == 1).all() and len(numbers) == spread + 12
+    numbers, spread = compared_frames(6, 10, 12)
+    assert list(numbers) == [1, 1, 2, 3, 4, 5] and spread == 1
+    assert list(compared_frames(20, 5, 0)[0]) == [1, 6, 11, 16]
+
+
+def test_presets():
+    assert pick_preset('smoke') is PRESETS['smoke'] and pick_preset(PRESETS['quick']) is PRESETS['quick']
+    with pytest.raises(InputError, match='unknown preset'): pick_preset('fast')
+    assert all(p.size <= p.crop for p in PRESETS.values())
+
+
+def test_errors_come_first(tmp_path):
+    "Bad input is refused before anything is written."
+    film = tmp_path/'film.mp4'
+    film.write_bytes(b'no film')
+    out = tmp_path/'out'
+    with pytest.raises(InputError, match='unknown protocol'): evaluate_clip(film, out, protocol='other')
+    with pytest.raises(InputError, match='unknown preset'): evaluate_clip(film, out, preset='other')
+    with pytest.raises(InputError, match='no such film'): evaluate_clip(tmp_path/'none.mp4', out)
+    with pytest.raises(InputError, match='not a run'): evaluate_run(tmp_path, film, out)
+    assert not out.exists()
+    with pytest.raises(InputError): evaluate_clip(film, out, preset='smoke')
+    assert not out.exists()
+
+
+def test_table():
+    row = dict(psnr_head=20.123, ssim_head=.8765, landmark_distance=2., identity_distance=None, sharpness=float('nan'))
+    text = results_table(dict(rows=dict(source=row, round1=row), chosen='round1', truth=dict(sharpness=3.)))
+    lines = text.splitlines()
+    assert len(lines) == 5 and lines[4].startswith('| round1 * |') and '20.12' in lines[3] and '0.876' in lines[3] and '–' in lines[3]
+
+
+def test_strip():
+    pictures = np.zeros((4, 20, 30, 3), np.uint8)
+    assert comparison(dict(a=pictures, b=pictures), np.array([0, 3])).shape == (40, 70 + 2*24, 3)
+
+
+class Measured:
+    "In place of metrics.Truth: the mean difference from the truth is the measure."
+    made = 0
+
+    def __init__(self, frames, alphas, detector, landmarks):
+        Measured.made += 1
+        self.frames, self.landmarks, self.found = frames, landmarks, landmarks
+
+    def score(self, images, portrait=None): return dict(psnr_head=float(np.abs(images - self.frames.astype(float)).mean()), sharpness_truth=1.)
+
+
+@pytest.fixture
+def film(monkeypatch):
+    monkeypatch.setattr(evaluate, 'Truth', Measured)
+    monkeypatch.setattr(evaluate, 'identity_embedding', lambda images, points: np.zeros((len(images), 128)))
+    monkeypatch.setattr(evaluate, 'detect_like', lambda detector, images, near: np.broadcast_to(near, (len(images), 478, 3)))
+    rgb = np.random.default_rng(0).integers(0, 255, (30, 16, 16, 3), np.uint8)
+    rgba = lambda i: np.dstack([rgb[i], np.full((16, 16), 255, np.uint8)])
+    return SimpleNamespace(rgb=rgb, alpha=np.full((30, 16, 16), 255, np.uint8), rgba=rgba, landmarks=np.random.default_rng(1).random((30, 478, 3)))
+
+
+def test_rows_are_kept(tmp_path, film):
+    class Real(SimpleNamespace):
+        def __len__(self): return 30
+    real, run = Real(**vars(film)), Run(tmp_path/'run', {})
+    run.make('truth', lambda folder: None)
+    calls = []
+    def images(kind):
+        calls.append(kind)
+        return table.images if kind == 'same' else 255 - table.images
+    table = Comparison(run, real, film.landmarks, None, 5, 6)
+    row = table.add('same', lambda: images('same'))
+    assert row['psnr_head'] == 0 and row['flicker'] == 1. and row['frames'] == table.spread and 'sharpness_truth' not in row
+    assert table.add('negative', lambda: images('negative'))['psnr_head'] > 0
+    assert (table.rows['same'][0] == table.images).all()
+    again = Comparison(run, real, film.landmarks, None, 5, 6)
+    assert again.add('same', lambda: images('same')) == row and calls == ['same', 'negative']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CLIPS.exists(), reason='the development clips are not here')
+def test_clip_smoke(tmp_path):
+    "The protocol `self` on a real clip at the smallest size, and that a second call does nothing."
+    result = evaluate_clip(CLIPS/'glasses_lab.mp4', tmp_path/'out', preset='smoke', rounds=1)
+    assert list(result['rows']) == ['source', 'coarse', 'round0', 'round1'] and result['chosen'] in result['rows']
+    names = {'psnr_head', 'psnr_interior', 'ssim_head', 'landmark_distance', 'identity_distance', 'sharpness', 'flicker'}
+    assert all(names <= set(row) for row in result['rows'].values())
+    assert result['rows']['coarse']['landmark_distance'] < result['rows']['source']['landmark_distance']
+    assert json.loads((tmp_path/'out/metrics.json').read_text())['protocol'] == 'self'
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path/'out').rglob('*.npy')}
+    evaluate_clip(CLIPS/'glasses_lab.mp4', tmp_path/'out', preset='smoke', rounds=1)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path/'out').rglob('*.npy')}
