@@ -25,7 +25,7 @@ from skimage.draw import polygon as fill_polygon
 
 # %% ../nbs/08_animate.ipynb #c004
 from .detect import INNER_FACE, INNER_LIPS, OUTER_LIPS, OVAL
-from .geometry import (Camera, axis_angle_to_matrix, interpolate, kernel, push_pull, rasterize, sample_bilinear,
+from .geometry import (Camera, axis_angle_to_matrix, interpolate, kernel, matrix_to_axis_angle, push_pull, rasterize, sample_bilinear,
                                vertex_normals)
 from .head import HeadModel, Motion
 from .media import resize, to_float, to_uint8
@@ -41,7 +41,7 @@ EYES = dict(left=dict(outline=[263, 466, 388, 387, 386, 385, 384, 398, 362, 382,
             right=dict(outline=[33, 246, 161, 160, 159, 158, 157, 173, 133, 155, 154, 153, 145, 144, 163, 7], iris=[468, 469, 470, 471, 472],
                        lids=(159, 145), blink='eyeBlinkRight', ball='right_eyeball'))
 
-# %% ../nbs/08_animate.ipynb #c007
+# %% ../nbs/08_animate.ipynb #c008
 def smoothstep(low: float, high: float, x) -> np.ndarray:
     "0 below `low`, 1 above `high`, smooth between."
     t = np.clip((x - low)/(high - low), 0, 1)
@@ -84,7 +84,7 @@ def bleed(
     soft = blurred(out, 1.5)   # nearest pixels alone would streak
     return np.where(core[..., None], image, soft).astype(np.float32)
 
-# %% ../nbs/08_animate.ipynb #c009
+# %% ../nbs/08_animate.ipynb #c010
 class NeckCut:
     "The line under the chin where a head ends. It moves with the head's pose alone, never with the face (measured: a cut that follows the jaw flickers)."
     HEIGHTS = np.array([-1.9, -1.35, -.9, -.3, .5, 2.5])   # above the eyes, in distances between the eyes
@@ -162,7 +162,7 @@ def pose_of(head, joints, translation, shape) -> np.ndarray:
     t = lambda a: torch.as_tensor(np.asarray(a, np.float32))
     with torch.no_grad(): return head.pose_matrix(t(joints)[None], t(translation)[None], t(shape)).reshape(-1, 4, 4)[0].numpy().astype(np.float64)
 
-# %% ../nbs/08_animate.ipynb #c011
+# %% ../nbs/08_animate.ipynb #c012
 def without_mouth(
     image,      # [H, W, 3]
     landmarks,  # pixels, [478, 2+]
@@ -264,7 +264,7 @@ def radial_profile(image, known, rho, radius) -> np.ndarray:
     k = np.clip(bins - .5, 0, 7)
     return sample_bilinear(table[None], k + .5, np.full_like(k, .5))
 
-# %% ../nbs/08_animate.ipynb #c013
+# %% ../nbs/08_animate.ipynb #c014
 def inflate(
     inside,   # the silhouette, bool [H, W]
     open_edge=None,  # pixels beyond which the body goes on (no silhouette there), bool [H, W]
@@ -319,7 +319,7 @@ def depth_shell(
     low, high = np.quantile(mesh[trusted], [0, 1])
     return np.clip(blend*weight + full*(1 - weight), low - .04, high + .12).astype(np.float32)
 
-# %% ../nbs/08_animate.ipynb #c015
+# %% ../nbs/08_animate.ipynb #c018
 @kernel(inline=True)
 def _look(image, x, y):
     "Bilinear look-up of three channels."
@@ -471,7 +471,7 @@ def _shrink(fine, factor, x0, y0, cut, out):
             else:
                 out[y, x, 0] = out[y, x, 1] = out[y, x, 2] = out[y, x, 3] = np.float32(0)
 
-# %% ../nbs/08_animate.ipynb #c017
+# %% ../nbs/08_animate.ipynb #c020
 class MeshAnimator:
     "A portrait that moves: a tracked mesh carries its pixels."
     name = 'mesh'
@@ -1003,12 +1003,14 @@ class MeshAnimator:
 
     def composite(self,
         rgba,              # a frame of this head (ours or an avatar's), uint8 or float [H, W, 4]
-        expression=None,   # its state, so that neck and hair go along, [E]; None: the last frame that was made
-        joints=None,       # [5, 3]
+        expression=None,   # its state, [E]; None: the portrait's
+        joints=None,       # its pose, so that neck and hair go along, [5, 3]; None: the last frame that was made
         translation=None,  # [3]
     ) -> np.ndarray:       # float32 [H, W, 3]
         "The head over the portrait's own body and background."
-        if joints is not None: self._state = self.vertices(np.asarray(expression)[None], np.asarray(joints)[None])[0], self._transform(joints, translation)
+        if joints is not None:
+            expression = self.source[0] if expression is None else expression
+            self._state = self.vertices(np.asarray(expression)[None], np.asarray(joints)[None])[0], self._transform(joints, translation)
         rgba = to_float(np.asarray(rgba))
         size = rgba.shape[0]
         V, A = self._state
@@ -1018,10 +1020,10 @@ class MeshAnimator:
         out = ground*(1 - body[..., 3:]) + body[..., :3]*body[..., 3:]
         out = out*(1 - clothes[..., 3:]) + clothes[..., :3]*clothes[..., 3:]
         inside = self.cut.reserve(self.camera.resized(size, size).moved(A), tight=True)
-        a = rgba[..., 3:]*smoothstep(-.006*size, .003*size, inside)[..., None]
+        a = rgba[..., 3:]*smoothstep(-.011*size, -.002*size, inside)[..., None]
         return out*(1 - a) + rgba[..., :3]*a
 
-# %% ../nbs/08_animate.ipynb #c019
+# %% ../nbs/08_animate.ipynb #c022
 class VideoAnimator:
     "A talking-head film that exists already, made by any other program: its heads take the place of animated ones."
     name = 'video'
@@ -1063,7 +1065,7 @@ class VideoAnimator:
         if under.shape != (*rgba.shape[:2], 3): under = resize(under, rgba.shape[:2])
         return under*(1 - rgba[..., 3:]) + rgba[..., :3]*rgba[..., 3:]
 
-# %% ../nbs/08_animate.ipynb #c020
+# %% ../nbs/08_animate.ipynb #c023
 LATER = dict(facevid2vid=('facevid2vid',), liveportrait=('liveportrait_appearance', 'liveportrait_motion', 'liveportrait_warping', 'liveportrait_generator'))
 
 def make_animator(
