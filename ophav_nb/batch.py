@@ -98,14 +98,14 @@ def fill_in(
     out: str|Path,
     parameters: dict,
 ) -> Path:
-    "A copy of a template with its parameters filled in, not executed."
+    "A copy of a template with its parameters filled in and its outputs cleared, not executed."
     import papermill
     _check_parameters(notebook, parameters)
-    with explain_os_errors(out):
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        papermill.execute_notebook(_braces(notebook), _braces(out), parameters, prepare_only=True, kernel_name="python3",
-                                   language="python", progress_bar=False)
-    return Path(out)
+    nb = papermill.execute_notebook(_braces(notebook), None, parameters, prepare_only=True, kernel_name="python3", language="python",
+                                    progress_bar=False)
+    for cell in nb.cells:
+        if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None
+    return write_atomic(out, nbformat.writes(nb))
 
 
 def execute(

@@ -194,7 +194,8 @@ def _inspect(args) -> int:
     if args.no_browser or not sys.stdin.isatty(): return 0
     if not importlib.util.find_spec("jupyterlab"):
         raise InputError(f"JupyterLab is not installed: pip install 'ophav-nb[notebooks]', or open {notebook} in any Jupyter")
-    return subprocess.call([sys.executable, "-m", "jupyterlab", str(notebook)])
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []   # a container's only user
+    return subprocess.call([sys.executable, "-m", "jupyterlab", str(notebook), *root])
 
 
 def _batch(args) -> int:
@@ -299,8 +300,9 @@ def listed_assets() -> dict[str, str]:   # file name -> sha256
 def _assets() -> list[Finding]:
     found = []
     for name, digest in listed_assets().items():
-        try: fine = file_hash(asset(name)) == digest; detail = "sha256 as listed" if fine else "differs from the listed sha256"
+        try: fine = file_hash(asset(name)) == digest
         except FileNotFoundError: fine, detail = False, "missing"
+        else: detail = "sha256 as listed" if fine else "differs from the listed sha256"
         found.append(Finding(f"asset {name}", fine, detail, "reinstall the package, or rebuild it with its notebook in nbs/assets", True))
     return found
 
