@@ -37,7 +37,7 @@ BROWS = dict(left=[300, 293, 334, 296, 336, 285, 295, 282, 283, 276], right=[70,
 NOSE = [168, 193, 122, 196, 174, 198, 49, 48, 64, 98, 97, 2, 326, 327, 294, 278, 279, 420, 399, 419, 351, 417]
 ARRAYS = ('rgb', 'alpha', 'parsing', 'depth', 'vertices')
 
-# %% ../nbs/09_dataset.ipynb #c007
+# %% ../nbs/09_dataset.ipynb #c008
 def _inside(points, outline) -> np.ndarray:
     "Which points of the plane lie in an outline (crossing number), bool [N]."
     x, y = points[:, 0:1], points[:, 1:2]
@@ -71,7 +71,7 @@ def face_labels(
     for side in ('left', 'right'): out[region(f'{side}_eyeball')] = PARSING[f'{side}_eye']
     return out
 
-# %% ../nbs/09_dataset.ipynb #c008
+# %% ../nbs/09_dataset.ipynb #c009
 @kernel(parallel=True)
 def _label_pixels(face, alpha, labels, hair, out):
     h, w = face.shape
@@ -94,7 +94,7 @@ def parse_frame(
     _label_pixels(r.face, np.ascontiguousarray(alpha), labels, np.uint8(PARSING['hair']), out)
     return out, r.depth
 
-# %% ../nbs/09_dataset.ipynb #c010
+# %% ../nbs/09_dataset.ipynb #c012
 @dataclass
 class HeadDataset:
     "Frames of one head in the head's own space: the camera moves, the head does not."
@@ -296,7 +296,7 @@ class HeadDataset:
             self.parsing[i] = s if s.ndim == 2 else s[..., 0]
         if (folder/f.get('depth_path', '-')).is_file(): self.depth[i] = _read_png(folder, f['depth_path']).astype(np.float32)*.001
 
-# %% ../nbs/09_dataset.ipynb #c012
+# %% ../nbs/09_dataset.ipynb #c014
 def _skip(iterator, n: int):
     it = iter(iterator)
     for _ in range(n): next(it, None)
@@ -347,7 +347,7 @@ def _read_transforms(folder: Path):
     rows = [frames[k] for k in sorted(frames)]
     return info, [r[0] for r in rows], np.array([r[1] for r in rows])
 
-# %% ../nbs/09_dataset.ipynb #c013
+# %% ../nbs/09_dataset.ipynb #c015
 class _Store:
     "Arrays of N frames, in memory or memory-mapped in a folder, and how many frames of them are done."
     def __init__(self, folder, n: int):
@@ -387,7 +387,7 @@ class _Store:
         big = {k: np.load(self.folder/f'{k}.npy', mmap_mode='r') for k in ARRAYS}
         return cls(**big, **s, motion=motion)
 
-# %% ../nbs/09_dataset.ipynb #c015
+# %% ../nbs/09_dataset.ipynb #c017
 def film_dataset(
     frames,         # the crops the track belongs to, uint8 [T, H, W, 3]
     track,          # `Track`
