@@ -39,12 +39,13 @@ class FieldConfig:
     condition_size: int = 16    # numbers
     condition_rest: float = 0.  # what samples away from the mouth are told instead (INSTA: ones)
     appearance: int = 0         # numbers a training frame may use to explain its own light; 0: none
+    surface: float = 1.         # how fast the density falls off the tracked surface before anything is learned, e-folds a centimetre
     bias: bool = True           # tiny-cuda-nn's networks have none
     precision: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matrix products; auto: bfloat16 where the hardware multiplies it
     backend: Backend = 'auto'   # of the grid
 
 PRESETS = dict(lean=dict(), paper=dict(levels=16, features=8, log2_size=18, scale=1.3046, density_layers=2, colour_layers=3, degree=4,
-                                       condition='mouth', condition_rest=1., bias=False))
+                                       condition='mouth', condition_rest=1., surface=0., bias=False))
 
 def field_config(
     preset: str = 'lean',  # 'lean' or 'paper' (INSTA's; its finest cell of half a millimetre in our smaller box)
@@ -104,12 +105,15 @@ class Field(nn.Module):
     def density(self,
         x,               # canonical points in [0, 1]^3, [N, 3]
         condition=None,  # what each of them is told, [N, C]
+        height=None,     # distance from the tracked surface, metres, [N]
     ):                   # density per centimetre [N], features for `colour` [N, outputs]
         "How much matter there is."
         parts = [self.grid(x)]
         if self.config.condition != 'none': parts.append(condition)
         with self.mixed(): h = self.density_network(torch.cat(parts, -1) if len(parts) > 1 else parts[0])
-        return h[..., 0].float().clamp(-15, 8).exp(), h
+        logarithm = h[..., 0].float()
+        if height is not None and self.config.surface: logarithm = logarithm - self.config.surface*(100*height - .5).clamp_min(0)
+        return logarithm.clamp(-15, 8).exp(), h
 
     def colour(self,
         direction,         # unit vectors in canonical space, [N, 3]
@@ -123,9 +127,9 @@ class Field(nn.Module):
         with self.mixed(): out = self.colour_network(torch.cat(parts, -1))
         return out.float().sigmoid()
 
-    def forward(self, x, direction, condition=None, appearance=None):
+    def forward(self, x, direction, condition=None, appearance=None, height=None):
         "Density [N] and colour [N, 3]."
-        density, features = self.density(x, condition)
+        density, features = self.density(x, condition, height)
         return density, self.colour(direction, features, appearance)
 
 # %% ../nbs/11_field.ipynb #c016
