@@ -726,7 +726,7 @@ class MeshAnimator:
 
     def _flesh(self):
         "The person without clothes on the neck (they stay where they are, over it): colours and matte."
-        cloth = ndi.maximum_filter(self.cloth, 5)
+        cloth = ndi.maximum_filter(self.cloth, 2*int(5*self.size/512) + 1)
         bare = ndi.binary_erosion((cloth < .1) & (self.person > .9), iterations=3)
         away, (i, j) = ndi.distance_transform_edt(~bare, return_indices=True)
         under = blurred(self.skin[i, j], .012*self.size)
@@ -975,6 +975,8 @@ class MeshAnimator:
         smooth = blurred(push_pull(self.image, clear.astype(np.float32)), 3*px)
         weight = blurred(clear[..., None].astype(np.float32), 3*px)
         grain = np.where(clear[..., None], self.image - blurred(self.image*clear[..., None], 3*px)/np.maximum(weight, .05), 0)
+        limit = 3*np.median(np.abs(grain[clear]), axis=0) + .004                   # grain, not things
+        grain = np.clip(grain, -limit, limit)
         i, j = ndi.distance_transform_edt(~clear, return_distances=False, return_indices=True)
         y, x = np.mgrid[:h, :w]
         grain = grain[np.clip(2*i - y, 0, h - 1), np.clip(2*j - x, 0, w - 1)]

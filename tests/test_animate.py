@@ -1,0 +1,160 @@
+"The animators, on a portrait drawn from the open head itself: what is true is known."
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import ophav_nb  # noqa: F401  (before torch: it decides about threads)
+import torch
+from ophav_nb.animate import (EYES, MeshAnimator, NeckCut, VideoAnimator, bleed, head_alpha, inflate, make_animator, polygon_mask,
+                              smoothstep, without_mouth)
+from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, vertex_normals
+from ophav_nb.head import HeadModel, Motion
+from ophav_nb.run import InputError
+
+SIZE = 192
+
+
+def drawn(head, shape, motion, camera):
+    "A picture of the head in one state, its mask, its landmarks."
+    with torch.no_grad():
+        v = head(torch.from_numpy(shape)[None], *(torch.from_numpy(a) for a in (motion.expression, motion.joints, motion.translation)))
+        landmarks = camera.project(head.landmarks(v)[0].numpy())
+    v = v[0].numpy()
+    r = rasterize(camera.project(v.astype(np.float64)), head.faces, SIZE, SIZE)
+    light = interpolate(vertex_normals(v, head.faces), head.faces, r) @ np.float32([.2, .3, .9])
+    image = head.colours()[r.face]*(.5 + .5*np.clip(light, 0, 1))[..., None]
+    image[~r.mask] = [.2, .4, .6]
+    return (np.clip(image, 0, 1)*255).astype(np.uint8), r.mask.astype(np.float32), landmarks.astype(np.float32)
+
+
+@pytest.fixture(scope='module')
+def head(): return HeadModel.load()
+
+
+@pytest.fixture(scope='module')
+def portrait(head):
+    camera, shape = facing_camera(1.6*SIZE, SIZE, SIZE), np.zeros(head.n_shape, np.float32)
+    motion = Motion.still(1, head.n_expression)
+    motion.translation[:] = [0, -.02, -.6]
+    image, matte, landmarks = drawn(head, shape, motion, camera)
+    track = SimpleNamespace(motion=motion, shape=shape, camera=camera, landmarks=landmarks[None], error=np.zeros(1), ok=np.ones(1, bool))
+    return image, track, matte
+
+
+@pytest.fixture(scope='module')
+def animator(portrait, head): return MeshAnimator(portrait[0], portrait[1], head, portrait[2], supersample=1)
+
+
+def state(track, head, yaw=0., jaw=0., **expression):
+    e, j, t = (np.array(a[0]) for a in (track.motion.expression, track.motion.joints, track.motion.translation))
+    j[0, 1], j[2, 0] = np.radians(yaw), np.radians(jaw)
+    for name, value in expression.items(): e[[k for k, n in enumerate(head.expression_names) if n.startswith(name)]] = value
+    return e, j, t
+
+
+def test_at_rest_it_is_the_portrait(animator, portrait, head):
+    image, track, matte = portrait
+    f = animator.frame(*state(track, head))
+    inside = (f[..., 3] > .95) & (matte > 0)
+    assert inside.sum() > .15*SIZE**2
+    assert np.abs(f[..., :3] - image/255.)[inside].mean() < .02
+    a = head_alpha(matte, head, track)
+    assert np.abs(f[..., 3] - a).mean() < .01
+    assert f.dtype == np.float32 and f.min() >= 0 and f.max() <= 1
+
+
+def test_it_lands_where_the_mesh_does(animator, portrait, head):
+    "A turned frame against a drawing of the turned head."
+    image, track, _ = portrait
+    e, j, t = state(track, head, yaw=12)
+    f = animator.frame(e, j, t)
+    m = Motion(e[None], j[None], t[None])
+    true, mask, _ = drawn(head, track.shape, m, track.camera)
+    inside = (f[..., 3] > .95) & (mask > 0)
+    assert inside.sum() > .12*SIZE**2
+    assert np.abs(f[..., :3] - true/255.)[inside].mean() < .06
+    face = animator.cut(track.camera.moved(animator._transform(j, t))) > .99
+    assert ((f[..., 3] > .5) == (mask > 0))[face].mean() > .94
+
+
+def test_frames_are_the_frame(animator, portrait, head):
+    _, track, _ = portrait
+    motion = Motion.concat([track.motion]*3)
+    motion.joints[:, 2, 0] = [0, .1, .2]
+    motion.joints[:, 0, 1] = [-.2, 0, .2]
+    out = list(animator.frames(motion, chunk=2))
+    assert len(out) == 3 and out[0].dtype == np.uint8 and out[0].shape == (SIZE, SIZE, 4)
+    one = animator.frame(motion.expression[2], motion.joints[2], motion.translation[2])
+    assert np.abs(out[2]/255. - one).max() < .003
+    assert next(animator.frames(motion, size=96)).shape == (96, 96, 4)
+
+
+def test_lids_close(animator, portrait, head):
+    _, track, _ = portrait
+    L = track.landmarks[0]
+    open_, shut = animator.frame(*state(track, head)), animator.frame(*state(track, head, eyeBlink=1.))
+    skin = animator.skin_colour
+    for eye in EYES.values():
+        x, y = L[eye['iris'][0], :2].astype(int)
+        assert np.abs(shut[y, x, :3] - skin).mean() < .6*np.abs(open_[y, x, :3] - skin).mean()
+
+
+def test_mouth_opens_dark_and_closes(animator, portrait, head):
+    _, track, _ = portrait
+    e, j, t = state(track, head, jaw=16)
+    f = animator.frame(e, j, t)
+    V = animator.vertices(e[None], j[None])[0]
+    q = animator.camera.moved(animator._transform(j, t)).project(animator._points(V, [13, 14]))
+    x, y = q[:, 0].mean(), q[:, 1].mean()
+    assert f[int(y), int(x), :3].mean() < .75*animator.skin_colour.mean()
+    closed = animator.frame(*state(track, head))
+    L = track.landmarks[0]
+    assert np.abs(closed[int(L[13, 1]), int(L[13, 0]), :3] - f[int(y), int(x), :3]).mean() > .05
+
+
+def test_the_cut_is_rigid(head, portrait):
+    image, track, matte = portrait
+    other = replace(track.motion, expression=track.motion.expression + .5)
+    a = head_alpha(np.ones_like(matte), head, track)
+    b = head_alpha(np.ones_like(matte), head, SimpleNamespace(**{**vars(track), 'motion': other}))
+    np.testing.assert_array_equal(a, b)
+    assert .05 < a.mean() < .9 and a[-2].max() < .5
+
+
+def test_body_stays(animator, portrait, head):
+    image, track, matte = portrait
+    s = state(track, head, yaw=15)
+    out = animator.composite(animator.frame(*s), *s)
+    corner = np.abs(out - image/255.)
+    assert corner[:6].mean() < .02 and corner[:, :6].mean() < .02
+    low = corner[-6:][matte[-6:] > .5] if (matte[-6:] > .5).any() else np.zeros(1)
+    assert low.mean() < .1
+
+
+def test_a_film_takes_the_place(portrait, head):
+    image, track, matte = portrait
+    track = SimpleNamespace(**{**vars(track), 'motion': Motion.concat([track.motion]*2)})
+    film = make_animator('video', frames=np.stack([image]*2), track=track, head=head, matte=np.stack([matte]*2))
+    out = list(film.frames(size=96))
+    assert len(out) == 2 and out[0].shape == (96, 96, 4) and 0 < (out[0][..., 3] > 128).mean() < .9
+    assert film.composite(film.frame(0), 0).shape == (SIZE, SIZE, 3)
+    with pytest.raises(InputError, match='frames'): VideoAnimator(np.stack([image]*3), track, head, np.stack([matte]*3))
+
+
+def test_names(portrait):
+    with pytest.raises(InputError, match='no animator'): make_animator('puppet')
+    with pytest.raises(InputError, match='facevid2vid|not part'): make_animator('facevid2vid')
+
+
+def test_tools():
+    mask = polygon_mask(np.array([[10, 10], [30, 10], [30, 20], [10, 20.]]), 40, 50)
+    assert abs(mask.sum() - 200) < 12 and mask[15, 20] == 1 and mask[5, 5] == 0
+    assert polygon_mask(np.array([[10, 10], [30, 10], [30, 20], [10, 20.]]), 40, 50, grow=2).sum() > 280
+    y, x = np.mgrid[:41, :41] - 20
+    assert abs(inflate(x*x + y*y < 18**2)[20, 20] - 18) < .8
+    assert smoothstep(0, 1, np.float32(.5)) == .5
+    image, alpha = np.zeros((20, 20, 3), np.float32), np.zeros((20, 20), np.float32)
+    image[5:15, 5:15], alpha[5:15, 5:15] = [1, 0, 0], 1
+    assert bleed(image, alpha)[5:15, 2:4, 0].min() > .8
