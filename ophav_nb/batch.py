@@ -251,14 +251,14 @@ def write_table(
 
 
 def _page(rows: list[dict], head: list[str], out: Path) -> str:
-    def cell(row, key):
+    def _cell(row, key):
         value = row.get(key, "")
         text = html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
         if key != "name": return f"<td>{text}</td>"
         links = [(f, t) for f, t in (("notebook.ipynb", "notebook"), ("run/report.html", "report"), ("run/video.mp4", "film"))
                  if (Path(row["path"]).parent/f).exists()]
         return f"<td><b>{text}</b> " + " ".join(f'<a href="{html.escape(row["name"])}/{f}">{t}</a>' for f, t in links) + "</td>"
-    body = "\n".join(f'<tr class="{r["status"]}">' + "".join(cell(r, k) for k in head) + "</tr>" for r in rows)
+    body = "\n".join(f'<tr class="{r["status"]}">' + "".join(_cell(r, k) for k in head) + "</tr>" for r in rows)
     return ('<!doctype html><meta charset="utf-8"><title>sweep</title><style>body{font:14px sans-serif}table{border-collapse:'
             'collapse}td,th{border:1px solid #ccc;padding:3px 8px;text-align:left}.failed{background:#fdd}.kept{color:#666}</style>'
             f"<table><tr>{''.join(f'<th>{html.escape(k)}</th>' for k in head)}</tr>\n{body}</table>\n")
