@@ -1,0 +1,110 @@
+"Training, resume, file and animation of an avatar."
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import ophav_nb  # noqa: F401
+from ophav_nb.avatar import Avatar, AvatarConfig, Batch, FramePool, toy_film
+from ophav_nb.field import field_config
+from ophav_nb.geometry import facing_camera
+from ophav_nb.head import HeadModel, Motion
+from ophav_nb.run import InputError
+
+SMALL = AvatarConfig(rays=128, samples=4, frames=4, field=field_config(levels=4, log2_size=10))
+CAMERA = facing_camera(2.2*48, 48, 48)
+
+
+@pytest.fixture(scope='module')
+def head(): return HeadModel.load()
+
+
+@pytest.fixture(scope='module')
+def film(head): return toy_film(head, 8, 48, test=2)
+
+
+@pytest.fixture(scope='module')
+def trained(head, film):
+    avatar = Avatar.create(head, film.shape, SMALL)
+    return avatar, avatar.fit(film, 60, log_every=20)
+
+
+def same(a, b): return all(torch.equal(p, q) for x, y in ((a.field, b.field), (a.shown, b.shown)) for p, q in zip(x.parameters(), y.parameters()))
+
+
+def test_it_learns(trained):
+    rows = trained[1]
+    assert [r['step'] for r in rows] == [20, 40, 60] and rows[-1]['loss'] < .7*rows[0]['loss']
+    assert set(rows[0]) == {'step', 'loss', 'psnr', 'samples_per_second', 'memory_mb'}
+
+
+class Killed(Exception): pass
+
+
+def test_sixty_steps_are_thirty_and_thirty(head, film, trained, tmp_path):
+    def kill(row):
+        if row['step'] == 31: raise Killed
+    with pytest.raises(Killed): Avatar.create(head, film.shape, SMALL).fit(film, 60, folder=tmp_path, every=0, log_every=1, log=kill)
+    again = Avatar.create(head, film.shape, SMALL)
+    rows = again.fit(film, 60, folder=tmp_path, every=0, log_every=1)
+    assert same(again, trained[0])
+    assert [r['step'] for r in rows] == list(range(1, 61)) == [json.loads(line)['step'] for line in open(tmp_path/'log.jsonl')]
+
+
+def test_finished_training_is_not_redone(head, film, tmp_path):
+    a = Avatar.create(head, film.shape, SMALL)
+    a.fit(film, 3, folder=tmp_path)
+    b = Avatar.create(head, film.shape, SMALL)
+    b.fit(film, 3, folder=tmp_path, log=lambda row: pytest.fail('a step was done again'))
+    assert same(a, b) and b.steps == 3
+
+
+def test_file(trained, tmp_path):
+    avatar = trained[0]
+    avatar.save(tmp_path)
+    again = Avatar.load(tmp_path)
+    motion = Motion.still(1)
+    motion.translation[:, 2], motion.expression[:, 5] = -.8, .3
+    assert np.array_equal(next(avatar.render(motion, CAMERA)), next(again.render(motion, CAMERA)))
+    assert same(avatar, again) and again.config == avatar.config and again.steps == 60
+
+
+def test_training_goes_on_after_loading(trained, film, tmp_path):
+    again = Avatar.load(trained[0].save(tmp_path))
+    first = again.fit(film, 10, log_every=10, seed=1, lr_scale=.5)[0]
+    assert first['loss'] < trained[1][0]['loss'] and again.steps == 70
+
+
+def test_render(trained, film):
+    frames = list(trained[0].render(film.motion, CAMERA, frames=[0, 3], samples=6))
+    assert len(frames) == 2 and frames[0].shape == (48, 48, 4) and frames[0].dtype == np.float32
+    assert frames[0][..., 3].max() > .5 and frames[0][0, 0, 3] == 0 and 0 <= frames[0].min() and frames[0].max() <= 1
+    white = trained[0].render_image(translation=[0, 0, -.8], camera=CAMERA, background=1.)
+    assert (white[0, 0] == 1).all()
+    each = list(trained[0].render(film.motion[:2], [CAMERA, CAMERA.orbit(.3)]))
+    assert np.abs(each[0] - each[1]).max() > .1
+
+
+def test_long_films_keep_a_window(head, film):
+    avatar = Avatar.create(head, film.shape, AvatarConfig(rays=64, samples=4, frames=2, cache=2, field=SMALL.field))
+    pool = FramePool(film, avatar.deformer, avatar.widths, avatar.config, avatar.outer)
+    assert pool.room < 6
+    seen = {i for step in range(60) for i in Batch(pool, step, 0).frame}
+    assert seen == set(np.flatnonzero(film.train))
+    fresh = FramePool(film, avatar.deformer, avatar.widths, avatar.config, avatar.outer)
+    assert np.array_equal(Batch(pool, 59, 0).rgb, Batch(fresh, 59, 0).rgb)     # a resumed training draws the same
+
+
+def test_divergence_is_survived(head, film, caplog):
+    avatar = Avatar.create(head, film.shape, SMALL)
+    def poison(row):
+        if row['step'] == 2: avatar.field.density_network[0].weight.data[0, 0] = torch.nan
+    avatar.fit(film, 6, log=poison, log_every=1)
+    assert all(torch.isfinite(p).all() for p in avatar.shown.parameters()) and 'not finite' in caplog.text
+
+
+def test_errors(head, film, trained, tmp_path):
+    with pytest.raises(InputError, match='holds no avatar'): Avatar.load(tmp_path)
+    with pytest.raises(InputError, match='retarget'): next(trained[0].render(Motion.still(1, basis='flame'), CAMERA))
+    with pytest.raises(InputError, match='preset'): AvatarConfig.preset('huge')

@@ -1,0 +1,77 @@
+"The way to canonical space: kernels against their references."
+import numpy as np
+import pytest
+import torch
+
+import ophav_nb  # noqa: F401  before torch's first use: threads
+from ophav_nb.deform import Deformer, neighbours, to_canonical_reference, vertex_rotations_reference, wide_topology
+from ophav_nb.geometry import TriangleTree
+from ophav_nb.head import HeadModel
+
+
+@pytest.fixture(scope='module')
+def scene():
+    head = HeadModel.load()
+    joints = torch.zeros(1, 5, 3)
+    joints[0, 2, 0], joints[0, 1, 1] = .15, .1
+    posed = head(None, head.expression(mouthSmile=.9, eyeBlink=.8)[None], joints)[0].numpy()
+    rng = np.random.default_rng(0)
+    at, w = rng.integers(0, len(head.faces), 150), rng.dirichlet([1, 1, 1], 150)
+    points = (posed[head.faces[at]]*w[..., None]).sum(1) + rng.normal(0, .008, (150, 3))
+    return head, head.canonical().numpy(), posed, points, rng.normal(size=(150, 3))
+
+
+def march(deformer, posed, points, directions):
+    n = len(points)
+    return deformer.march(deformer.poses(posed), np.zeros(n), points, directions, np.zeros((n, 1)))
+
+
+@pytest.mark.parametrize('mapping, quantile', [('smooth', 1.), ('triangle', .9)])   # a tie between triangles moves INSTA's mapping
+def test_march_is_the_reference(scene, mapping, quantile):
+    head, canonical, posed, points, directions = scene
+    eyes = head.regions['left_eye_region'] | head.regions['right_eye_region']
+    d = Deformer(canonical, head.faces, blended=head.regions['face'], scaled=eyes, mapping=mapping)
+    found = march(d, posed, points, directions)
+    x, turned = to_canonical_reference(*(torch.tensor(a) for a in (points, directions, posed)), d)
+    assert np.quantile(np.abs(found.x.numpy()*d.size + d.low - x.numpy()).max(1), quantile) < 1e-5
+    assert np.quantile(np.abs(found.direction.numpy() - turned.numpy()).max(1), quantile) < 1e-3
+
+
+def test_wide_tree_finds_the_nearest(scene):
+    head, canonical, posed, points, directions = scene
+    d = Deformer(canonical, head.faces)
+    d2, face, _ = TriangleTree(posed, head.faces).nearest(points)
+    found = march(d, posed, points, directions)
+    assert np.abs(found.height.numpy() - np.sqrt(d2)).max() < 1e-6
+    assert (found.face.numpy() == face).mean() > .6      # the others are ties on an edge
+
+
+def test_every_triangle_is_in_a_leaf(scene):
+    head, canonical, *_ = scene
+    child, leaf, tri = wide_topology(canonical, head.faces)
+    assert set(tri.ravel()) == set(range(len(head.faces)))
+    assert sorted(leaf[child < 0]) == list(range(len(tri)))
+
+
+def test_rotations(scene):
+    head, canonical, posed, *_ = scene
+    d = Deformer(canonical, head.faces)
+    R = vertex_rotations_reference(torch.tensor(posed), torch.tensor(canonical), head.faces).numpy()
+    ours = d.poses(posed).A[0].reshape(-1, 3, 3)
+    assert np.quantile(np.abs(ours - R).max((1, 2)), .999) < 1e-3
+    assert np.abs(np.linalg.det(ours) - 1).max() < 1e-3
+
+
+def test_at_rest_nothing_moves(scene):
+    head, canonical, _, points, _ = scene
+    d = Deformer(canonical, head.faces)
+    assert np.abs(d.to_canonical(points, canonical) - np.clip(points, d.low, d.low + d.size)).max() < 1e-5
+
+
+def test_neighbours_share_an_edge():
+    f = np.array([[0, 1, 2], [2, 1, 3], [3, 1, 4]])
+    assert [set(row) for row in neighbours(f)] == [{0, 1}, {0, 1, 2}, {1, 2}]
+
+
+def test_unknown_mapping(scene):
+    with pytest.raises(ValueError, match='choose'): Deformer(scene[1], scene[0].faces, mapping='affine')

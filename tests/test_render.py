@@ -1,0 +1,84 @@
+"Band, sampling, compositing, and the viewing kernel against the training path."
+import numpy as np
+import pytest
+import torch
+
+import ophav_nb  # noqa: F401
+from ophav_nb.deform import Deformer
+from ophav_nb.field import Field, field_config
+from ophav_nb.head import HeadModel
+from ophav_nb.render import band_widths, composite, mouth_amount, render_view, sample_depths, studio_camera, surface_band, widen_band
+
+
+@pytest.fixture(scope='module')
+def scene():
+    head = HeadModel.load()
+    rest = head()[0].numpy()
+    loose, widths = band_widths(head, rest)
+    return head, rest, loose, widths
+
+
+def test_band_contains_the_surface(scene):
+    from ophav_nb.geometry import rasterize
+    head, rest, _, widths = scene
+    camera = studio_camera(64, 25)
+    band, skin = surface_band(rest, head.faces, widths, camera), rasterize(camera.project(rest.astype(float)), head.faces, 64, 64)
+    m = skin.mask
+    assert band.mask[m].all() and band.mask.sum() > m.sum()
+    assert (band.near[m] < skin.depth[m]).all() and (band.far[m] > skin.depth[m]).all()
+    assert ((band.near <= band.knee) & (band.knee < band.far))[band.mask].all()
+
+
+def test_widths(scene):
+    head, rest, loose, widths = scene
+    assert widths.min() >= .0099 and widths.max() <= .0451
+    assert np.median(widths[head.region_vertices('scalp')]) > .02 > np.median(widths[head.region_vertices('lips')])
+    assert mouth_amount(head, rest)[head.region_vertices('tongue')].min() == 1
+
+
+def test_widening_covers_the_matte(scene):
+    head, rest, loose, widths = scene
+    camera = studio_camera(96)
+    y, x = np.mgrid[:96, :96]
+    matte = (255*((x - 48)**2 + (y - 33)**2 < 31**2)).astype(np.uint8)
+    wide, before, after = widen_band(widths, loose, [rest], [camera], [matte], head.faces)
+    assert after < .02 < before and (wide >= widths).all()
+    same, before, _ = widen_band(widths, loose, [rest], [camera], [np.zeros((96, 96), np.uint8)], head.faces)
+    assert before == 0 and (same == widths).all()
+
+
+def test_depths():
+    rng = np.random.default_rng(0)
+    near = rng.uniform(.5, .6, 50)
+    knee, far = near + rng.choice([0, .05], 50), near + .1
+    t, step = sample_depths(near, knee, far, rng.random((50, 12), np.float32))
+    assert (np.diff(t) > 0).all() and (t >= near[:, None] - 1e-6).all() and (t <= far[:, None] + 1e-6).all()
+    assert np.allclose(step.sum(1), far - near, atol=1e-6)
+
+
+def test_composite_of_constant_matter():
+    r = composite(torch.full((1, 8), .7), torch.full((1, 8, 3), .25), torch.tensor([.3]))
+    assert torch.allclose(r.alpha, 1 - torch.exp(torch.tensor([-.7*8*.3]))) and torch.allclose(r.rgb, .25*r.alpha[:, None].expand(1, 3))
+
+
+@pytest.mark.parametrize('changes', [dict(), dict(condition='mouth', condition_rest=1.), dict(condition='none', degree=4, bias=False, density_layers=2, colour_layers=3),
+                                     dict(appearance=4, degree=0)])
+def test_the_kernel_sees_what_training_sees(scene, changes):
+    head, rest, _, widths = scene
+    torch.manual_seed(0)
+    field = Field(field_config(levels=4, log2_size=10, **changes))
+    with torch.no_grad():
+        field.grid.params.normal_(0, .5)
+        if field.config.bias: field.density_network[-1].bias[0] = 2.
+    deformer, appearance = Deformer(head.canonical().numpy(), head.faces, mouth_amount(head, rest)), torch.randn(4) if 'appearance' in changes else None
+    a, b = (render_view(field, deformer, rest, studio_camera(32), widths, np.linspace(-1, 1, 16), appearance=appearance, backend=k) for k in ('torch', 'numba'))
+    assert a[..., 3].max() > .5
+    assert np.abs(a[..., 3] - b[..., 3]).max() < .005 and np.abs(a[..., :3]*a[..., 3:] - b[..., :3]*b[..., 3:]).max() < .02
+
+
+def test_nothing_in_view(scene):
+    head, rest, _, widths = scene
+    camera = studio_camera(16)
+    camera.c2w[0, 3] += 5
+    deformer = Deformer(head.canonical().numpy(), head.faces)
+    assert not render_view(Field(field_config(levels=2, log2_size=8)), deformer, rest, camera, widths, np.zeros(16)).any()
