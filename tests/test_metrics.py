@@ -1,0 +1,145 @@
+"""Each measure against its definition, and a row of the table on the astronaut."""
+from pathlib import Path
+
+import ophav_nb  # noqa: F401  (before torch: it sets how threads wait)
+import numpy as np
+import pytest
+
+from ophav_nb import metrics as m
+from ophav_nb.detect import LEFT_IRIS, RIGHT_IRIS, Detector, head_crop
+from ophav_nb.media import read_image, read_video, resize
+
+CLIPS = Path(__file__).parents[2]/"shared"/"data"/"clips"
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return Detector()
+
+
+@pytest.fixture(scope="module")
+def head(detector):
+    picture = read_image("astronaut")
+    crop = head_crop(detector.one(picture).landmarks, 160)
+    image = crop.apply(picture)
+    return image, crop.apply(detector.matte(picture)[0]), detector.one(image).landmarks
+
+
+def test_psnr_is_what_it_says():
+    a = np.zeros((8, 8, 3), np.float32)
+    assert m.psnr(a + .1, a) == pytest.approx(20, abs=1e-3)
+    assert m.psnr(a, a) == 60
+    mask = np.zeros((8, 8), bool)
+    assert np.isnan(m.psnr(a, a, mask))
+    mask[0] = True
+    b = a.copy()
+    b[1:] = 1
+    assert m.psnr(b, a, mask) == 60
+
+
+def test_ssim_agrees_with_scikit_image(head):
+    from skimage.metrics import structural_similarity
+    image = head[0]
+    noisy = np.clip(image + np.random.default_rng(0).normal(0, 12, image.shape), 0, 255).astype(np.uint8)
+    theirs = structural_similarity(image, noisy, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+                                   data_range=255, full=True)[1].mean(-1)
+    np.testing.assert_allclose(m.ssim_map(noisy, image)[6:-6, 6:-6], theirs[6:-6, 6:-6], atol=2e-3)
+    mask = np.zeros(image.shape[:2], bool)
+    mask[40:90, 50:120] = True
+    assert m.ssim(noisy, image, mask) == pytest.approx(theirs[mask].mean(), abs=1e-3)
+
+
+def test_masks_grow_and_shrink_by_pixels():
+    alpha = np.zeros((60, 60), np.float32)
+    alpha[20:40, 20:] = 1                                    # touches the right frame
+    head, interior = m.head_mask(alpha), m.interior_mask(alpha)
+    assert np.flatnonzero(head[30])[[0, -1]].tolist() == [17, 59]
+    assert np.flatnonzero(interior[30])[[0, -1]].tolist() == [25, 59]       # the frame is no border of the head
+    assert not m.head_mask(np.zeros((5, 5))).any()
+
+
+def test_distances_are_told_in_inter_ocular_distances(head):
+    points = head[2]
+    unit = float(m.inter_ocular(points))
+    assert unit == pytest.approx(np.linalg.norm(points[LEFT_IRIS[0], :2] - points[RIGHT_IRIS[0], :2]))
+    assert m.landmark_distance(points + [.03*unit, .04*unit, 9], points) == pytest.approx(5, abs=1e-3)
+    assert m.lid_gap(2*points) == pytest.approx(m.lid_gap(points), rel=1e-5)
+    assert 5 < m.lid_gap(points) < 20 and m.mouth_gap(points) > 5           # she smiles with open eyes
+
+
+def test_correlation_of_what_stands_still():
+    t = np.linspace(0, 9, 50)
+    assert m.correlation(np.sin(t) + 3, 2*np.sin(t)) == pytest.approx(1)
+    assert m.correlation(0*t, np.sin(t)) == 0
+    assert np.isnan(m.correlation(np.sin(t), 0*t))
+    assert m.correlation(np.where(t < 1, np.nan, np.sin(t)), np.sin(t)) == pytest.approx(1)
+
+
+def test_sharpness_falls_with_blur(head):
+    image, _, points = head
+    mask = m.sharpness_mask(points, *image.shape[:2])
+    assert m.sharpness(resize(resize(image, 80), 160), mask) < .6*m.sharpness(image, mask)
+
+
+def test_flicker_is_zero_in_steady_motion():
+    mask = np.ones((5, 4, 4), bool)
+    ramp = np.arange(5)[:, None, None, None]*np.ones((5, 4, 4, 3))*.1
+    assert m.flicker(ramp, mask) == pytest.approx(0, abs=1e-6)
+    blink = np.arange(5)[:, None, None, None] % 2*np.ones((5, 4, 4, 3))
+    assert m.flicker(blink, mask) == pytest.approx(2)
+
+
+def test_rigid_residual_follows_the_map(head):
+    image = head[0]
+    y, x = np.mgrid[:160, :160].astype(np.float32) + .5
+    moved = np.roll(image, (0, 7), (0, 1))
+    mask = np.zeros((160, 160), bool)
+    mask[40:120, 40:120] = True
+    right, wrong = m.rigid_residual(np.stack([moved]*2), image, np.stack([np.stack([x + d, y], -1) for d in (7, 0)]), mask)
+    assert right < 1e-4 < .02 < wrong
+
+
+def test_face_chips_put_eyes_where_dlib_wants_them(head):
+    image, _, points = head
+    roi = m.chip_roi(points[None])[0]
+    c, s = np.cos(roi[3]), np.sin(roi[3])
+    at = (points[m.FIVE_POINTS, :2] - roi[:2]) @ np.array([[c, -s], [s, c]])/roi[2] + .5
+    np.testing.assert_allclose(at, (m.FIVE_PLACES + .25)/1.5, atol=.03)
+    assert m.face_chips([image], [points]).shape == (1, 150, 150, 3)
+
+
+def test_identity_tells_people_apart(detector, head):
+    pytest.importorskip("dlib")
+    image, _, points = head
+    same = np.ascontiguousarray(image[:, ::-1])
+    from skimage.data import camera
+    other = np.stack([camera()]*3, -1)[60:260, 130:330]
+    images = [image, same, resize(resize(image, 70), 160), other]
+    places = [points, detector.one(same).landmarks, points, detector.landmarks(other, np.float32([[100, 100, 130, 0]]))[0][0]]
+    vectors = m.identity_embedding(images, places)
+    far = m.identity_distance(vectors[0], vectors)
+    assert far[0] == 0 and far[1] < .45 and far[2] < .45 and far[3] > .6
+
+
+def test_a_row_of_the_table(detector, head):
+    image, alpha, points = head
+    truth = m.Truth([image]*3, [alpha]*3, detector, np.stack([points]*3), identities=1)
+    perfect = truth.score([np.dstack([image, (255*alpha + .5).astype(np.uint8)])]*3)
+    assert perfect["psnr_head"] == 60 and perfect["landmark_distance"] == 0 and perfect["identity_distance"] < 1e-5
+    assert perfect["flicker"] is None and perfect["lost"] == 0
+    worse = truth.score([np.roll(truth.white(0), 3, 1)]*3)
+    assert worse["psnr_head"] < 30 and 3 < worse["landmark_distance"] < 12 and worse["identity_distance"] < .3
+    assert set(m.missing_metrics()) == {"csim", "lpips", "fid", "aed", "apd", "akd"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="the development clips are not there")
+def test_identity_separates_the_development_clips(detector):
+    people = []
+    for path in sorted(CLIPS.glob("*.mp4")):
+        frames = read_video(path)[0]
+        frames = frames[np.linspace(0, len(frames) - 1, 4).astype(int)]
+        people.append(m.identity_embedding(list(frames), detector.film(frames)[0]))
+    far = np.linalg.norm(np.stack(people)[:, None, :, None] - np.stack(people)[None, :, None], axis=-1)
+    same = np.eye(len(people), dtype=bool)
+    assert far[same].max() < .5 < far[~same].min() and np.median(far[~same]) > .75
