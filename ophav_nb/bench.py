@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['GRID', 'LEAN', 'PARTS', 'Part', 'interleaved', 'measure', 'TorchHashGrid', 'band_points', 'encoder', 'encoder_lean',
-           'posed_head', 'head_rays', 'nearest', 'raster', 'OurStep', 'NaiveStep', 'step', 'step_lean', 'machine',
-           'compare_benches', 'bench']
+           'posed_head', 'head_rays', 'nearest', 'raster', 'OurStep', 'NaiveStep', 'TreeStep', 'step', 'step_lean',
+           'machine', 'compare_benches', 'bench']
 
 # %% ../nbs/22_bench.ipynb #c004
 import json
 import os
 import platform
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numba
@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .deform import Deformer
-from .encoding import HashGrid
-from .field import Field, FieldConfig, told
+from .encoding import HashGrid, spherical_harmonics
+from .field import fast_bfloat16
 from .geometry import TriangleTree, facing_camera, rasterize, triangle_frames
 from .head import HeadModel
 from .run import InputError, progress, write_atomic
@@ -183,23 +183,37 @@ def _composite(density, colour, step):
     weight = alpha*through
     return (weight[..., None]*colour).sum(1) + 1 - weight.sum(1, keepdim=True)
 
+class _Net(nn.Module):
+    "Density and colour from a grid, as small as they come."
+    def __init__(self, grid, mixed: bool):
+        super().__init__()
+        self.grid, self.mixed = grid, mixed
+        self.density = nn.Sequential(nn.Linear(grid.width, 64), nn.ReLU(), nn.Linear(64, 16))
+        self.colour = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+
+    def forward(self, x, direction):
+        features = self.grid(x)
+        with torch.autocast('cpu', torch.bfloat16, enabled=self.mixed):
+            h = self.density(features)
+            rgb = self.colour(torch.cat([h, spherical_harmonics(direction).to(h.dtype)], -1))
+        return h[:, 0].float().clamp(-15, 8).exp(), rgb.float().sigmoid()
+
 class _Step:
     "A training step over fixed rays."
-    def __init__(self, config, rays, samples, seed=0):
+    def __init__(self, layout, rays, samples, seed=0):
         torch.manual_seed(seed)
-        self.head, self.v, self.f = posed_head()
-        self.canonical = self.head.canonical().reshape(-1, 3).numpy()
+        head, self.v, self.f = posed_head()
+        self.canonical = np.ascontiguousarray(head.canonical().reshape(-1, 3).numpy())
         self.samples, self.target = samples, torch.rand(rays, 3)
         self.o, self.d, self.near, self.far = (np.ascontiguousarray(a, np.float32) for a in head_rays(self.v, self.f, rays))
-        self.condition = torch.rand(1, config.condition_size).expand(rays*samples, -1)
-        self.field, self.config = Field(config), config
-        self.optimiser = self.make_optimiser()
+        self.length = torch.from_numpy(100*(self.far - self.near)[:, None]/samples)
+        self.prepare(layout)
 
     def __call__(self):
-        x, direction, mouth = self.sample(np.random.rand(len(self.o), self.samples).astype(np.float32))
-        density, colour = self.field(x, direction, told(self.config, self.condition, mouth))
-        step = torch.from_numpy(100*(self.far - self.near)[:, None]/self.samples)
-        out = _composite(density.view(-1, self.samples), colour.view(-1, self.samples, 3), step)
+        jitter = np.random.rand(len(self.o), self.samples).astype(np.float32)
+        depth = self.near[:, None] + (self.far - self.near)[:, None]*(np.arange(self.samples, dtype=np.float32) + jitter)/self.samples
+        density, colour = self.net(*self.sample(depth))
+        out = _composite(density.view(-1, self.samples), colour.view(-1, self.samples, 3), self.length)
         loss = F.huber_loss(out, self.target, delta=.1)
         self.optimiser.zero_grad()
         loss.backward()
@@ -208,41 +222,52 @@ class _Step:
 
 class OurStep(_Step):
     "With this package's parts."
-    def make_optimiser(self):
+    def prepare(self, layout):
+        self.net = _Net(HashGrid(**layout), fast_bfloat16())
         self.deformer = Deformer(self.canonical, self.f)
-        groups = [dict(params=[self.field.grid.params], lr=1e-2), dict(params=self.field.networks, lr=2e-3)]
-        return torch.optim.Adam(groups, eps=1e-15, betas=(.9, .99), fused=True)
+        self.poses, self.slot = self.deformer.poses(self.v), np.zeros(len(self.o), np.int32)   # training keeps them from step to step, too
+        self.optimiser = torch.optim.Adam(self.net.parameters(), lr=2e-3, eps=1e-15, betas=(.9, .99), fused=True)
 
-    def sample(self, jitter):
-        s = self.deformer.march(self.deformer.poses(self.v), np.zeros(len(self.o), np.int32), self.o, self.d, self.near, self.far, jitter)
-        return s.x, s.direction, s.mouth
+    def sample(self, depth):
+        s = self.deformer.march(self.poses, self.slot, self.o, self.d, depth)
+        return s.x, s.direction
 
 class NaiveStep(_Step):
-    "As one would first write it with torch and scipy."
-    def make_optimiser(self):
-        c = self.config
-        self.field.grid = TorchHashGrid(c.levels, c.features, c.log2_size, c.base, c.scale)
+    "As one would first write it in torch: nearest centre among all, triangle frames, the plain grid."
+    def prepare(self, layout):
+        self.net = _Net(TorchHashGrid(**layout), False)
         self.low, self.size = torch.tensor(self.canonical.min(0) - .06), float(np.ptp(self.canonical, axis=0).max() + .12)
-        return torch.optim.Adam(self.field.parameters(), lr=2e-3, eps=1e-15, betas=(.9, .99))
+        v, c, f = torch.from_numpy(self.v), torch.from_numpy(self.canonical), torch.from_numpy(np.asarray(self.f)).long()
+        self.centres, self.corner, self.rest = v[f].mean(1), v[f[:, 0]], c[f[:, 0]]
+        self.turn = triangle_frames(c, f) @ triangle_frames(v, f).mT
+        self.rays = torch.from_numpy(self.o), torch.from_numpy(self.d)
+        self.optimiser = torch.optim.Adam(self.net.parameters(), lr=2e-3, eps=1e-15, betas=(.9, .99))
 
-    def sample(self, jitter):
-        from scipy.spatial import cKDTree
-        v, c, f = (torch.from_numpy(np.asarray(a)) for a in (self.v, self.canonical, self.f))
-        o, d, near, far = (torch.from_numpy(a) for a in (self.o, self.d, self.near, self.far))
-        t = near[:, None] + (far - near)[:, None]*(torch.arange(self.samples) + torch.from_numpy(jitter))/self.samples
-        x = (o[:, None] + t[..., None]*d[:, None]).reshape(-1, 3)
-        k = torch.from_numpy(cKDTree(v[f].mean(1).numpy()).query(x.numpy())[1])
-        M = (triangle_frames(c, f) @ triangle_frames(v, f).mT)[k]
-        x = c[f[k, 0]] + (M @ (x - v[f[k, 0]])[..., None])[..., 0]
+    def closest(self, x):
+        return torch.cat([torch.cdist(some, self.centres).argmin(1) for some in x.split(4096)])
+
+    def sample(self, depth):
+        o, d = self.rays
+        x = (o[:, None] + torch.from_numpy(depth)[..., None]*d[:, None]).reshape(-1, 3)
+        k = self.closest(x)
+        M = self.turn[k]
+        x = self.rest[k] + (M @ (x - self.corner[k])[..., None])[..., 0]
         d = (M @ F.normalize(d, dim=-1).repeat_interleave(self.samples, 0)[..., None])[..., 0]
-        return ((x - self.low)/self.size).clamp(0, 1), d, torch.ones(len(x))
+        return ((x - self.low)/self.size).clamp(0, 1), d
+
+class TreeStep(NaiveStep):
+    "The naive step with scipy's k-d tree (C++) for the nearest centre."
+    def closest(self, x):
+        from scipy.spatial import cKDTree
+        if not hasattr(self, 'tree'): self.tree = cKDTree(self.centres.numpy())
+        return torch.from_numpy(self.tree.query(x.numpy(), workers=numba.get_num_threads())[1])
 
 def step(quick: bool = False, layout: dict = GRID, rays: int = 4096, samples: int = 16) -> Part:
     "A training step, ours against plain torch."
     rays = rays//8 if quick else rays
-    config = FieldConfig(**layout)
+    makers = dict(ours=OurStep, torch=NaiveStep, torch_and_scipy=TreeStep)
     return Part(f"training step, {rays} rays x {samples} samples, grid L{layout['levels']} F{layout['features']} T2^{layout['log2_size']}",
-                dict(ours=OurStep(config, rays, samples), naive=NaiveStep(replace(config, precision='float32'), rays, samples)), dict(naive=7.))
+                {name: make(layout, rays, samples) for name, make in makers.items()}, dict(torch=7.))
 
 def step_lean(quick: bool = False) -> Part:
     "The step of the CPU presets."

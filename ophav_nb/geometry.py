@@ -451,7 +451,7 @@ def _box_distance(B, n, px, py, pz):
     return x*x + y*y + z*z
 
 # %% ../nbs/02_geometry.ipynb #c037
-STACK = 64   # deep enough for any mesh: the tree is balanced
+STACK = 64   # deep enough for any mesh: no child holds more than three quarters
 
 @kernel
 def _nearest_in_tree(px, py, pz, T, B, left, right, start, count, guess, stack, stack_d):
@@ -517,18 +517,36 @@ def _refit_kernel(V, F, order, left, right, start, count, T, B):
     for i in prange(V.shape[0]): _refit_one(V[i], F, order, left, right, start, count, T[i], B[i])
 
 # %% ../nbs/02_geometry.ipynb #c039
+def _half_area(low, high):
+    "Half the surface of boxes, [...]."
+    d = high - low
+    return d[..., 0]*d[..., 1] + d[..., 1]*d[..., 2] + d[..., 2]*d[..., 0]
+
+def _split(low, high, index, small=16):
+    "Order some triangles and say where to cut: where the two boxes' surfaces cost least (MacDonald and Booth, 1990); few are halved."
+    centre, m = (low[index] + high[index])/2, len(index)
+    if m < small: return index[np.argsort(centre[:, np.argmax(np.ptp(centre, axis=0))], kind='stable')], m//2
+    best, k, edge = (np.inf, None, None), np.arange(1, m), m//4      # no side under a quarter: the depth stays bounded
+    for axis in range(3):
+        some = index[np.argsort(centre[:, axis], kind='stable')]
+        a, b = low[some], high[some]
+        left = _half_area(np.minimum.accumulate(a), np.maximum.accumulate(b))[:-1]
+        right = _half_area(np.minimum.accumulate(a[::-1]), np.maximum.accumulate(b[::-1]))[::-1][1:]
+        cost = (left*k + right*(m - k))[edge:m-1-edge]
+        at = int(np.argmin(cost))
+        if cost[at] < best[0]: best = (cost[at], some, at + edge + 1)
+    return best[1], best[2]
+
 def _build_topology(V, F, leaf=4):
-    "Median-split hierarchy over the triangles' centres: order [F], left, right (-1: leaf), start, count [M]."
-    centres, order = V[F].mean(1), np.arange(len(F))
+    "Hierarchy over the triangles' boxes: order [F], left, right (-1: leaf), start, count [M]; children come after their parents."
+    low, high, order = V[F].min(1), V[F].max(1), np.arange(len(F))
     nodes, todo = [[-1, -1, 0, 0]], [(0, 0, len(F))]
     while todo:
         n, a, b = todo.pop()
         if b - a <= leaf:
             nodes[n][2:] = a, b - a
             continue
-        c = centres[order[a:b]]
-        k = (b - a)//2
-        order[a:b] = order[a:b][np.argpartition(c[:, np.argmax(np.ptp(c, axis=0))], k)]
+        order[a:b], k = _split(low, high, order[a:b])
         nodes[n][:2] = len(nodes), len(nodes) + 1
         nodes += [[-1, -1, 0, 0], [-1, -1, 0, 0]]
         todo += [(nodes[n][1], a+k, b), (nodes[n][0], a, a+k)]
