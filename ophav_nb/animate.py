@@ -837,6 +837,7 @@ class MeshAnimator:
         self.base = base.astype(np.float32)
         self.least = np.full(len(base), .38, np.float32)
         self.least[self.faces[self.kind == _TEETH]] = .85
+        self.least -= (.5*smoothstep(2.5, 5, np.abs(self._teeth_numbers()))).astype(np.float32)     # back teeth stand in the dark
         self.seen[self.inside] = 0
         self.seen[self.eye_vertices] = 1
         self.fixed = np.concatenate([self.T0, self.P_shut[:, :2], self.seen[:, None], self._teeth_numbers()[:, None],
@@ -881,8 +882,8 @@ class MeshAnimator:
         z = lambda p: (p - camera.c2w[:3, 3].astype(np.float32)) @ camera.c2w[:3, 2].astype(np.float32)
         behind = z(V[i]) - z(lips).mean()
         light = camera.c2w[:3, :3].astype(np.float32) @ np.array([.1, -.45, -.88], np.float32)
-        lit = np.maximum(.70 + .30*np.clip(N[i] @ light, 0, 1), self.least[i])
-        out[i, 1:4] *= (lit*np.maximum(np.exp(-np.clip(behind - .008, 0, 1)/.024), self.least[i]))[:, None]
+        lit = .70 + .30*np.clip(N[i] @ light, 0, 1)
+        out[i, 1:4] *= np.maximum(lit*np.maximum(np.exp(-np.clip(behind - .008, 0, 1)/.024), self.least[i]), self.least[i]*.98)[:, None]
         out[:, 4] = self.face_mask*np.maximum(smoothstep(.12, .34, self._facing(V, N, camera)), self.opening)
         return out
 
