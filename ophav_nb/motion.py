@@ -484,17 +484,16 @@ def flame_motion(
     conversion: np.ndarray|None = None,   # [E,54]
     name: str = "the sequence",
 ) -> Motion:                              # relative to its first frame's pose, and to FLAME's neutral face
-    "A FLAME sequence; with 65 expressions the last is a blink, as CAP4D writes them."
+    "A FLAME sequence (Li et al., 2017), as CAP4D and others write them."
     expr = np.asarray(arrays["expr"], np.float64)
     T = len(expr)
     take = lambda key: np.asarray(arrays[key], np.float64).reshape(-1, 3)[:T] if key in arrays else np.zeros((T, 3))
     joints, face = np.zeros((T, 5, 3)), np.zeros((T, JAW + 2))
     for k, key in enumerate(("rot", "neck_rot", "jaw_rot", "eye_rot", "eye_rot")): joints[:, k] = take(key)
     joints[:, 3:] -= np.median(joints[:, 3:], 0)                     # eyes rest where they mostly look
-    if expr.shape[1] == 65: face[:, [8, 9]] = np.clip(expr[:, -1:] - np.percentile(expr[:, -1], 25), 0, 1)
     if conversion is not None: face = face + (expr[:, :len(conversion)] - np.median(expr[:, :len(conversion)], 0)) @ conversion
     else:
-        log.warning("%s: FLAME's expressions need FLAME's own file to be translated; pose, eyes and translation are kept, the mouth stays still. "
+        log.warning("%s: FLAME's expressions need FLAME's own file to be translated; pose, eyes and translation are kept, the face stays still. "
                     "Add it with `ophav weights add`, and pass conversion=basis_conversion(flame, head)", name)
     joints[:, 2, 0] += face[:, JAW]
     shift = take("tra") - take("tra")[0]

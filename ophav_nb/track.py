@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'PAIRS', 'FOCAL', 'Track', 'LandmarkModel', 'Person', 'FitSettings', 'landmark_error', 'fit_portrait',
-           'draw_track', 'in_crop', 'track_portrait']
+           'draw_track', 'in_crop', 'track_portrait', 'fit_film', 'track_film']
 
 # %% ../nbs/06_track.ipynb #c002
 import json, logging, math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, torch
+from numba import prange
 from scipy import ndimage as ndi
 from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 # %% ../nbs/06_track.ipynb #c003
 from .run import InputError, progress, write_atomic
 from .media import Crop, resize
-from .geometry import Camera, axis_angle_to_matrix, facing_camera, kernel, matrix_to_axis_angle, rasterize, sample_bilinear
+from .geometry import Camera, axis_angle_to_matrix, facing_camera, interpolate, kernel, matrix_to_axis_angle, rasterize, sample_bilinear
 from .head import HeadModel, Motion
 from .detect import INNER_FACE, LEFT_EYE, LID_PAIRS, LIP_PAIRS, LIPS, OVAL, RIGHT_EYE, Detector, fill_lost, head_crop
 
@@ -547,3 +548,486 @@ def track_portrait(
     crop = head_crop(found.landmarks, size)
     square = crop.apply(image)
     return crop, square, detector.matte(square)[0], fit_portrait(square, in_crop(crop, found.landmarks), head, focal)
+
+# %% ../nbs/06_track.ipynb #c023
+def _subset(fit: _Fit, some) -> _Fit:
+    "The same problem on some of the frames."
+    some = torch.as_tensor(some)
+    return replace(fit, target=fit.target[some], seen=fit.seen[some], R=fit.R[some], tau=fit.tau[some], z=fit.z[some])
+
+
+def _spread_frames(fit: _Fit, count: int) -> np.ndarray:
+    "Frames that differ most: farthest points among the seen ones, from the most usual one on."
+    x = (fit.target[:, :468]/fit.iod)[:, ::6].flatten(1)
+    x = x - x.median(0).values
+    d, chosen = torch.where(fit.seen > 0, x.norm(dim=1), torch.tensor(torch.inf)), []
+    far = torch.where(fit.seen > 0, torch.inf, -1.)
+    k = int(d.argmin())
+    for _ in range(min(count, int(fit.seen.sum()))):
+        chosen.append(k)
+        far = torch.minimum(far, (x - x[k]).norm(dim=1))
+        k = int(far.argmax())
+    return np.sort(np.array(chosen))
+
+
+def _fit_shape(fit: _Fit, focal: bool, count: int = 20):
+    "Shape and focal length, from frames that differ."
+    part = _subset(fit, _spread_frames(fit, count))
+    _fit_rigid(part, 6)
+    _fit_shared(part, 4, local=False, focal=False)
+    _fit_shared(part, 6, local=True, focal=focal)
+    scale = float((part.logf - fit.logf).exp())
+    fit.shape, fit.logf = part.shape, part.logf
+    fit.tau = fit.tau*torch.tensor([1, 1, scale])
+
+
+def _temporal_weights(fit: _Fit) -> Tensor:
+    s, E = fit.settings, fit.E
+    return 2*torch.cat([torch.full((E,), s.smooth), torch.full((2,), s.smooth_jaw), torch.full((4,), s.smooth_eyes)]).double()
+
+
+def _second_difference(z: Tensor) -> tuple[Tensor, Tensor]:
+    "Gradient of half the sum of squared second differences over time [T,n], and its diagonal [T,1]."
+    T = len(z)
+    gradient, diagonal = torch.zeros_like(z), torch.zeros(T, 1, dtype=z.dtype)
+    if T > 2:
+        d = z[:-2] - 2*z[1:-1] + z[2:]
+        for k, c in enumerate((1., -2., 1.)):
+            gradient[k:T - 2 + k] += c*d
+            diagonal[k:T - 2 + k] += c*c
+    return gradient, diagonal
+
+
+def _fit_frames(fit: _Fit, steps: int, pose: bool, smooth: bool, sweeps: int = 3):
+    "Every frame's own numbers, the person fixed."
+    for _ in range(steps):
+        g, H = _normal(fit, pose=pose)
+        if not smooth or len(g) < 3:
+            x, low, high = _limits(fit, pose)
+            _move(fit, _box_solve(H, g, x, low, high), pose)
+            continue
+        w, (low, high), z0 = _temporal_weights(fit), fit.bounds(), fit.z.double()
+        z, H, g = z0.clone(), H.double(), g.double()
+        for sweep in range(sweeps):
+            for colour in range(3):
+                pull, diagonal = _second_difference(z)
+                at = slice(colour, None, 3)
+                slope = g[at] + (H[at] @ (z[at] - z0[at])[..., None])[..., 0] + w*pull[at]
+                z[at] += _box_solve(H[at] + torch.diag_embed(w*diagonal[at]), slope, z[at], low, high, rounds=3, sweeps=20).double()
+        _move(fit, (z - z0).float(), False)
+
+
+def _interpolate_lost(fit: _Fit):
+    "Poses and expressions of unseen frames, between those of seen ones."
+    ok = fit.seen.numpy() > 0
+    if ok.all(): return
+    known, t = np.flatnonzero(ok), np.arange(len(ok))
+    fit.tau, fit.z = torch.from_numpy(fill_lost(fit.tau.numpy(), ok)), torch.from_numpy(fill_lost(fit.z.numpy(), ok))
+    R = Rotation.from_matrix(fit.R[known].numpy())
+    turned = Slerp(known, R)(np.clip(t, known[0], known[-1])) if len(known) > 1 else Rotation.concatenate([R]*len(t))
+    fit.R = torch.from_numpy(turned.as_matrix()).float()
+
+# %% ../nbs/06_track.ipynb #c025
+@kernel
+def _solve6(H, g, x):
+    "x = H^-1 g for a symmetric positive 6 x 6 system (Cholesky)."
+    L = np.zeros((6, 6))
+    for i in range(6):
+        for j in range(i + 1):
+            s = H[i, j]
+            for k in range(j): s -= L[i, k]*L[j, k]
+            L[i, j] = np.sqrt(max(s, 1e-12)) if i == j else s/L[j, j]
+    for i in range(6):
+        s = g[i]
+        for k in range(i): s -= L[i, k]*x[k]
+        x[i] = s/L[i, i]
+    for i in range(5, -1, -1):
+        s = x[i]
+        for k in range(i + 1, 6): s -= L[k, i]*x[k]
+        x[i] = s/L[i, i]
+
+
+@kernel
+def _rotate(R, w):
+    "R <- exp(w) R in place."
+    angle = np.sqrt(w[0]*w[0] + w[1]*w[1] + w[2]*w[2])
+    if angle < 1e-12: return
+    a, b = np.sin(angle)/angle, (1 - np.cos(angle))/(angle*angle)
+    for j in range(3):
+        x, y, z = R[0, j], R[1, j], R[2, j]
+        cx, cy, cz = w[1]*z - w[2]*y, w[2]*x - w[0]*z, w[0]*y - w[1]*x
+        R[0, j] = x + a*cx + b*(w[1]*cz - w[2]*cy)
+        R[1, j] = y + a*cy + b*(w[2]*cx - w[0]*cz)
+        R[2, j] = z + a*cz + b*(w[0]*cy - w[1]*cx)
+
+
+@kernel
+def _row(X, R, t, f, J):
+    "Project a point; J [2,6] is how the pixel moves with the pose. Gives pixel from the middle, and depth."
+    ax = R[0, 0]*X[0] + R[0, 1]*X[1] + R[0, 2]*X[2]
+    ay = R[1, 0]*X[0] + R[1, 1]*X[1] + R[1, 2]*X[2]
+    az = R[2, 0]*X[0] + R[2, 1]*X[1] + R[2, 2]*X[2]
+    z = max(-(az + t[2]), 1e-3)
+    x, y, iz = ax + t[0], ay + t[1], f/z
+    ux, uz, vy, vz = iz, iz*x/z, -iz, -iz*y/z
+    J[0, 0], J[0, 1], J[0, 2] = uz*ay, ux*az - uz*ax, -ux*ay
+    J[1, 0], J[1, 1], J[1, 2] = -vy*az + vz*ay, -vz*ax, vy*ax
+    J[0, 3], J[0, 4], J[0, 5] = ux, 0., uz
+    J[1, 3], J[1, 4], J[1, 5] = 0., vy, vz
+    return iz*x, -iz*y, z
+
+
+@kernel(parallel=True)
+def _align_kernel(images, X, colours, weight, R, tau, f, marks, targets, hold, slack, knee, steps, residual):
+    "Gauss-Newton on each frame's pose: points keep their colours. residual: mean absolute difference after the last step."
+    B, h, w, N = images.shape[0], images.shape[1], images.shape[2], X.shape[0]
+    for b in prange(B):
+        J, row, H, g, d = np.zeros((2, 6)), np.zeros(6), np.zeros((6, 6)), np.zeros(6), np.zeros(6)
+        for step in range(steps + 1):
+            H[:], g[:] = 0., 0.
+            total, mass = 0., 0.
+            for i in range(N):
+                u, v, _ = _row(X[i], R[b], tau[b], f, J)
+                px, py = u + w*.5 - .5, v + h*.5 - .5
+                if px < 0 or py < 0 or px >= w - 1 or py >= h - 1: continue
+                c, r = int(px), int(py)
+                fx, fy = px - c, py - r
+                for k in range(3):
+                    p00, p01, p10, p11 = images[b, r, c, k], images[b, r, c + 1, k], images[b, r + 1, c, k], images[b, r + 1, c + 1, k]
+                    top, bottom = p00 + (p01 - p00)*fx, p10 + (p11 - p10)*fx
+                    e = top + (bottom - top)*fy - colours[i, k]
+                    total += abs(e)*weight[i]
+                    mass += weight[i]
+                    if step == steps: continue
+                    gx, gy = (p01 - p00)*(1 - fy) + (p11 - p10)*fy, bottom - top
+                    q = weight[i]*knee/max(abs(e), knee)
+                    for a in range(6): row[a] = gx*J[0, a] + gy*J[1, a]
+                    for a in range(6):
+                        qa = q*row[a]
+                        g[a] -= qa*e
+                        for m in range(a + 1): H[a, m] += qa*row[m]
+            if step == steps:
+                residual[b] = total/max(mass, 1e-9) if mass > .25*3*N*np.mean(weight) else 1.
+                break
+            for i in range(marks.shape[0]):
+                u, v, _ = _row(marks[i], R[b], tau[b], f, J)
+                for axis in range(2):
+                    e = (u if axis == 0 else v) - targets[b, i, axis]
+                    q = hold*slack/max(abs(e), slack)
+                    for a in range(6):
+                        g[a] -= q*J[axis, a]*e
+                        for m in range(a + 1): H[a, m] += q*J[axis, a]*J[axis, m]
+            for a in range(6):
+                H[a, a] = H[a, a]*(1 + 1e-4) + 1e-9
+                for m in range(a): H[m, a] = H[a, m]
+            _solve6(H, g, d)
+            _rotate(R[b], d)
+            for a in range(3): tau[b, a] += d[3 + a]
+
+# %% ../nbs/06_track.ipynb #c026
+_SOLID_MARKS = [33, 133, 362, 263, 168, 6, 197, 195, 5, 4]   # eye corners and the nose's bridge: the landmarks that keep a soft hold
+
+
+@dataclass
+class _Points:
+    "Rigid points of a reference frame."
+    X: np.ndarray            # [N,3] head space
+    colours: list            # of [n,3], one for each level
+    subset: list             # of indices into X
+
+
+def _levels(frames: np.ndarray, size: int) -> list[np.ndarray]:
+    "Pictures to compare: [B,size/2,size/2,3] blurred well, [B,size,size,3] blurred a little."
+    x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()/255
+    if x.shape[-1] != size: x = torch.nn.functional.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    fine = _blur(x, 1.)
+    coarse = _blur(torch.nn.functional.avg_pool2d(fine, 2), 1.3)
+    return [np.ascontiguousarray(i.permute(0, 2, 3, 1).numpy()) for i in (coarse, fine)]
+
+
+def _blur(x: Tensor, sigma: float) -> Tensor:
+    n = math.ceil(3*sigma)
+    k = torch.exp(-torch.arange(-n, n + 1)**2/(2*sigma*sigma))
+    k = (k/k.sum()).expand(x.shape[1], 1, -1)
+    x = torch.nn.functional.pad(x, (n, n, n, n), mode="replicate")
+    x = torch.nn.functional.conv2d(x, k[..., None, :], groups=x.shape[1])
+    return torch.nn.functional.conv2d(x, k[..., None], groups=x.shape[1])
+
+
+def _rigid_mask(X: np.ndarray, eyes: np.ndarray) -> np.ndarray:
+    "Which points of head space do not follow expressions: hair and upper forehead, ears, the nose's bridge."
+    wide = np.linalg.norm(eyes[0] - eyes[1])
+    u, v = X[..., 0]/wide, (X[..., 1] - eyes[:, 1].mean())/wide
+    hair, ears, temples = v > .75, (np.abs(u) > .98) & (v > -.3), (np.abs(u) > .8) & (v > .05)
+    return hair | ears | temples | ((np.abs(u) < .14) & (v > -.45) & (v < .15))
+
+
+def _reference_points(fit: _Fit, i: int, R, tau, levels, matte, verts: np.ndarray, eyes: np.ndarray, size: int, scale: float, most: int = 6000):
+    "The rigid region of frame i as points with colours; None where there is too little of it."
+    focal = float(fit.logf.exp())*scale
+    camera = facing_camera(focal, size, size)
+    screen = camera.project((verts @ R.T + tau).astype(np.float32))
+    outer = fit.model.head.faces[~np.any([m for n, m in fit.model.head.regions.items() if n in ("mouth_interior", "upper_teeth", "lower_teeth", "tongue")], 0)]
+    raster = rasterize(screen, outer, size, size)
+    depth, covered = raster.depth, raster.mask
+    if not covered.any(): return None
+    away, (ny, nx) = ndi.distance_transform_edt(~covered, return_indices=True)
+    depth = ndi.gaussian_filter(depth[ny, nx] + .0005*np.minimum(away, 40)*256/size, 1.)
+    yy, xx = np.mgrid[:size, :size].astype(np.float32) + .5
+    hairy = interpolate(fit.model.head.region_vertices("scalp").astype(np.float32)[:, None], outer, raster)[..., 0]
+    depth -= .015*ndi.gaussian_filter(np.where(covered, hairy, 1), 3*size/256)               # hair lies about 15 mm above the scalp
+    X = (camera.unproject(np.stack([xx, yy, depth], -1)) - tau) @ R
+    near = ndi.binary_erosion(covered if matte is None else (matte > .8) & (away < .25*size), iterations=3)   # the matte's rim flickers
+    y, x = np.nonzero(near & _rigid_mask(X, eyes))
+    if len(y) < 300: return None
+    step = max(1, len(y)//most)
+    fine = np.arange(0, len(y), step)
+    coarse = np.flatnonzero((y % 2 == 0) & (x % 2 == 0))
+    coarse = coarse[::max(1, len(coarse)//(most//2))]
+    colours = [sample_bilinear(levels[0], (x[coarse] + .5)/2, (y[coarse] + .5)/2), levels[1][y[fine], x[fine]]]
+    return _Points(np.ascontiguousarray(X[y, x], np.float64), [np.ascontiguousarray(c, np.float32) for c in colours], [coarse, fine])
+
+# %% ../nbs/06_track.ipynb #c027
+class _PoseSettler:
+    "Photometric pose of the frames of a film."
+    def __init__(self, fit: _Fit, frames, matte, size: int = 256):
+        self.fit, self.frames, self.matte = fit, frames, matte
+        self.size = min(size, 2*(frames.shape[1]//2))
+        self.scale = self.size/frames.shape[1]
+        self.R0, self.t0 = fit.R.double().numpy(), fit.tau.double().numpy()
+        self.R, self.t = self.R0.copy(), self.t0.copy()
+        self.before, self.after = np.ones(len(fit.z)), np.ones(len(fit.z))
+        neutral = fit.model.person(fit.shape).points(torch.zeros(1, fit.z.shape[1]), False)[0] + fit.offset
+        self.eyes, self.marks = neutral[[468, 473]].numpy(), neutral[_SOLID_MARKS].double().numpy()
+        self.targets = (fit.target[:, _SOLID_MARKS]*self.scale).double().numpy()
+        self.points, self.hold = {}, 1.      # how much the landmarks count beside the picture
+
+    def pictures(self, some) -> list[np.ndarray]:
+        return _levels(self.frames[some], self.size)
+
+    def align(self, key: int, pictures, R, t, some, levels=((0, 6), (1, 6))) -> np.ndarray:
+        "Move poses R, t (in place) of frames `some` towards the reference `key`; residuals [B] on the last level's picture."
+        points, residual = self.points[key], np.zeros(len(R))
+        for level, steps in levels:
+            shrink = (.5, 1.)[level]
+            focal, X = float(self.fit.logf.exp())*self.scale*shrink, points.X[points.subset[level]]
+            iod = self.fit.iod*self.scale*shrink
+            _align_kernel(pictures[level], X, points.colours[level], np.ones(len(X)), R, t, focal, self.marks, self.targets[some]*shrink,
+                          self.hold*len(X)/iod**2, .03*iod, .03, steps, residual)
+        return residual
+
+    def reference(self, i: int) -> bool:
+        "Make frame i a reference, at its current pose."
+        fit = self.fit
+        with torch.no_grad():
+            expression, joints = _full(fit, i)
+            verts = fit.model.head(_full_shape(fit), expression, joints)[0].numpy()
+        matte = None
+        if self.matte is not None: matte = resize(self.matte[i].astype(np.float32), (self.size, self.size), "linear")
+        levels = [p[0] for p in self.pictures([i])]
+        points = _reference_points(fit, i, self.R[i], self.t[i], levels, matte, verts, self.eyes, self.size, self.scale)
+        if points is None: return False
+        self.points[i] = points
+        return True
+
+    def distance(self, i: int) -> np.ndarray:
+        "How differently the head is held from frame i, degrees (a tenth nearer or farther counts as six)."
+        angle = np.degrees(Rotation.from_matrix(self.R0 @ self.R0[i].T).magnitude())
+        return angle + 60*np.abs(np.log(self.t0[:, 2]/self.t0[i, 2]))
+
+    def start(self, some, key: int):
+        "Poses from the landmarks, corrected as the reference's was."
+        D = self.R0[key].T @ self.R[key]
+        shift = self.R0[key].T @ (self.t[key] - self.t0[key])
+        return self.R0[some] @ D, self.t0[some] + self.R0[some] @ shift
+
+    def run(self, within: float = 5., most: int = 20, chunk: int = 48) -> bool:
+        "References from the most usual pose outwards, then every frame to its nearest; False where there is nothing to hold on to."
+        ok = self.fit.seen.numpy() > 0
+        usual = Rotation.from_matrix(self.R0[ok]).mean()
+        root = int(np.flatnonzero(ok)[np.argmin((Rotation.from_matrix(self.R0[ok])*usual.inv()).magnitude())])
+        if not self.reference(root): return False
+        self.root, far = root, np.where(ok, self.distance(root), 0)
+        nearest = np.full(len(ok), root)
+        while far.max() > within and len(self.points) < most:
+            beyond = np.flatnonzero(far > within)
+            i = int(beyond[np.argmin(far[beyond])])
+            self.R[i:i + 1], self.t[i:i + 1] = self.start([i], nearest[i])
+            self.align(nearest[i], self.pictures([i]), self.R[i:i + 1], self.t[i:i + 1], [i])
+            far[i] = 0
+            if not self.reference(i): continue
+            closer = ok & (self.distance(i) < far)
+            far, nearest = np.where(closer, self.distance(i), far), np.where(closer, i, nearest)
+        self.nearest = nearest
+        for k in progress(range(0, len(ok), chunk), desc="head pose"): self._settle(np.arange(k, min(k + chunk, len(ok))), ok)
+        return True
+
+    def _settle(self, some: np.ndarray, ok: np.ndarray):
+        "Some consecutive frames: from the landmarks' poses, and again from the neighbours' where those fit better."
+        pictures = self.pictures(some)
+        for key in np.unique(self.nearest[some]):
+            at = np.flatnonzero((self.nearest[some] == key) & ok[some])
+            if len(at) == 0: continue
+            mine, images = some[at], [p[at] for p in pictures]
+            self.before[mine] = self.align(key, images, self.R0[mine].copy(), self.t0[mine].copy(), mine, ((1, 0),))
+            R, t = self.start(mine, key)
+            best = self.align(key, images, R, t, mine)
+            for shift in (-1, 1):
+                other = np.clip(at + shift, 0, len(some) - 1)
+                place = {f: j for j, f in enumerate(mine)}
+                source = np.array([place.get(f, j) for j, f in enumerate(some[other])])
+                R2, t2 = R[source].copy(), t[source].copy()
+                cost = self.align(key, images, R2, t2, mine, ((0, 2), (1, 4)))
+                better = cost < best*.985
+                R[better], t[better], best[better] = R2[better], t2[better], cost[better]
+            self.R[mine], self.t[mine], self.after[mine] = R, t, best
+
+
+    def guarded(self, R, t):
+        "Where the picture led the solid landmarks astray (hair that swings, a face half turned away), back towards the landmarks' pose."
+        marks, targets = torch.from_numpy(self.marks).float(), torch.from_numpy(self.targets/self.scale).float()
+        def miss(R, t):
+            Y = torch.einsum("tij,lj->tli", torch.from_numpy(R).float(), marks) + torch.from_numpy(t).float()[:, None]
+            q = self.fit.logf.exp()*Y[..., :2]*torch.tensor([1., -1.])/-Y[..., 2:]
+            return ((q - targets).norm(dim=-1).mean(1)/self.fit.iod).numpy()
+        worse = miss(R, t) - miss(self.R0, self.t0)
+        self.doubt = ndi.gaussian_filter1d(np.clip((worse - .008)/.015, 0, 1), 1.5)
+        back = Rotation.from_matrix(R @ self.R0.transpose(0, 2, 1)).as_rotvec()*self.doubt[:, None]
+        return Rotation.from_rotvec(back).as_matrix().transpose(0, 2, 1) @ R, t + (self.t0 - t)*self.doubt[:, None]
+
+
+def _full_shape(fit: _Fit) -> Tensor:
+    shape = torch.zeros(fit.model.head.n_shape)
+    shape[:len(fit.shape)] = fit.shape
+    return shape
+
+
+def _full(fit: _Fit, i: int):
+    "Expression [1,E] and joints [1,5,3] of a frame, the head unposed."
+    expression, joints = torch.zeros(1, fit.model.head.n_expression), torch.zeros(1, 5, 3)
+    expression[0, fit.model.fitted] = fit.z[i, :fit.E]
+    joints[0, 2:, :2] = fit.z[i, fit.E:].reshape(3, 2)
+    return expression, joints
+
+
+def _settle_pose(fit: _Fit, frames: np.ndarray, matte, fps: float) -> dict:
+    "Photometric poses into the fit, or the landmarks' own, lightly smoothed, where the picture does not help; what was measured."
+    info, ok, width = dict(pose="landmarks"), fit.seen.numpy() > 0, .7*fps/25
+    if frames is not None and min(frames.shape[1:3]) >= 96:
+        settler = _PoseSettler(fit, frames, matte)
+        if settler.run():
+            before, after = settler.before[ok], settler.after[ok]
+            info |= dict(rigid_before=float(before.mean()), rigid_after=float(after.mean()), references=len(settler.points))
+            if after.mean() < .97*before.mean():
+                info["pose"] = "photometric"
+                R, t = settler.guarded(*_recentre(settler.R, settler.t, settler.R0, settler.t0, ok))
+                info["guarded"] = int((settler.doubt > .5).sum())
+                fit.R, fit.tau = torch.from_numpy(R).float(), torch.from_numpy(t).float()
+    else: info["reason"] = "pictures under 96 px"
+    if info["pose"] == "landmarks": width = 1.5*fps/25
+    _interpolate_lost(fit)
+    fit.R = torch.from_numpy(_smooth_matrices(fit.R.double().numpy(), width)).float()
+    fit.tau = torch.from_numpy(ndi.gaussian_filter1d(fit.tau.numpy(), width, axis=0, mode="nearest"))
+    return info
+
+
+def _smooth_matrices(R: np.ndarray, sigma: float) -> np.ndarray:
+    U, _, Vt = np.linalg.svd(ndi.gaussian_filter1d(R, sigma, axis=0, mode="nearest"))
+    return U @ Vt
+
+
+def _recentre(R, t, R0, t0, ok):
+    "The picture measures motion; where the head is altogether comes from the landmarks of all frames: their usual difference is put back."
+    D = Rotation.from_matrix(R[ok].transpose(0, 2, 1) @ R0[ok])
+    mean = D.mean()
+    for _ in range(5): mean = D.mean(1/np.maximum((D*mean.inv()).magnitude(), .01))
+    shift = np.median(np.einsum("tji,tj->ti", R[ok], t0[ok] - t[ok]), 0)
+    return R @ mean.as_matrix(), t + R @ shift
+
+# %% ../nbs/06_track.ipynb #c029
+def _person_bias(fit: _Fit, rounds: int = 6) -> Tensor:
+    "Offsets in head space that explain the landmarks' constant errors, [L,3] (least absolute deviations)."
+    X = fit.model.person(fit.shape).points(fit.z, False)
+    free = replace(fit, offset=torch.zeros_like(fit.offset))
+    q, Y = free.project(X, fit.R, fit.tau)
+    A, e = _pixel_rate(Y, fit.logf.exp()) @ fit.R[:, None]/fit.iod, (fit.target - q)/fit.iod
+    offset = torch.zeros_like(fit.offset)
+    for _ in range(rounds):
+        left = e - (A @ offset[None, ..., None])[..., 0]
+        w = fit.seen[:, None]/torch.sqrt(left.pow(2).sum(-1) + 1e-5)
+        H = torch.einsum("tl,tlki,tlkj->lij", w, A, A)
+        H = H + .03*torch.diagonal(H, dim1=1, dim2=2).mean(1)[:, None, None]*torch.eye(3)
+        offset = torch.linalg.solve(H, torch.einsum("tl,tlki,tlk->li", w, A, e))
+    return offset
+
+
+def gap_correlation(
+    fitted: np.ndarray,      # [T,478,>=2] px
+    landmarks: np.ndarray,   # [T,478,>=2] px
+    pairs: list,             # of two landmarks each
+) -> float:
+    "Correlation over time of the mean distance between pairs of points; nan where nothing moves."
+    a, b = (np.linalg.norm(p[:, [i for i, _ in pairs], :2] - p[:, [j for _, j in pairs], :2], axis=-1).mean(1) for p in (fitted, landmarks))
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 1e-6 and b.std() > 1e-6 else float("nan")
+
+
+def _summary(track: Track, head: HeadModel) -> dict:
+    "Numbers that say how good a track is."
+    ok, fitted = track.ok, track.fitted(head)
+    own, points = landmark_error(track.fitted(head, bias=True), track.landmarks), track.landmarks
+    out = dict(error=float(track.error[ok].mean()), error_without_bias=float(own[ok].mean()), worst_frame=float(track.error[ok].max()), lost=int((~ok).sum()),
+               focal=float(track.camera.focal/track.camera.width))
+    if ok.sum() > 2: out |= dict(lids=gap_correlation(fitted[ok], points[ok], LID_PAIRS), lips=gap_correlation(fitted[ok], points[ok], LIP_PAIRS))
+    return out
+
+# %% ../nbs/06_track.ipynb #c030
+def fit_film(
+    frames: np.ndarray|None,         # square crops, uint8 [T,S,S,3]; None: landmarks alone
+    landmarks: np.ndarray,           # [T,478,3] px of the crops
+    ok: np.ndarray,                  # bool [T]: where the face was found
+    head: HeadModel,
+    matte: np.ndarray|None = None,   # [T,S,S], 0..1 or uint8
+    fps: float = 25.,
+    focal: float|None = None,        # px; None: estimated near 1.6 widths
+    size: int|None = None,           # of the crops, px, where there are no frames
+    settings: FitSettings|None = None,
+) -> Track:
+    "One person through a film: shape and focal length shared, pose by the picture, expressions refitted with the pose fixed."
+    settings, ok = settings or FitSettings(), np.asarray(ok, bool)
+    if not ok.any(): raise InputError("the face was found in no frame of the film; use one that shows one person from the front")
+    width = frames.shape[1] if frames is not None else size or round(float(np.abs(landmarks[..., :2]).max()))
+    landmarks = fill_lost(np.asarray(landmarks, np.float32), ok)
+    if matte is not None and matte.dtype == np.uint8: matte = matte.astype(np.float32)/255
+    with torch.no_grad():
+        fit = _start(landmarks, ok, width, width, head, focal or FOCAL*width, replace(settings, sparse=3., small=3., pairs=1.))
+        _fit_shape(fit, focal is None)
+        _fit_rigid(fit, 3)
+        _fit_frames(fit, 5, pose=True, smooth=False)
+        _interpolate_lost(fit)
+        fit.offset = .8*_person_bias(fit)
+        info = _settle_pose(fit, frames, matte, fps)
+        fit.settings = settings
+        for share in settings.bias:
+            fit.offset = share*_person_bias(fit)
+            _fit_frames(fit, 4, pose=False, smooth=True)
+        bias = _person_bias(fit)
+    track = _track_of(fit, landmarks, ok, (width, width), fps, bias.numpy(), info)
+    track.info |= _summary(track, head)
+    return track
+
+
+def track_film(
+    frames,                          # uint8 [T,H,W,3], or a list
+    detector: Detector,
+    head: HeadModel,
+    size: int = 512,                 # px of the crops
+    fps: float = 25.,
+    face: int|None = None,           # which face of the first frame
+    matte: bool = True,
+) -> tuple[Crop, np.ndarray, np.ndarray|None, Track]:   # crop, crops uint8 [T,size,size,3], mattes float32 [T,size,size], fit
+    "From the frames of a film as they come to the fitted head."
+    landmarks, ok = detector.film(frames, face)
+    crop = head_crop(landmarks[ok], size)
+    squares = np.stack([crop.apply(f) for f in frames])
+    mattes = detector.matte(squares) if matte else None
+    return crop, squares, mattes, fit_film(squares, in_crop(crop, landmarks), ok, head, mattes, fps)

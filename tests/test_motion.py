@@ -1,0 +1,113 @@
+"Tests of motions: scripts within bounds, transfer, files of others."
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ophav_nb.head import HeadModel, Motion
+from ophav_nb.motion import (NAMES, head_angles, is_absolute, limit, liveportrait_motion, read_motion, relative, rest_frame, retarget,
+                             scripted, smooth, speak, visemes)
+from ophav_nb.run import InputError
+
+FILES = Path(__file__).parents[2]/"shared"/"data"/"motion"
+
+
+class Portrait:
+    motion = Motion(np.full((1, 52), .1), np.concatenate([[[[.1, -.05, 0]]], np.zeros((1, 4, 3))], 1), [[0, 0, -.7]])
+
+
+def test_names_are_the_heads(): assert NAMES == HeadModel.load().expression_names
+
+
+@pytest.mark.parametrize("name", ["range", "talk", "turn", "neutral"])
+@pytest.mark.parametrize("seconds", [.5, 3, 12])
+def test_scripts(name, seconds):
+    motion, angles = scripted(name, seconds), None
+    angles = np.abs(head_angles(motion.joints[:, 0]))
+    assert len(motion) == round(seconds*25) and np.isfinite(motion.joints).all()
+    assert motion.expression.min() >= 0 and motion.expression.max() <= 1
+    assert angles[:, 0].max() < 26 and angles[:, 1].max() < 16
+    np.testing.assert_array_equal(motion.joints, scripted(name, seconds).joints)
+    assert np.abs(motion.joints[0, 0]).max() < .03
+
+
+def test_range_covers():
+    motion = scripted("range", 12)
+    used = motion.expression.max(0)
+    free = [i for i, n in enumerate(NAMES) if not n.startswith(("jaw", "eyeLook", "tongue"))]
+    assert (used[free] > .2).mean() > .9
+    assert np.abs(head_angles(motion.joints[:, 0])[:, 0]).max() > 20
+    with pytest.raises(InputError): scripted("dance")
+
+
+def test_speech():
+    assert [n for n, _ in visemes("bob")] == ["closed", "o", "closed"]
+    t = np.arange(50)/25
+    face = speak("mama", t, 0, 2)
+    assert face[:, 52].max() > .1 and np.abs(face[0]).max() == 0
+
+
+def test_there_and_back():
+    film = scripted("talk", 4)
+    film = replace(film, expression=film.expression*.8, joints=film.joints*.9, translation=film.translation*.1)
+    there = retarget(film, Portrait, keep=1.)
+    assert is_absolute(there) and not is_absolute(film)
+    back = relative(there, Portrait.motion)
+    np.testing.assert_allclose(back.expression, film.expression, atol=1e-5)
+    np.testing.assert_allclose(back.joints, film.joints, atol=1e-5)
+    np.testing.assert_allclose(back.translation, film.translation, atol=1e-4)
+    again = retarget(there, Portrait, neutral=Portrait.motion, keep=1.)
+    np.testing.assert_allclose(again.joints, there.joints, atol=1e-5)
+    assert len(rest_frame(there)) == 1
+
+
+def test_limits_and_smoothing():
+    film = scripted("range", 6)
+    wild = replace(film, joints=film.joints*3)
+    angles = np.abs(head_angles(limit(wild, 20, 10).joints[:, 0]))
+    assert angles[:, 0].max() <= 20.01 and angles[:, 1].max() <= 10.01
+    calm = replace(film, joints=film.joints*.3)
+    np.testing.assert_allclose(limit(calm).joints, calm.joints, atol=1e-5)
+    lid = NAMES.index("eyeBlinkLeft")
+    assert smooth(film).expression[:, lid].max() > .97*film.expression[:, lid].max()
+    assert np.abs(np.diff(smooth(film).expression, 2, axis=0)).mean() < np.abs(np.diff(film.expression, 2, axis=0)).mean()
+
+
+class Evil:
+    def __reduce__(self): return (print, ("code ran",))
+
+
+def test_pickles_do_not_run(tmp_path, capsys):
+    (tmp_path/"bad.pkl").write_bytes(pickle.dumps(dict(motion=[Evil()])))
+    with pytest.raises(InputError): read_motion(tmp_path/"bad.pkl")
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_wrong_files(tmp_path):
+    for name, content in (("a.npz", b"no"), ("a.txt", b"no"), ("a.mp4", b"no")):
+        (tmp_path/name).write_bytes(content)
+        with pytest.raises(InputError): read_motion(tmp_path/name)
+    np.savez(tmp_path/"b.npz", x=np.zeros(3))
+    with pytest.raises(InputError): read_motion(tmp_path/"b.npz")
+    with pytest.raises(InputError): read_motion(tmp_path/"none.npz")
+    with pytest.raises(InputError): liveportrait_motion({"motion": [1]})
+
+
+def test_liveportrait_file():
+    path = FILES/"liveportrait_talking.pkl"
+    if not path.exists(): pytest.skip("the shipped motions are not here")
+    motion = read_motion(path)
+    assert len(motion) == 100 and motion.fps == 20 and 5 < np.degrees(motion.joints[:, 2, 0].max()) < 25
+    assert np.abs(motion.joints[0, 0]).max() < 1e-6
+
+
+def test_flame_file():
+    path = FILES/"cap4d_flame_sequence_00.npz"
+    if not path.exists(): pytest.skip("the shipped motions are not here")
+    motion = read_motion(path)
+    assert len(motion) == 384 and motion.fps == 24 and motion.expression.max() == 0
+    assert .05 < np.abs(motion.joints[:, 3, 1]).max() < .5
+    loud = read_motion(path, conversion=np.eye(65, 54)*.1)
+    assert loud.expression.max() > .1

@@ -1,0 +1,98 @@
+"Tests of the tracker: the model knows its own landmarks; files; films with lost frames."
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ophav_nb.detect import Detector
+from ophav_nb.geometry import facing_camera
+from ophav_nb.head import HeadModel
+from ophav_nb.media import read_image, read_video
+from ophav_nb.run import InputError
+from ophav_nb.track import LandmarkModel, Track, fit_film, fit_portrait, track_film, track_portrait
+
+CLIPS = Path(__file__).parents[2]/"shared"/"data"/"clips"
+
+
+@pytest.fixture(scope="module")
+def head(): return HeadModel.load()
+
+
+def posed(head, frames=1, seed=0):
+    "Landmarks of random heads, as a detector would see them, with the truth."
+    rng = np.random.default_rng(seed)
+    shape = torch.tensor(rng.normal(0, .5, head.n_shape)).float()
+    expression = torch.zeros(frames, head.n_expression)
+    for name, top in (("eyeBlink", 1.), ("mouthSmile", .6), ("browInnerUp", .6)):
+        for i, n in enumerate(head.expression_names):
+            if n.startswith(name): expression[:, i] = torch.tensor(np.abs(np.sin(np.linspace(.3, 5 + i % 2*0, frames)))*top).float()
+    joints = torch.zeros(frames, 5, 3)
+    joints[:, 0] = torch.tensor(np.stack([np.full(frames, .1), np.linspace(-.2, .3, frames), np.full(frames, .05)], 1))
+    joints[:, 2, 0] = torch.tensor(np.linspace(.15, .02, frames))
+    translation = torch.tensor([[.01, -.02, -.62]]).repeat(frames, 1)
+    verts = head(shape, expression, joints, translation)
+    camera = facing_camera(1.6*256, 256, 256)
+    points = camera.project(head.landmarks(verts).numpy())
+    points[..., 2] = (points[..., 2] - points[..., 2].mean())*1.6*256/.62
+    return points.astype(np.float32), shape, expression, joints
+
+
+def test_landmark_model_agrees_with_head(head):
+    model, rng = LandmarkModel(head), np.random.default_rng(1)
+    shape = torch.tensor(rng.normal(0, .5, model.n_shape)).float()
+    z = torch.tensor(np.concatenate([rng.uniform(0, .5, (3, model.n_expression)), rng.uniform(-.1, .2, (3, 6))], 1)).float()
+    X, J = model.person(shape).points(z)
+    expression, joints = torch.zeros(3, head.n_expression), torch.zeros(3, 5, 3)
+    expression[:, model.fitted], joints[:, 2:, :2] = z[:, :model.n_expression], z[:, model.n_expression:].reshape(3, 3, 2)
+    torch.testing.assert_close(X, head.landmarks(head(shape, expression, joints)), atol=1e-5, rtol=0)
+    for k in (0, 5, model.n_expression, model.n_expression + 2):          # jaw's and eyes' derivatives are to first order in their angle
+        step = torch.zeros_like(z)
+        step[:, k] = 1e-2
+        slope = (model.person(shape).points(z + step, False) - model.person(shape).points(z - step, False))/2e-2
+        assert (slope - J[..., k]).abs().max() < .1*slope.abs().max() + 1e-6
+
+
+def test_portrait_from_own_landmarks(head):
+    points, shape, expression, joints = posed(head)
+    track = fit_portrait(np.zeros((256, 256, 3), np.uint8), points[0], head)
+    assert track.error[0] < 1.
+    assert np.abs(np.degrees(track.motion.joints[0, 0] - joints[0, 0].numpy())).max() < 4
+    assert track.motion.expression.min() >= 0 and track.motion.expression.max() <= 1
+
+
+def test_film_of_landmarks_with_a_lost_frame(head):
+    points, shape, expression, joints = posed(head, 24)
+    ok = np.ones(24, bool)
+    ok[7] = False
+    points[7] = 1e3
+    track = fit_film(None, points, ok, head, size=256)
+    assert track.error[ok].mean() < 1.5 and track.info["lids"] > .95 and track.info["lost"] == 1
+    assert np.abs(np.degrees(track.motion.joints[:, 0, 1] - joints[:, 0, 1].numpy())).max() < 5
+    assert np.isfinite(track.motion.expression).all()
+    with pytest.raises(InputError): fit_film(None, points, ok*False, head, size=256)
+
+
+def test_save_and_load(head, tmp_path):
+    points = posed(head)[0]
+    track = fit_portrait(np.zeros((256, 256, 3), np.uint8), points[0], head)
+    again = Track.load(track.save(tmp_path/"track.npz"))
+    np.testing.assert_array_equal(again.motion.expression, track.motion.expression)
+    np.testing.assert_allclose(again.camera.K, track.camera.K)
+    assert again.info == track.info and again.bias is None
+    (tmp_path/"bad.npz").write_text("no")
+    with pytest.raises(InputError): Track.load(tmp_path/"bad.npz")
+
+
+def test_astronaut(head):
+    crop, square, matte, track = track_portrait(read_image("astronaut"), Detector(), head, size=256)
+    assert square.shape == (256, 256, 3) and matte.shape == (256, 256) and track.error[0] < 1.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["glasses_lab", "bedroom"])
+def test_clip(head, name):
+    if not (CLIPS/f"{name}.mp4").exists(): pytest.skip("the development clips are not here")
+    frames, fps = read_video(CLIPS/f"{name}.mp4", max_frames=80)
+    info = track_film(frames, Detector(), head, size=256, fps=fps)[-1].info
+    assert info["error"] < 3 and info["rigid_after"] < .015 and info["lids"] > .95 and info["lost"] == 0
