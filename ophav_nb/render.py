@@ -46,6 +46,9 @@ def band_widths(
     lips = v[np.unique(head.faces[regions['lips']]), 1].mean()
     loose = np.maximum(smoothstep(.004, .035, away), .35*smoothstep(top - .025, top, v[:, 1]))
     loose *= .25 + .75*smoothstep(lips - .04, lips, v[:, 1])
+    for name, least in dict(scalp=.35, left_ear=.3, right_ear=.3, neck=.15).items():   # hair may lie there, however near the face is
+        at = np.unique(head.faces[regions[name]])
+        loose[at] = np.maximum(loose[at], least)
     inside = np.zeros(len(v), bool)
     for name in ('mouth_interior', 'upper_teeth', 'lower_teeth', 'tongue', 'left_eyeball', 'right_eyeball'): inside[head.faces[regions[name]]] = True
     loose[inside] = 0

@@ -35,7 +35,7 @@ def same(a, b): return all(torch.equal(p, q) for x, y in ((a.field, b.field), (a
 
 def test_it_learns(trained):
     rows = trained[1]
-    assert [r['step'] for r in rows] == [20, 40, 60] and rows[-1]['loss'] < .7*rows[0]['loss']
+    assert [r['step'] for r in rows] == [20, 40, 60] and rows[-1]['loss'] < .9*rows[0]['loss']
     assert set(rows[0]) == {'step', 'loss', 'psnr', 'samples_per_second', 'memory_mb'}
 
 
