@@ -6,9 +6,9 @@
 __all__ = ['log', 'PRESETS', 'EvaluationPreset', 'pick_preset', 'add_clip', 'add_truth', 'first_frame', 'add_coarse',
            'compared_frames', 'shown_frames', 'Comparison', 'render_frames', 'compare', 'self_protocol',
            'monocular_protocol', 'write_results', 'comparison', 'labelled', 'results_table', 'evaluate_clip',
-           'told_landmarks', 'measure_driven', 'evaluate_run']
+           'measure_driven', 'evaluate_run']
 
-# %% ../nbs/20_evaluate.ipynb #c002
+# %% ../nbs/20_evaluate.ipynb #c003
 import json
 import logging
 import shutil
@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-# %% ../nbs/20_evaluate.ipynb #c003
+# %% ../nbs/20_evaluate.ipynb #c004
 from .animate import head_alpha, make_animator
 from .avatar import Avatar, AvatarConfig
 from .dataset import HeadDataset, film_dataset
@@ -31,14 +31,14 @@ from .media import VideoWriter, on_background, read_video, resize, to_float, to_
 from .metrics import (Truth, correlation, flicker, head_mask, identity_distance, identity_embedding, inter_ocular, landmark_distance,
                               lid_gap, missing_metrics, mouth_gap, sharpness, sharpness_mask)
 from .motion import retarget
-from .rounds import RoundsConfig, detect_like, read_frames, render_plan, run_rounds, write_frames
+from .rounds import RoundsConfig, detect_like, mesh_landmarks, read_frames, render_plan, run_rounds, write_frames
 from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
 from .track import Track, track_film
 
-# %% ../nbs/20_evaluate.ipynb #c005
+# %% ../nbs/20_evaluate.ipynb #c006
 log = logging.getLogger(__name__)
 
-# %% ../nbs/20_evaluate.ipynb #c007
+# %% ../nbs/20_evaluate.ipynb #c008
 @dataclass(frozen=True)
 class EvaluationPreset:
     "Sizes and lengths of an evaluation."
@@ -69,7 +69,7 @@ def pick_preset(
     if preset not in PRESETS: raise InputError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
     return PRESETS[preset]
 
-# %% ../nbs/20_evaluate.ipynb #c009
+# %% ../nbs/20_evaluate.ipynb #c010
 def add_clip(
     run: Run,
     clip: str|Path,
@@ -126,7 +126,7 @@ def add_coarse(
         HeadDataset.from_frames(maker.frames(motion, size=preset.size), motion, film.track.shape, film.track.camera, head, folder=folder, size=preset.size)
     return HeadDataset.load(run.make('rounds/0/dataset', build, ['clip'], dict(size=preset.size, animator=animator)), head)
 
-# %% ../nbs/20_evaluate.ipynb #c011
+# %% ../nbs/20_evaluate.ipynb #c012
 def compared_frames(
     total: int,
     every: int = 4,
@@ -138,7 +138,7 @@ def compared_frames(
     begin = first + max(0, (total - first - in_a_row)//2)
     return np.concatenate([spread, np.arange(begin, min(begin + in_a_row, total))]), len(spread)
 
-# %% ../nbs/20_evaluate.ipynb #c013
+# %% ../nbs/20_evaluate.ipynb #c014
 def shown_frames(
     dataset: HeadDataset,
     numbers: Iterable[int],
@@ -200,7 +200,7 @@ class Comparison:
         self.rows[name] = read_frames(folder), json.loads((folder/'measures.json').read_text())
         return self.rows[name][1]
 
-# %% ../nbs/20_evaluate.ipynb #c015
+# %% ../nbs/20_evaluate.ipynb #c016
 def render_frames(
     avatar: Avatar,
     motion: Motion,
@@ -235,11 +235,11 @@ def self_protocol(
     head, detector = HeadModel.load(), Detector(device=device)
     film = add_clip(run, clip, preset, head, device)
     real, coarse = add_truth(run, film, preset, head), add_coarse(run, film, preset, head, animator)
-    results, chosen = run_rounds(run, coarse, first_frame(film), head, config, seed, device, detector)
     table = compare(run, film, real, preset, detector)
     motion, camera = film.track.motion[table.numbers], film.track.camera.resized(preset.size, preset.size)
     table.add('source', lambda: np.repeat(table.portrait[None], len(table.numbers), 0))
     table.add('coarse', lambda: shown_frames(coarse, table.numbers), ['rounds/0/dataset'])
+    results, chosen = run_rounds(run, coarse, first_frame(film), head, config, seed, device, detector)
     for r in results:
         table.add(f'round{r.index}', lambda: render_frames(Avatar.load(r.avatar, device=device), motion, camera), [f'rounds/{r.index}/avatar'])
     return table, f'round{chosen}'
@@ -274,7 +274,7 @@ def monocular_protocol(
     table.add('avatar', lambda: render_frames(Avatar.load(run.path('avatar'), device=device), motion, camera), ['avatar'])
     return table, 'avatar'
 
-# %% ../nbs/20_evaluate.ipynb #c017
+# %% ../nbs/20_evaluate.ipynb #c018
 def write_results(
     run: Run,
     protocol: str,
@@ -332,7 +332,7 @@ def results_table(
              for name, row in ({'truth': result['truth']} | result['rows']).items()]
     return '\n'.join([head, *lines])
 
-# %% ../nbs/20_evaluate.ipynb #c018
+# %% ../nbs/20_evaluate.ipynb #c019
 def evaluate_clip(
     clip: str|Path,
     out: str|Path,                    # folder, made or continued
@@ -360,19 +360,7 @@ def evaluate_clip(
         else: table, chosen = monocular_protocol(run, clip, settings, field, seed, device)
         return write_results(run, protocol, table, chosen)
 
-# %% ../nbs/20_evaluate.ipynb #c020
-def told_landmarks(
-    head: HeadModel,
-    track: Track,         # of the portrait
-    motion: Motion,
-    camera: Camera,
-) -> np.ndarray:          # px, [T, 478, 3]
-    "Where a motion wants the landmarks; the third coordinate as the detector's, relative and in px."
-    fitted = replace(track, motion=motion, camera=camera).fitted(head)
-    fitted[..., 2] = (fitted[..., 2] - fitted[..., 2].mean(1, keepdims=True))*camera.focal/np.abs(fitted[..., 2]).mean()
-    return fitted.astype(np.float32)
-
-
+# %% ../nbs/20_evaluate.ipynb #c021
 def measure_driven(
     images: np.ndarray,       # renders on white, uint8 [n, H, W, 3]
     told: np.ndarray,         # landmarks of the mesh, [n, 478, 3]
@@ -423,7 +411,7 @@ def evaluate_run(
         own = np.dstack([portrait.image, to_uint8(head_alpha(portrait.matte, head, portrait.track))])
         own = on_background(resize(own, settings.size))
         near = portrait.track.landmarks[0]*np.float32(settings.size/portrait.image.shape[0])
-        told = told_landmarks(head, portrait.track, played[numbers], camera)
+        told = mesh_landmarks(head, portrait.track.shape, played[numbers], camera)
         row = measure_driven(images, told, film.track.landmarks[numbers], own, near, detector)
         row['flicker'] = None
         result = dict(protocol='cross', frames=len(numbers), rows=dict(avatar=row), chosen='avatar', missing=missing_metrics())

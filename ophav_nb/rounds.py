@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'RoundsConfig', 'Plan', 'film_camera', 'plan_round', 'write_frames', 'read_frames', 'render_plan',
-           'finish_alpha', 'detect_like', 'Check', 'make_check', 'measure_round', 'choose_round', 'RoundResult',
-           'Rounds', 'append_row', 'read_log', 'run_rounds']
+           'finish_alpha', 'detect_like', 'mesh_landmarks', 'Check', 'make_check', 'measure_round', 'choose_round',
+           'RoundResult', 'Rounds', 'append_row', 'read_log', 'run_rounds']
 
-# %% ../nbs/17_rounds.ipynb #c002
+# %% ../nbs/17_rounds.ipynb #c003
 import json
 import logging
 import shutil
@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-# %% ../nbs/17_rounds.ipynb #c003
+# %% ../nbs/17_rounds.ipynb #c004
 from .animate import head_alpha
 from .avatar import Avatar, AvatarConfig
 from .dataset import HeadDataset
@@ -35,10 +35,10 @@ from .metrics import (flicker, head_mask, identity_distance, identity_embedding,
 from .restore import frame_context, make_restorer
 from .run import InputError, Run, progress, write_atomic
 
-# %% ../nbs/17_rounds.ipynb #c005
+# %% ../nbs/17_rounds.ipynb #c006
 log = logging.getLogger(__name__)
 
-# %% ../nbs/17_rounds.ipynb #c007
+# %% ../nbs/17_rounds.ipynb #c008
 @dataclass
 class RoundsConfig:
     "How many rounds, how long each, and what it renders."
@@ -93,7 +93,7 @@ def plan_round(
     return Plan(replace(motion, expression=motion.expression[source], joints=joints, translation=translation), source,
                 np.arange(len(source)) < len(kept))
 
-# %% ../nbs/17_rounds.ipynb #c009
+# %% ../nbs/17_rounds.ipynb #c010
 def write_frames(
     folder: Path,
     count: int,
@@ -139,7 +139,7 @@ def finish_alpha(
         image[..., :3] = np.where(own[..., None] > .3, image[..., :3], push_pull(image[..., :3], np.clip((own - .3)/.3, 0, 1)))
     return to_uint8(np.concatenate([image[..., :3], new[..., None]], -1))
 
-# %% ../nbs/17_rounds.ipynb #c011
+# %% ../nbs/17_rounds.ipynb #c012
 def detect_like(
     detector: Detector,
     images: np.ndarray,      # [N, H, W, 3]
@@ -151,6 +151,18 @@ def detect_like(
     images = to_uint8(images)
     for _ in range(passes): points, _ = detector.landmarks(images, roi_of_landmarks(points))
     return points
+
+
+def mesh_landmarks(
+    head: HeadModel,
+    shape: np.ndarray,   # [S]
+    motion: Motion,
+    camera: Camera,
+) -> np.ndarray:         # px, px, depth in m, [T, 478, 3]
+    "Where a motion wants the landmarks."
+    with torch.no_grad():
+        points = head.landmarks(head(shape, motion.expression, motion.joints, motion.translation, vertices=head.landmark_vertices))
+    return camera.project(points.numpy()).astype(np.float32)
 
 
 class Check(NamedTuple):
@@ -182,11 +194,13 @@ def make_check(
     coarse = np.stack([on_background(np.concatenate([to_float(dataset.rgb[i]), a[..., None]], -1)) for i, a in zip(numbers, alpha)])
     matte = head_alpha(portrait.matte, head, portrait.track, 0)
     shown = np.clip(resize(on_background(np.concatenate([to_float(portrait.image), matte[..., None]], -1)), size), 0, 1)
-    landmarks = detect_like(detector, np.concatenate([shown[None], coarse]), portrait.track.landmarks[0]*size[0]/portrait.image.shape[0])
+    told = mesh_landmarks(head, dataset.shape, dataset.motion[numbers], film_camera(dataset, head))
+    near = np.concatenate([portrait.track.landmarks[:1]*np.float32(size[0]/portrait.image.shape[0]), told])
+    landmarks = detect_like(detector, np.concatenate([shown[None], coarse]), near)
     person = identity_embedding([to_uint8(shown)], landmarks[:1])[0]
     return Check(numbers, slice(len(spread), None), coarse, alpha, landmarks[1:], shown, landmarks[0], person)
 
-# %% ../nbs/17_rounds.ipynb #c012
+# %% ../nbs/17_rounds.ipynb #c013
 def measure_round(
     check: Check,
     shown: np.ndarray,                # renders of the check's frames on white, 0..1, [n, H, W, 3]
@@ -208,7 +222,7 @@ def measure_round(
         row['psnr_previous'] = mean(psnr(im, c, m) for im, c, m in zip(shown, previous[0], masks))
     return row, faces
 
-# %% ../nbs/17_rounds.ipynb #c014
+# %% ../nbs/17_rounds.ipynb #c015
 def choose_round(
     rows: list[dict],             # one a round: identity_distance, landmark_distance, sharpness
     identity_slack: float = .03,  # above round 0
@@ -231,7 +245,7 @@ def choose_round(
            if len(rows) > 1 else "it is the only one")
     return best, f"round {best}: {why}" + "".join(f"; {o}" for o in out) if not best else why + "".join(f"; {o}" for o in out)
 
-# %% ../nbs/17_rounds.ipynb #c017
+# %% ../nbs/17_rounds.ipynb #c018
 @dataclass
 class RoundResult:
     "What a round left."
@@ -396,7 +410,7 @@ def read_log(
         rows[row.get('step')] = row
     return [rows[k] for k in sorted(rows)]
 
-# %% ../nbs/17_rounds.ipynb #c018
+# %% ../nbs/17_rounds.ipynb #c019
 def run_rounds(
     run: Run,
     dataset: HeadDataset,              # the coarse frames; artifact `rounds/0/dataset`, made here if it is not yet
