@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'FILM_NOTE', 'Preset', 'get_preset', 'add_portrait', 'add_track', 'load_portrait', 'add_motion',
-           'resolve_motion', 'add_coarse', 'add_coarse_film', 'write_coarse', 'film_metadata', 'add_dataset',
-           'read_rgba', 'shrink', 'add_film', 'publish', 'play', 'create', 'train_rounds', 'copy_folder',
+           'resolve_motion', 'add_coarse', 'add_coarse_film', 'write_coarse', 'frame_pose', 'film_metadata',
+           'add_dataset', 'read_rgba', 'shrink', 'add_film', 'publish', 'play', 'create', 'train_rounds', 'copy_folder',
            'write_run_report', 'animate', 'turned']
 
 # %% ../nbs/19_pipeline.ipynb #c002
@@ -56,13 +56,14 @@ PRESETS = dict(
 
 
 def get_preset(
-    name: str,   # 'smoke', 'quick', 'standard' or 'paper'
+    name: str | Preset,   # 'smoke', 'quick', 'standard' or 'paper'; a preset of one's own passes through
 ) -> Preset:
     "The preset of this name."
+    if isinstance(name, Preset): return name
     if name not in PRESETS: raise InputError(f"unknown preset '{name}'; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
-# %% ../nbs/19_pipeline.ipynb #c007
+# %% ../nbs/19_pipeline.ipynb #c008
 def add_portrait(
     run: Run,
     image: np.ndarray,        # the portrait as it was read, uint8 [H,W,3]
@@ -106,7 +107,7 @@ def load_portrait(
     return SimpleNamespace(image=read_image(run.path("portrait", "crop.png")), matte=to_float(imread(run.path("portrait", "matte.png"))),
                            track=Track.load(run.path("track", "track.npz")))
 
-# %% ../nbs/19_pipeline.ipynb #c009
+# %% ../nbs/19_pipeline.ipynb #c010
 def add_motion(
     run: Run,
     motion: str,        # what the film shows: a script's name ('talk', 'range' …), a video, or a motion file
@@ -141,7 +142,7 @@ def resolve_motion(
     if Path(motion).suffix: return read_motion(motion)
     return scripted(motion, seconds, fps=fps, seed=seed)
 
-# %% ../nbs/19_pipeline.ipynb #c011
+# %% ../nbs/19_pipeline.ipynb #c012
 FILM_NOTE = "Synthetic film: a computer-made animation by ophav, not a recording. Made from: "
 
 
@@ -157,7 +158,7 @@ def add_coarse(
         write_coarse(folder, lambda start: maker.frames(motion[start:]), len(motion))
         with VideoWriter(folder / "video.mp4", motion.fps, metadata=film_metadata(run)) as video:
             for i in progress(range(len(motion)), desc="coarse video"):
-                video.add(maker.composite(read_rgba(folder / "frames" / f"{i:05d}.png"), joints=motion.joints[i], translation=motion.translation[i]))
+                video.add(maker.composite(read_rgba(folder / "frames" / f"{i:05d}.png"), **frame_pose(motion, i)))
 
     run.make("coarse", build, needs=["portrait", "track", "motion"], params=dict(animator=animator))
 
@@ -190,6 +191,14 @@ def write_coarse(
     start = len(list((folder / "frames").glob("[0-9]*.png")))
     for i, rgba in enumerate(progress(frames(start), total - start, "coarse frames"), start):
         write_image(folder / "frames" / f"{i:05d}.png", rgba)
+
+
+def frame_pose(
+    motion: Motion,
+    i: int,
+) -> dict:   # expression [E], joints [5,3], translation [3]
+    "What the body under the head needs to know of frame `i`."
+    return dict(expression=motion.expression[i], joints=motion.joints[i], translation=motion.translation[i])
 
 
 def film_metadata(
@@ -236,7 +245,7 @@ def shrink(
     colour = resize(whole[..., :3] * whole[..., 3:], size) / np.maximum(alpha, 1e-3)
     return to_uint8(np.concatenate([np.clip(colour, 0, 1), alpha], -1))
 
-# %% ../nbs/19_pipeline.ipynb #c013
+# %% ../nbs/19_pipeline.ipynb #c014
 def add_film(
     run: Run,
     preset: Preset,
@@ -283,11 +292,11 @@ def play(
     with VideoWriter(path, motion.fps, metadata=film_metadata(run)) as video:
         for i, rgba in enumerate(progress(rendered, len(motion), f"film {Path(path).name}")):
             head_frame = to_uint8(rgba)
-            video.add(plate.composite(shrink(head_frame, whole), joints=motion.joints[i], translation=motion.translation[i]) if plate
+            video.add(plate.composite(shrink(head_frame, whole), **frame_pose(motion, i)) if plate
                       else on_background(head_frame))
     return Path(path)
 
-# %% ../nbs/19_pipeline.ipynb #c015
+# %% ../nbs/19_pipeline.ipynb #c016
 def create(
     portrait: str | Path,          # a picture of one person, or the word 'astronaut'
     out: str | Path,               # run folder, made or continued
@@ -295,7 +304,7 @@ def create(
     face: int | None = None,       # which face, counted from the left, where there are several
     coarse: str | Path | None = None,   # an existing talking-head video of this person, in the animator's place
     rounds: int | None = None,     # restoration rounds after round 0; None: 2 (1 in 'smoke')
-    preset: str = "quick",
+    preset: str | Preset = "quick",
     head: Literal["open"] = "open",
     matte: Literal["default"] = "default",
     parser: Literal["default"] = "default",
@@ -310,10 +319,15 @@ def create(
     for name, value, known in (("head", head, ("open",)), ("matte", matte, ("default",)), ("parser", parser, ("default",)),
                                ("restorer", restorer, ("detail", "gfpgan", "none")), ("backend", backend, ("auto", "torch", "numba", "tcnn"))):
         if value not in known: raise InputError(f"unknown {name} '{value}'; choose one of {', '.join(known)}")
+    if animator != "mesh": make_animator(animator)   # says what is missing, before anything is made
+    for name, value in (("motion", motion), ("coarse", coarse)):
+        if value and (Path(value).suffix or name == "coarse") and not Path(value).is_file():
+            raise InputError(f"--{name} {value}: no such file; check the spelling")
+    if not Path(motion).suffix: resolve_motion(motion, .2)   # an unknown script is said at once
     rounds = (1 if preset == "smoke" else 2) if rounds is None else rounds
     image, device = read_image(portrait), pick_device(device)
     model = HeadModel.load()
-    params = dict(portrait=str(portrait), motion=motion, face=face, coarse=coarse and str(coarse), rounds=rounds, preset=preset,
+    params = dict(portrait=str(portrait), motion=motion, face=face, coarse=coarse and str(coarse), rounds=rounds, preset=preset if isinstance(preset, str) else 'own',
                   settings=settings, head=head, matte=matte, parser=parser, animator=animator, restorer=restorer, backend=backend,
                   device=device, seed=seed)
     run = Run(out, params)
@@ -367,7 +381,7 @@ def write_run_report(
     from ophav_nb.inspect import write_report
     return write_report(run, run.path("report.html"))
 
-# %% ../nbs/19_pipeline.ipynb #c017
+# %% ../nbs/19_pipeline.ipynb #c018
 def animate(
     run: str | Path | Run,         # a finished run
     motion: str,                   # a script, a video or a motion file
