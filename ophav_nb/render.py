@@ -242,19 +242,19 @@ def shade(
 TILE = 64   # rays
 
 @kernel
-def _dense(W, b, X, Y, n, relu):
-    "Y = W X + b for the first n columns (a multiple of 16); sizes of W are multiples of four."
+def _dense(W, b, X, Y, relu):
+    "Y = W X + b for all columns of a tile (a length known to the compiler, or it will not use vectors); sizes of W are multiples of four."
     for o in range(0, W.shape[0], 4):
         y0, y1, y2, y3 = Y[o], Y[o+1], Y[o+2], Y[o+3]
         b0, b1, b2, b3 = b[o], b[o+1], b[o+2], b[o+3]
-        for t in range(n): y0[t], y1[t], y2[t], y3[t] = b0, b1, b2, b3
+        for t in range(TILE): y0[t], y1[t], y2[t], y3[t] = b0, b1, b2, b3
         for i in range(0, W.shape[1], 4):
             x0, x1, x2, x3 = X[i], X[i+1], X[i+2], X[i+3]
             p0, p1, p2, p3 = W[o, i], W[o, i+1], W[o, i+2], W[o, i+3]
             q0, q1, q2, q3 = W[o+1, i], W[o+1, i+1], W[o+1, i+2], W[o+1, i+3]
             r0, r1, r2, r3 = W[o+2, i], W[o+2, i+1], W[o+2, i+2], W[o+2, i+3]
             s0, s1, s2, s3 = W[o+3, i], W[o+3, i+1], W[o+3, i+2], W[o+3, i+3]
-            for t in range(n):
+            for t in range(TILE):
                 v0, v1, v2, v3 = x0[t], x1[t], x2[t], x3[t]
                 y0[t] += p0*v0 + p1*v1 + p2*v2 + p3*v3
                 y1[t] += q0*v0 + q1*v1 + q2*v2 + q3*v3
@@ -262,18 +262,18 @@ def _dense(W, b, X, Y, n, relu):
                 y3[t] += s0*v0 + s1*v1 + s2*v2 + s3*v3
         if relu:
             zero = float32(0)
-            for t in range(n):
+            for t in range(TILE):
                 y0[t], y1[t] = y0[t] if y0[t] > zero else zero, y1[t] if y1[t] > zero else zero
                 y2[t], y3[t] = y2[t] if y2[t] > zero else zero, y3[t] if y3[t] > zero else zero
 
 @kernel
-def _layers(flat, plan, X, G, H, n):
+def _layers(flat, plan, X, G, H):
     "Columns of X through a packed network; the result is in G."
     for k in range(plan.shape[0]):
         at, O, K = plan[k, 0], plan[k, 1], plan[k, 2]
         W, b = flat[at:at+O*K].reshape((O, K)), flat[at+O*K:at+O*K+O]
         source = X if k == 0 else (H if (plan.shape[0] - k) % 2 == 1 else G)
-        _dense(W, b, source, G if (plan.shape[0] - k) % 2 == 1 else H, n, k < plan.shape[0] - 1)
+        _dense(W, b, source, G if (plan.shape[0] - k) % 2 == 1 else H, k < plan.shape[0] - 1)
 
 # %% ../nbs/13_render.ipynb #c025
 @kernel
@@ -349,7 +349,7 @@ def _view(o, d, depth, length, L, B, P, A, child, leaf, tri, F, C, rest, beside,
             if alive == 0: break
             _sample(s, alive, index, first, o, d, depth, guess, L, B, P, A, child, leaf, tri, F, C, rest, beside, blended, amount, low, inverse,
                     smooth, table, scale, resolution, offset, size, hashed, X, direction, height, stack, stack_d, out, m, g, h)
-            _layers(flat, density_plan, X, G, H, (alive + 15)//16*16)
+            _layers(flat, density_plan, X, G, H)
             left, shown = 0, 0
             for a in range(alive):
                 j = index[a]
@@ -367,7 +367,7 @@ def _view(o, d, depth, length, L, B, P, A, child, leaf, tri, F, C, rest, beside,
                     left += 1
             alive = left
             if shown == 0: continue
-            _layers(flat, colour_plan, Y, G, H, (shown + 15)//16*16)
+            _layers(flat, colour_plan, Y, G, H)
             for a in range(shown):
                 j, w = seen[a], weight[a]
                 for i in range(3): total[j, i] += w/(float32(1) + np.exp(-G[i, a]))
