@@ -223,18 +223,21 @@ class _Step:
 class OurStep(_Step):
     "With this package's parts."
     def prepare(self, layout):
+        "Networks and geometry of this side, made before the clock runs."
         self.net = _Net(HashGrid(**layout), fast_bfloat16())
         self.deformer = Deformer(self.canonical, self.f)
         self.poses, self.slot = self.deformer.poses(self.v), np.zeros(len(self.o), np.int32)   # training keeps them from step to step, too
         self.optimiser = torch.optim.Adam(self.net.parameters(), lr=2e-3, eps=1e-15, betas=(.9, .99), fused=True)
 
     def sample(self, depth):
+        "Canonical positions and directions of the samples at these depths."
         s = self.deformer.march(self.poses, self.slot, self.o, self.d, depth)
         return s.x, s.direction
 
 class NaiveStep(_Step):
     "As one would first write it in torch: nearest centre among all, triangle frames, the plain grid."
     def prepare(self, layout):
+        "Networks and geometry of this side, made before the clock runs."
         self.net = _Net(TorchHashGrid(**layout), False)
         self.low, self.size = torch.tensor(self.canonical.min(0) - .06), float(np.ptp(self.canonical, axis=0).max() + .12)
         v, c, f = torch.from_numpy(self.v), torch.from_numpy(self.canonical), torch.from_numpy(np.asarray(self.f)).long()
@@ -244,9 +247,11 @@ class NaiveStep(_Step):
         self.optimiser = torch.optim.Adam(self.net.parameters(), lr=2e-3, eps=1e-15, betas=(.9, .99))
 
     def closest(self, x):
+        "The triangle whose centre is closest to each point."
         return torch.cat([torch.cdist(some, self.centres).argmin(1) for some in x.split(4096)])
 
     def sample(self, depth):
+        "Canonical positions and directions of the samples at these depths."
         o, d = self.rays
         x = (o[:, None] + torch.from_numpy(depth)[..., None]*d[:, None]).reshape(-1, 3)
         k = self.closest(x)
@@ -258,6 +263,7 @@ class NaiveStep(_Step):
 class TreeStep(NaiveStep):
     "The naive step with scipy's k-d tree (C++) for the nearest centre."
     def closest(self, x):
+        "The triangle whose centre is closest to each point."
         from scipy.spatial import cKDTree
         if not hasattr(self, 'tree'): self.tree = cKDTree(self.centres.numpy())
         return torch.from_numpy(self.tree.query(x.numpy(), workers=numba.get_num_threads())[1])

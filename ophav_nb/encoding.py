@@ -198,6 +198,7 @@ class _Buffer:
     "Memory for a gradient, kept from step to step as long as nobody else holds the last one."
     def __init__(self): self.tensor = None
     def zeroed(self, like):
+        "A zero buffer of this shape: the one of the step before where nobody else holds it."
         t, self.tensor = self.tensor, None
         if t is None or t.shape != like.shape or t.device != like.device or _shared(t): t = torch.empty_like(like, requires_grad=False)
         self.tensor = t.detach()   # another name for the same memory: what others do to the old tensor object is theirs

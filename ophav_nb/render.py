@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # %% ../nbs/13_render.ipynb #c008
 def smoothstep(low, high, x):
+    "0 below, 1 above, and a smooth way between."
     t = np.clip((x - low)/(high - low), 0, 1)
     return t*t*(3 - 2*t)
 

@@ -102,10 +102,12 @@ class GraphNet(nn.Module):
         return self.plans[outputs]
 
     def activate(self, op: dict, x: Tensor) -> Tensor:
+        "The activation that is fused into an operation."
         kind = op.get("activation")
         return F.prelu(x, self.weight(op, "slope")) if kind == "prelu" else _ACTIVATIONS[kind](x)
 
     def conv(self, op: dict, x: Tensor) -> Tensor:
+        "A convolution; TFLite's SAME padding may be asymmetric."
         left, right, top, bottom = op["pad"]
         even = left == right and top == bottom
         x = x if even else F.pad(x, op["pad"])
