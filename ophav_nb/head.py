@@ -280,8 +280,18 @@ def colours(self) -> np.ndarray:  # [F, 3]
     out = np.tile(np.float32(SKIN), (len(self.faces), 1))
     if not self.has('regions'): return out
     for name, colour in dict(lips=(.76, .42, .40), mouth_interior=BACK, upper_teeth=TEETH, lower_teeth=TEETH, tongue=TONGUE,
-                             left_eyeball=SCLERA, right_eyeball=SCLERA).items(): out[self.regions[name]] = colour
+                             left_eyeball=SCLERA, right_eyeball=SCLERA).items():
+        if name in self.regions: out[self.regions[name]] = colour
     return out
+
+@patch_to(HeadModel)
+def _soft_colours(self):
+    "The triangles' colours averaged at the vertices, so that lips have no saw teeth."
+    out, count = np.zeros((self.n_vertices, 3), np.float32), np.zeros((self.n_vertices, 1), np.float32)
+    for corner in self.faces.T:
+        np.add.at(out, corner, self.colours())
+        np.add.at(count, corner, 1)
+    return out/np.maximum(count, 1)
 
 def _turn(yaw, pitch):
     return Rotation.from_euler('xy', [pitch, yaw], degrees=True).as_matrix()
@@ -303,8 +313,8 @@ def picture(self,
     yaw: float = 0.,           # the head turns to the image's right, degrees
     pitch: float = 0.,         # the head nods down, degrees
     colours=None,              # of the triangles, [F, 3]; None: `colours`
-    centre=(0., 0., .03),      # the point in the picture's middle, metres
-    width: float = .34,        # of what is seen there, metres
+    centre=(0., .01, .03),     # the point in the picture's middle, metres
+    width: float = .28,        # of what is seen there, metres
     supersample: int = 2,
 ) -> np.ndarray:               # uint8 [size, size, 3]
     "A shaded picture of the head on white, seen from .9 m."
@@ -313,7 +323,7 @@ def picture(self,
     n = size*supersample
     posed = (verts - np.float32(centre)) @ _turn(yaw, pitch).T.astype(np.float32) - np.float32([0, 0, .9])
     raster = rasterize(facing_camera(n*.9/width, n, n).project(posed), self.faces, n, n)
-    image = (self.colours() if colours is None else np.asarray(colours, np.float32))[raster.face]
+    image = interpolate(self._soft_colours(), self.faces, raster) if colours is None else np.asarray(colours, np.float32)[raster.face]
     if colours is None and self.has('regions'): _eye_colours(self, verts, raster, image)
     normal = interpolate(vertex_normals(posed, self.faces), self.faces, raster)
     light = np.float32([[.28, .38, .87], [-.7, .2, .5]])
@@ -349,7 +359,9 @@ class Motion:
     def __len__(self): return len(self.expression)
 
     def __getitem__(self, which) -> 'Motion':
-        which = slice(which, which + 1 or None) if isinstance(which, (int, np.integer)) else which
+        if isinstance(which, (int, np.integer)):
+            if not -len(self) <= which < len(self): raise IndexError(f'frame {which} of a motion of {len(self)}')   # also ends a for-loop
+            which = slice(which, which + 1 or None)
         return replace(self, expression=self.expression[which], joints=self.joints[which], translation=self.translation[which])
 
     @property
