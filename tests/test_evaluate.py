@@ -93,7 +93,7 @@ def test_rows_are_kept(tmp_path, film):
     assert again.add('same', lambda: images('same')) == row and calls == ['same', 'negative']
 
 
-@pytest.mark.slow
+@pytest.mark.clips
 @pytest.mark.skipif(not CLIPS.exists(), reason='the development clips are not here')
 def test_clip_smoke(tmp_path):
     "The protocol `self` on a real clip at the smallest size, and that a second call does nothing."

@@ -132,7 +132,7 @@ def test_a_row_of_the_table(detector, head):
     assert set(m.missing_metrics()) == {"csim", "lpips", "fid", "aed", "apd", "akd"}
 
 
-@pytest.mark.slow
+@pytest.mark.clips
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the development clips are not there")
 def test_identity_separates_the_development_clips(detector):
     people = []

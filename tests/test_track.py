@@ -89,7 +89,7 @@ def test_astronaut(head):
     assert square.shape == (256, 256, 3) and matte.shape == (256, 256) and track.error[0] < 1.8
 
 
-@pytest.mark.slow
+@pytest.mark.clips
 @pytest.mark.parametrize("name", ["glasses_lab", "bedroom"])
 def test_clip(head, name):
     if not (CLIPS/f"{name}.mp4").exists(): pytest.skip("the development clips are not here")
