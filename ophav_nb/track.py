@@ -106,7 +106,7 @@ class LandmarkModel:
         self.fitted = [i for i, n in enumerate(head.expression_names) if not n.startswith(FIXED)]
         corners, bary = torch.as_tensor(head.faces[head.landmark_faces].astype(np.int64)), head.landmark_bary.cpu()
         share = bary[..., None]*head.weights.cpu()[corners]                            # [L,3,5]: of corner and joint
-        pose = [k for k in head._active.tolist() if 9 <= k < 18]                       # correctives of the jaw
+        pose = [k for k in head._active.tolist() if k >= 9]                            # correctives of jaw and eyes (lids follow the gaze)
         self.feature = [k - 9 for k in pose]
         basis = torch.cat([head.v_template[..., None], head.shapedirs[..., :self.n_shape], head.expressiondirs[..., self.fitted],
                            head.posedirs[..., pose]], -1).cpu()                        # [V,3,1+S+E+P]
@@ -134,7 +134,7 @@ class LandmarkModel:
 
 @dataclass
 class Person:
-    "A `LandmarkModel` of one shape: bases over (1, expression, jaw correctives)."
+    "A `LandmarkModel` of one shape: bases over (1, expression, correctives)."
     model: LandmarkModel
     base: Tensor                    # [L,3,1+E+P]
     parts: list                     # of (landmarks, [n,3,1+E+P])
@@ -146,8 +146,8 @@ class Person:
         "Landmarks in head space, and how each number of `z` moves them."
         E, feature = self.model.n_expression, self.model.feature
         rotations, turns = _local_rotations(z[:, E:])
-        jaw = rotations[0].flatten(1)[:, feature] - torch.eye(3).flatten()[feature]
-        c = torch.cat([torch.ones(len(z), 1), z[:, :E], jaw], 1)
+        correctives = (torch.stack(rotations, 1) - torch.eye(3)).flatten(1)[:, feature]
+        c = torch.cat([torch.ones(len(z), 1), z[:, :E], correctives], 1)
         X = torch.einsum("lcb,tb->tlc", self.base, c)
         J = None
         if derivatives:
@@ -159,18 +159,20 @@ class Person:
             if not derivatives: continue
             J[:, at, :, :E] += torch.einsum("tij,lje->tlie", R, basis[..., 1:1 + E])
             for axis in range(2): J[:, at, :, E + 2*k + axis] += torch.linalg.cross(turns[axis].expand_as(moved), moved)
-        if derivatives and feature: self._correctives(J, rotations[0], turns)
+        if derivatives and feature: self._correctives(J, rotations, turns)
         return (X, J) if derivatives else X
 
-    def _correctives(self, J, R, turns):
-        "The jaw's correctives change with its angle."
-        E = self.model.n_expression
-        for axis in range(2):
-            rate = torch.linalg.cross(turns[axis].reshape(1, 3, 1).expand_as(R), R, dim=1).flatten(1)[:, self.model.feature]
-            J[..., E + axis] += torch.einsum("lcb,tb->tlc", self.base[..., 1 + E:], rate)
-            at, basis = self.parts[0]
-            J[:, at, :, E + axis] += torch.einsum("tij,lj->tli", R, torch.zeros(len(at), 3)) + torch.einsum(
-                "tij,tlj->tli", R, torch.einsum("lcb,tb->tlc", basis[..., 1 + E:], rate))
+    def _correctives(self, J, rotations, turns):
+        "The correctives of jaw and eyes change with their angles."
+        E, n = self.model.n_expression, len(J)
+        for k, R in enumerate(rotations):
+            for axis in range(2):
+                rate = torch.zeros(n, 27)
+                rate[:, 9*k:9*k + 9] = torch.linalg.cross(turns[axis].reshape(1, 3, 1).expand_as(R), R, dim=1).flatten(1)
+                rate = rate[:, self.model.feature]
+                J[..., E + 2*k + axis] += torch.einsum("lcb,tb->tlc", self.base[..., 1 + E:], rate)
+                for (at, basis), turned in zip(self.parts, rotations):
+                    J[:, at, :, E + 2*k + axis] += torch.einsum("tij,tlj->tli", turned, torch.einsum("lcb,tb->tlc", basis[..., 1 + E:], rate))
 
 
 def _local_rotations(angles: Tensor):
