@@ -68,7 +68,7 @@ def test_slider_moves_the_picture(lab):
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-dev-shm-usage'])
         page = browser.new_page(viewport=dict(width=1280, height=900))
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(240_000)
         page.on('pageerror', lambda e: errors.append(str(e)))
         page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
         page.goto(url)
@@ -77,18 +77,18 @@ def test_slider_moves_the_picture(lab):
         page.keyboard.press('Shift+Enter')
         image = page.locator('.jp-OutputArea img.widget-image').first
         image.wait_for(state='visible')
-        wait(lambda: image.evaluate('i => i.complete && i.naturalWidth > 0'), 60)
+        wait(lambda: image.evaluate('i => i.complete && i.naturalWidth > 0'), 200)
         read = lambda: image.evaluate("""async i => { const c = document.createElement('canvas'); c.width = i.naturalWidth; c.height = i.naturalHeight;
             const g = c.getContext('2d'); g.drawImage(i, 0, 0); return Array.from(g.getImageData(0, 0, c.width, c.height).data) }""")
         before = read()
         slider = page.locator('.jp-OutputArea .noUi-handle').first
         slider.focus()
         for _ in range(2): page.keyboard.press('ArrowRight')
-        wait(lambda: page.locator('.jp-OutputArea .widget-readout').first.inner_text().strip() == '2', 60)
-        wait(lambda: moved(before, read()) > 1., 60)
+        wait(lambda: page.locator('.jp-OutputArea .widget-readout').first.inner_text().strip() == '2', 200)
+        wait(lambda: moved(before, read()) > 1., 200)
         page.locator('.jp-OutputArea input[type=checkbox]').first.check()
         plain = read()
-        wait(lambda: moved(plain, read()) > 1., 60)                       # the mesh lies over the frame
+        wait(lambda: moved(plain, read()) > 1., 200)                       # the mesh lies over the frame
         shot = os.environ.get('OPHAV_SCREENSHOT') or str(folder/'screenshot.png')
         page.screenshot(path=shot)
         browser.close()
