@@ -2,7 +2,9 @@
 
 A tensor is drawn from a generator that is seeded with the CRC-32 of its own name, so its value depends neither on the
 order of the tensors nor on torch's generators. How the normal numbers `n` become a weight is decided by the first rule
-that fits: the manifest's own rules `[pattern, kind, a, b]`, then the defaults by name and shape.
+that fits: the manifest's own rules `[pattern, kind, a, b]`, then the defaults by name and shape. Two kinds of tensors are
+not drawn: those with the rule `keep` hold what the network's constructor gives them, and the vectors of spectral
+normalisation follow from the weight.
 """
 import json
 import re
@@ -21,38 +23,79 @@ def named_generator(name: str) -> np.random.Generator:
 
 
 def _scaled(kind, a, b, n):
-    "The kinds of rules: a plain normal, one scaled by the fan-in, one by the fan-in of a modulated convolution."
+    "The kinds of rules: normal, positive, constant, scaled by the fan-in, by the fan-in of a modulated convolution."
     if kind == "normal": return a + b*n
+    if kind == "abs": return a + b*np.abs(n)
+    if kind == "const": return np.full(n.shape, float(a))
     if kind == "fan": return a*n/np.sqrt(np.prod(n.shape[1:], dtype=float))
     if kind == "modfan": return a*n/np.sqrt(np.prod(n.shape[2:], dtype=float))
     raise ValueError(f"unknown kind of rule: {kind}")
 
 
-def filled(name: str, shape, rules=(), gain: float = 1.) -> torch.Tensor:
-    "The value of one floating-point tensor of a network without normalisation layers."
+def _default(name, ndim, gain, names):
+    "The rule for a tensor that no rule of the manifest fits."
+    if name.endswith("running_mean"): return "normal", 0., .1
+    if name.endswith("running_var"): return "abs", 1., .1
+    if name.endswith("bias"): return "normal", 0., .01
+    if ndim >= 2: return "fan", gain, 0.
+    if not name.endswith("weight"): raise KeyError(f"no rule fills {name}")
+    return ("normal", 1., .1) if name.removesuffix("weight") + "bias" in names else ("normal", .25, .05)   # a norm; a PReLU
+
+
+def _rule(name, rules): return next(((kind, a, b) for pattern, kind, a, b in rules if re.search(pattern, name)), None)
+
+
+def filled(name: str, shape, rules=(), gain: float = 1., names=()) -> torch.Tensor:
+    "The value of one floating-point tensor; `names` are those of all tensors of its network."
     n = named_generator(name).standard_normal(tuple(shape))
-    for pattern, kind, a, b in rules:
-        if re.search(pattern, name): break
-    else:
-        if name.endswith("bias"): kind, a, b = "normal", 0., .01
-        elif len(shape) >= 2: kind, a, b = "fan", gain, 0.
-        else: raise KeyError(f"no rule fills {name} {tuple(shape)}")
-    return torch.from_numpy(_scaled(kind, a, b, n).astype(np.float32))
+    return torch.from_numpy(_scaled(*(_rule(name, rules) or _default(name, len(shape), gain, names)), n).astype(np.float32))
+
+
+def _singular(weight: torch.Tensor, name_u: str) -> dict[str, torch.Tensor]:
+    "First singular vectors of a weight [O, ...] by 50 rounds of the power method."
+    w = weight.numpy().astype(np.float64).reshape(len(weight), -1)
+    unit = lambda x: x/np.linalg.norm(x)
+    u = unit(named_generator(name_u).standard_normal(len(w)))
+    for _ in range(50): v = unit(w.T @ u); u = unit(w @ v)
+    return {"u": torch.from_numpy(u.astype(np.float32)), "v": torch.from_numpy(v.astype(np.float32))}
 
 
 def fill(model: torch.nn.Module, rules=(), gain: float = 1.) -> torch.nn.Module:
     "Give every tensor of a model its drawn value."
-    state = {name: filled(name, t.shape, rules, gain) for name, t in model.state_dict().items()}
-    model.load_state_dict(state, strict=True)
+    old = model.state_dict()
+    new = {}
+    for name, t in old.items():
+        if (_rule(name, rules) or "?")[0] == "keep": new[name] = t
+        elif not t.is_floating_point(): new[name] = torch.zeros_like(t)
+        elif not name.endswith(("weight_u", "weight_v")): new[name] = filled(name, t.shape, rules, gain, old)
+    for name in old.keys() - new.keys():
+        stem = name[:-2]
+        new[name] = _singular(new[stem + "_orig"], stem + "_u")[name[-1]]
+    model.load_state_dict(new, strict=True)
     return model.eval()
 
 
-def fingerprint(model: torch.nn.Module) -> int:
-    "CRC-32 of all names and values, in alphabetical order."
+def fingerprint(model: torch.nn.Module, rules=()) -> int:
+    "CRC-32 of all names and drawn values, in alphabetical order."
     crc = 0
     for name, t in sorted(model.state_dict().items()):
-        crc = zlib.crc32(np.ascontiguousarray(t.numpy()).tobytes(), zlib.crc32(name.encode(), crc))
+        drawn = t.is_floating_point() and not name.endswith(("weight_u", "weight_v")) and (_rule(name, rules) or "?")[0] != "keep"
+        if drawn: crc = zlib.crc32(np.ascontiguousarray(t.numpy()).tobytes(), zlib.crc32(name.encode(), crc))
     return crc
+
+
+def fill_golden(model: torch.nn.Module, name: str, part: str = "") -> torch.nn.Module:
+    "Fill a (part of a) golden network after comparing its tensors' names, shapes and kept values with the manifest."
+    known = manifest(name)["parts"][part]
+    found = {k: [list(t.shape), str(t.dtype).removeprefix("torch.")] for k, t in model.state_dict().items()}
+    assert found == known["state_dict"]
+    prefix = f"kept/{part}/" if part else "kept/"
+    with np.load(GOLDEN/f"{name}.npz") as stored:
+        for key in stored.files:
+            if key.startswith(prefix): assert np.allclose(model.state_dict()[key.removeprefix(prefix)].numpy(), stored[key], atol=1e-7), key
+    fill(model, known["rules"], known["gain"])
+    assert fingerprint(model, known["rules"]) == known["fill_crc32"]
+    return model
 
 
 def drawn_picture(name: str, shape, low: float = 0., high: float = 1.) -> torch.Tensor:
@@ -69,6 +112,16 @@ def drawn_picture(name: str, shape, low: float = 0., high: float = 1.) -> torch.
     return torch.from_numpy((low + (high - low)*(.9*smooth + .1*grain)).astype(np.float32))
 
 
+def drawn_normal(name: str, shape, mean: float = 0., std: float = 1.) -> torch.Tensor:
+    "Normal numbers."
+    return torch.from_numpy((mean + std*named_generator("input:" + name).standard_normal(shape)).astype(np.float32))
+
+
+def drawn_uniform(name: str, shape, low: float = 0., high: float = 1.) -> torch.Tensor:
+    "Uniform numbers."
+    return torch.from_numpy((low + (high - low)*named_generator("input:" + name).random(shape)).astype(np.float32))
+
+
 def manifest(name: str) -> dict:
     "What is known about a golden network."
     return json.loads((GOLDEN/f"{name}.json").read_text())
@@ -80,3 +133,10 @@ def worst_difference(name: str, output: str, value: torch.Tensor) -> float:
     assert list(value.shape) == known["shape"]
     grid = tuple(slice(first, None, step) for first, step in zip(known["offset"], known["stride"]))
     with np.load(GOLDEN/f"{name}.npz") as stored: return float(np.abs(value.detach().numpy()[grid] - stored[output]).max())
+
+
+def beyond(name: str, outputs: dict) -> dict:
+    "Each output's largest difference as a share of its tolerance; golden when none is above 1 and none is missing."
+    known = manifest(name)["outputs"]
+    assert set(outputs) == set(known)
+    return {k: worst_difference(name, k, v)/known[k]["atol"] for k, v in outputs.items()}
