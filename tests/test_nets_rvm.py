@@ -1,0 +1,93 @@
+"RVM: equal to the authors' network over time, whatever the threads and the chunks; fails when broken; loads their file."
+import golden_fill
+import numpy as np
+import pytest
+import torch
+
+from ophav_nb.encoding import device_guard
+from ophav_nb.nets.rvm import RobustVideoMatting, load_rvm, matte_frames
+from ophav_nb.run import InputError
+from ophav_nb.weights import add_weight
+
+STATES = [None]*4
+
+
+@pytest.fixture(scope="module")
+def net(): return golden_fill.fill_golden(RobustVideoMatting(), "rvm_mobilenetv3")
+
+
+@torch.inference_mode()
+def outputs(net):
+    film, out = golden_fill.drawn_picture("rvm.frames", (2, 3, 256, 256)), {}
+    for ratio in (1, .5):
+        states = STATES
+        for t in range(2):
+            fgr, pha, *states = net(film[t:t + 1], *states, downsample_ratio=ratio)
+            out |= {f"r{ratio}.frame{t}.{k}": v for k, v in zip(("fgr", "pha", "rec1", "rec2", "rec3", "rec4"), (fgr, pha, *states))}
+    out["sequence_r0.5.fgr"], out["sequence_r0.5.pha"], *_ = net(film[None], downsample_ratio=.5)
+    return out | {"seg": net(film[:1], segmentation_pass=True)[0]}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_golden(net, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try: shares = golden_fill.beyond("rvm_mobilenetv3", outputs(net))
+    finally: torch.set_num_threads(before)
+    assert max(shares.values()) <= 1, shares
+
+
+def test_a_broken_layer_fails(net):
+    weight = net.backbone.features[11].block[2].fc1.weight
+    before = weight.detach().clone()
+    with torch.no_grad(): weight.neg_()
+    try: assert max(golden_fill.beyond("rvm_mobilenetv3", outputs(net)).values()) > 1
+    finally: weight.data.copy_(before)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("ratio", [1, .4])
+def test_chunks_batches_and_odd_sizes(net, ratio):
+    "A chunk is its frames one by one, two films are each alone, and no size is refused."
+    films = torch.rand(2, 3, 3, 75, 101, generator=torch.Generator().manual_seed(1))
+    fgr, pha, *last = net(films, downsample_ratio=ratio)
+    assert fgr.shape == films.shape and pha.shape == (2, 3, 1, 75, 101)
+    states = STATES
+    for t in range(3):
+        one, alpha, *states = net(films[1:, t], *states, downsample_ratio=ratio)
+        torch.testing.assert_close(one, fgr[1:, t], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(alpha, pha[1:, t], rtol=1e-4, atol=2e-5)
+    for a, b in zip(states, last): torch.testing.assert_close(a, b[1:], rtol=1e-4, atol=2e-5)
+
+
+def test_film_of_any_length(net):
+    "The memory is carried from call to call and from chunk to chunk, and it matters."
+    frames = np.random.default_rng(0).integers(0, 256, (7, 64, 48, 3), np.uint8)
+    whole = np.stack(list(matte_frames(net, frames, chunk=7)))
+    assert whole.shape == (7, 64, 48) and whole.dtype == np.float32
+    states = [None]*4
+    pieces = np.stack([m for part in (frames[:1], frames[1:5], frames[5:]) for m in matte_frames(net, part, states=states, chunk=3)])
+    stream = np.stack(list(matte_frames(net, (frames[i:i + 2] for i in range(0, 7, 2)))))
+    forgetful = np.stack([m for f in frames for m in matte_frames(net, f[None])])
+    assert np.abs(whole - pieces).max() < 1e-5 and np.abs(whole - stream).max() < 1e-5
+    assert np.abs(whole[0] - forgetful[0]).max() < 1e-5 < np.abs(whole[1:] - forgetful[1:]).max()
+
+
+def test_one_device():
+    def step(device):
+        net = RobustVideoMatting().to(device).eval()
+        frame = torch.rand(1, 3, 64, 64, device=device)
+        _, _, *states = net(frame, downsample_ratio=.5)
+        return net(frame, *states, downsample_ratio=.5)[1].device.type
+    assert device_guard(step) == "meta"
+
+
+def test_the_authors_file(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPHAV_HOME", str(tmp_path))
+    with pytest.raises(InputError, match="rvm_mobilenetv3.pth"): load_rvm()
+    torch.save(net.state_dict(), tmp_path/"rvm_mobilenetv3.pth")
+    assert add_weight(tmp_path/"rvm_mobilenetv3.pth")[0] == "rvm"
+    for loaded in (load_rvm(), load_rvm(tmp_path/"rvm_mobilenetv3.pth")):
+        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
+    torch.save({"a": torch.zeros(1)}, tmp_path/"other.pth")
+    with pytest.raises(InputError, match="other tensors"): load_rvm(tmp_path/"other.pth")
