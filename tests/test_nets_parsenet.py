@@ -7,7 +7,7 @@ import torch
 from ophav_nb.encoding import device_guard
 from ophav_nb.nets.parsenet import CLASSES, ParseNet, load_parsenet, paste_mask, soften
 from ophav_nb.run import InputError
-from ophav_nb.weights import WEIGHTS, add_weight
+from ophav_nb.weights import add_weight
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,9 @@ def test_one_device():
 def test_the_authors_file(net, tmp_path, monkeypatch):
     monkeypatch.setenv("OPHAV_HOME", str(tmp_path))
     torch.save(net.state_dict(), tmp_path/"parsing_parsenet.pth")
-    if any(w.name == "parsenet" for w in WEIGHTS):
-        with pytest.raises(InputError, match="parsing_parsenet.pth"): load_parsenet()
-        assert add_weight(tmp_path/"parsing_parsenet.pth")[0] == "parsenet"
-        load_parsenet()
+    with pytest.raises(InputError, match="parsing_parsenet.pth"): load_parsenet()
+    assert add_weight(tmp_path/"parsing_parsenet.pth")[0] == "parsenet"
+    load_parsenet()
     loaded = load_parsenet(tmp_path/"parsing_parsenet.pth")
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
     torch.save({"a": torch.zeros(1)}, tmp_path/"other.pth")

@@ -13,8 +13,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/nets/bisenet.ipynb #c004
-from ..run import InputError
-from ..weights import read_tensors, require
+from ..weights import named_tensors
 
 # %% ../../nbs/nets/bisenet.ipynb #c007
 class ConvNorm(nn.Module):
@@ -147,9 +146,8 @@ def load_bisenet(
     device="cpu",
 ) -> BiSeNet:
     "The network with its trained weights."
-    net, path = BiSeNet(), path or require("bisenet")
-    try: net.load_state_dict(read_tensors(path), strict=True)
-    except RuntimeError as error: raise InputError(f"{path} holds other tensors than BiSeNet's; see `ophav weights`") from error
+    net = BiSeNet()
+    net.load_state_dict(named_tensors("bisenet", path), strict=True)
     return net.to(device).eval()
 
 

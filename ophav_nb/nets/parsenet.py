@@ -11,8 +11,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/nets/parsenet.ipynb #c004
-from ..run import InputError
-from ..weights import read_tensors, require
+from ..weights import named_tensors
 
 # %% ../../nbs/nets/parsenet.ipynb #c007
 CLASSES = ("background", "skin", "nose", "glasses", "left_eye", "right_eye", "left_brow", "right_brow", "left_ear", "right_ear", "mouth",
@@ -88,9 +87,8 @@ def load_parsenet(
     device="cpu",
 ) -> ParseNet:
     "The network with its trained weights."
-    net, path = ParseNet(), path or require("parsenet")
-    try: net.load_state_dict(read_tensors(path), strict=True)
-    except RuntimeError as error: raise InputError(f"{path} holds other tensors than ParseNet's; see `ophav weights`") from error
+    net = ParseNet()
+    net.load_state_dict(named_tensors("parsenet", path), strict=True)
     return net.to(device).eval()
 
 

@@ -13,8 +13,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/nets/rvm.ipynb #c004
-from ..run import InputError
-from ..weights import read_tensors, require
+from ..weights import named_tensors
 
 # %% ../../nbs/nets/rvm.ipynb #c007
 BLOCKS = (  # kernel, widened to, out, weighs channels, hard swish (else ReLU), stride, dilation
@@ -223,9 +222,8 @@ def load_rvm(
     device="cpu",
 ) -> RobustVideoMatting:
     "The network with its trained weights."
-    net, path = RobustVideoMatting(), path or require("rvm")
-    try: net.load_state_dict(read_tensors(path), strict=True)
-    except RuntimeError as error: raise InputError(f"{path} holds other tensors than RVM's (MobileNetV3); see `ophav weights`") from error
+    net = RobustVideoMatting()
+    net.load_state_dict(named_tensors("rvm", path), strict=True)
     return net.to(device).eval()
 
 
