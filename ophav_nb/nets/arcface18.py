@@ -11,7 +11,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/nets/arcface18.ipynb #c004
-from ..weights import named_tensors
+from ..weights import load_network
 
 # %% ../../nbs/nets/arcface18.ipynb #c007
 class Block(nn.Module):
@@ -53,9 +53,7 @@ def load_arcface18(
     device="cpu",
 ) -> ArcFace18:
     "The network with its trained weights."
-    net = ArcFace18()
-    net.load_state_dict(named_tensors("arcface18", path), strict=True)
-    return net.requires_grad_(False).to(device).eval()
+    return load_network(ArcFace18, "arcface18", path, device)
 
 # %% ../../nbs/nets/arcface18.ipynb #c011
 TEMPLATE = np.array([[38.29460144, 51.69630051], [73.53179932, 51.50139999], [56.02519989, 71.73660278], [41.54930115, 92.36550140],

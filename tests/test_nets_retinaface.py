@@ -1,0 +1,71 @@
+"RetinaFace: heads, anchors and faces equal to the public implementation; fails when broken; loads the authors' file."
+import golden_fill
+import numpy as np
+import pytest
+import torch
+
+from ophav_nb.encoding import device_guard
+from ophav_nb.nets.retinaface import MEAN, RetinaFace, anchors, decode, find_faces, load_retinaface
+from ophav_nb.run import InputError
+from ophav_nb.weights import add_weight
+
+NAME = "retinaface_r50"
+
+
+@pytest.fixture(scope="module")
+def net(): return golden_fill.fill_golden(RetinaFace(), NAME)
+
+
+@torch.inference_mode()
+def outputs(net):
+    boxes, faces, points = net(golden_fill.drawn_picture("retinaface", (1, 3, 288, 352), 0, 255) - torch.tensor(MEAN)[:, None, None])
+    known = anchors(288, 352)
+    decoded = decode(boxes[0], points[0], known)
+    return {"loc": boxes, "conf": faces, "landms": points, "priors": known, "boxes_decoded": decoded[0], "landms_decoded": decoded[1]}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_golden(net, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try: shares = golden_fill.beyond(NAME, outputs(net))
+    finally: torch.set_num_threads(before)
+    assert max(shares.values()) <= 1, shares
+
+
+def test_a_broken_layer_fails(net):
+    layer = net.ssh2.conv5X5_1[2]
+    net.ssh2.conv5X5_1[2] = torch.nn.LeakyReLU(.1)
+    try: assert max(golden_fill.beyond(NAME, outputs(net)).values()) > 1
+    finally: net.ssh2.conv5X5_1[2] = layer
+
+
+def test_other_sizes_and_batches(net):
+    x = torch.randn(2, 3, 100, 130, generator=torch.Generator().manual_seed(1))*60
+    with torch.inference_mode(): together, alone = net(x), [net(i[None]) for i in x]
+    for i, t in enumerate(together):
+        assert t.shape[1] == len(anchors(100, 130))
+        torch.testing.assert_close(t, torch.cat([a[i] for a in alone]), rtol=1e-3, atol=1e-4)
+
+
+def test_finding_faces(net):
+    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    found = find_faces(net, image, threshold=.55)
+    assert found.shape[1] == 15 and len(found) and (found[:, 4] > .55).all() and (np.diff(found[:, 4]) <= 0).all() and found.dtype == np.float32
+    assert find_faces(net, image, threshold=.9999).shape == (0, 15)
+
+
+def test_one_device():
+    def step(device):
+        with device: net = RetinaFace()
+        boxes, faces, points = net(torch.rand(2, 3, 64, 64, device=device))
+        (faces.sum() + sum(t.sum() for t in decode(boxes, points, anchors(64, 64, device)))).backward()
+    device_guard(step)
+
+
+def test_the_authors_file(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPHAV_HOME", str(tmp_path))
+    with pytest.raises(InputError, match="detection_Resnet50_Final.pth"): load_retinaface()
+    torch.save({f"module.{k}": v for k, v in net.state_dict().items()}, tmp_path/"a.pth", _use_new_zipfile_serialization=False)
+    assert add_weight(tmp_path/"a.pth")[0] == "retinaface"
+    assert all(torch.equal(a, b) for a, b in zip(load_retinaface().state_dict().values(), net.state_dict().values()))
