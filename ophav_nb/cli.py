@@ -212,11 +212,12 @@ def _weights(args) -> int:
     if args.action and not args.what: raise InputError(f"`ophav weights {args.action}` needs a {'file' if args.action == 'add' else 'name'}")
     if args.action:
         name, path = weights.add_weight(args.what) if args.action == "add" else weights.get_weight(args.what)
-        _say(f"{name}: {path}", f"licence: {weights.weight_row(name).licence}")
+        _say(f"{name}: {path}", f"licence: {weights.weight_row(name).licence}", weights.now_possible(name))
         return 0
     for row in weights.weights_table():
         _say(f"{row['name']} ({row['file']})", f"    {'here: ' + row['present'] if row['present'] else 'not here'}",
-             *(f"    {k}: {row[k]}" for k in ("licence", "page", "enables", "without")))
+             *(f"    {k}: {row[k]}" for k in ("licence", "page", "enables", "without", "bytes", "sha256") if row[k]),
+             *([f"    fetch it: ophav weights get {row['name']}"] if row["direct"] and not row["present"] else []))
     return 0
 
 

@@ -31,11 +31,11 @@ class Weight:
     page: str                    # where its authors publish it
     enables: str                 # what works with it
     without: str                 # what works without it
-    shapes: str = ""             # `shapes_digest` of its tensors
+    shapes: str = ""             # `shapes_digest` of its tensors; several where sizes of it were published
     mark: str = ""               # a tensor that no other network has
     part: str = ""               # the dictionary inside the checkpoint, '' for the file itself
     keep: tuple = ("",)          # beginnings of the names to keep
-    network: str = ""            # the module that takes it, 'module:class' inside this package
+    network: str = ""            # what takes it in this package, 'module:class' or 'module:class.part'
     url: str = ""                # the file itself, where its authors let one fetch it without asking
     size: int = 0                # bytes of the published file, where known
     sha256: str|None = None      # of the published file, where known
@@ -48,8 +48,9 @@ _LIVEPORTRAIT = "https://huggingface.co/KwaiVGI/LivePortrait/resolve/main/livepo
 _CELEBA = "code MIT; trained on CelebAMask-HQ, whose data are for non-commercial research"
 
 
-def _liveportrait(name: str, file: str, shapes: str, mark: str, size: int, sha256: str, **more) -> Weight:
+def _liveportrait(name: str, file: str, shapes: str, mark: str, size: int, sha256: str, part: str = "", **more) -> Weight:
     "One of LivePortrait's five files."
+    more["network"] = f"nets.liveportrait:LivePortrait{part and '.'}{part}"
     return Weight(f"liveportrait_{name}", Path(file).name, "MIT", _GITHUB + "KwaiVGI/LivePortrait", "--animator liveportrait", "--animator mesh",
                   shapes, mark, url=f"{_LIVEPORTRAIT}{file}", size=size, sha256=sha256, used=False, **more)
 
@@ -67,16 +68,17 @@ WEIGHTS = [
            "https://flame.is.tue.mpg.de", "--head flame", "--head open, built from CC0 data"),
     Weight("facevid2vid", "00000189-checkpoint.pth.tar (Vox-256)", "CC BY-NC 4.0: not for commercial use",
            _GITHUB + "zhanglonghao1992/One-Shot_Free-View_Neural_Talking_Head_Synthesis", "--animator facevid2vid, the paper's own",
-           "--animator mesh", "a21c1192ff7aa0af", "he_estimator.fc_yaw.weight", keep=("generator.", "kp_detector.", "he_estimator."), used=False),
+           "--animator mesh", "a21c1192ff7aa0af 1cc4f3004c00aa36", "he_estimator.fc_yaw.weight", keep=("generator.", "kp_detector.", "he_estimator."),
+           network="nets.facevid2vid:FaceVid2Vid", used=False),
     _liveportrait("appearance", "base_models/appearance_feature_extractor.pth", "07ebe0dad9e3e44e", "resblocks_3d.3dr0.conv1.weight", 3387959,
-                  "5279bb8654293dbdf327030b397f107237dd9212fb11dd75b83dfb635211ceb5"),
+                  "5279bb8654293dbdf327030b397f107237dd9212fb11dd75b83dfb635211ceb5", part="appearance_feature_extractor"),
     _liveportrait("motion", "base_models/motion_extractor.pth", "477aafd3bed48689", "detector.fc_kp.weight", 112545506,
-                  "251e6a94ad667a1d0c69526d292677165110ef7f0cf0f6d199f0e414e8aa0ca5"),
+                  "251e6a94ad667a1d0c69526d292677165110ef7f0cf0f6d199f0e414e8aa0ca5", part="motion_extractor"),
     _liveportrait("warping", "base_models/warping_module.pth", "f60d938cd11ea6ce", "dense_motion_network.compress.weight", 182180086,
-                  "2f61a6f265fe344f14132364859a78bdbbc2068577170693da57fb96d636e282"),
+                  "2f61a6f265fe344f14132364859a78bdbbc2068577170693da57fb96d636e282", part="warping_module"),
     _liveportrait("generator", "base_models/spade_generator.pth", "940b1c69afdb1738", "conv_img.0.weight", 221813590,
-                  "4780afc7909a9f84e24c01d73b31a555ef651521a1fe3b2429bd04534d992aee"),
-    _liveportrait("retargeting", "retargeting_models/stitching_retargeting_module.pth", "711a3559a296d5b1", "retarget_shoulder.mlp.0.weight", 2393098,
+                  "4780afc7909a9f84e24c01d73b31a555ef651521a1fe3b2429bd04534d992aee", part="spade_generator"),
+    _liveportrait("stitching", "retargeting_models/stitching_retargeting_module.pth", "711a3559a296d5b1", "retarget_shoulder.mlp.0.weight", 2393098,
                   "3652d5a3f95099141a56986aaddec92fadf0a73c87a20fac9a2c07c32b28b611",
                   keep=("retarget_shoulder.", "retarget_mouth.", "retarget_eye.")),
     Weight("bisenet", "79999_iter.pth", _CELEBA, _GITHUB + "zllrunning/face-parsing.PyTorch", "--parser bisenet",
@@ -84,12 +86,12 @@ WEIGHTS = [
            url=_FACEXLIB + "v0.2.0/parsing_bisenet.pth", size=53289463,
            sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567", used=False),
     Weight("rvm", "rvm_mobilenetv3.pth", "GPL-3.0", _GITHUB + "PeterL1n/RobustVideoMatting", "--matte rvm, recurrent and finer",
-           "--matte default, MediaPipe's", "15e4b3db6ebc73d4", "aspp.aspp1.0.weight",
+           "--matte default, MediaPipe's", "15e4b3db6ebc73d4", "aspp.aspp1.0.weight", network="nets.rvm:RobustVideoMatting",
            url=_GITHUB + "PeterL1n/RobustVideoMatting/releases/download/v1.0.0/rvm_mobilenetv3.pth",
            sha256="3c7c1d92033f7c38d6577c481d13a195d7d80a159b960f4f3119ac7b534cf4f8", used=False),
     Weight("parsenet", "parsing_parsenet.pth", _CELEBA, _GITHUB + "xinntao/facexlib", "the mask that GFPGAN's own tool pastes by",
-           "a mask from the landmarks", "587b70afd03a3a0d", "out_mask_conv.conv2d.weight", url=_FACEXLIB + "v0.2.2/parsing_parsenet.pth",
-           size=85331193, sha256="3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2", used=False),
+           "a mask from the landmarks", "587b70afd03a3a0d", "out_mask_conv.conv2d.weight", network="nets.parsenet:ParseNet",
+           url=_FACEXLIB + "v0.2.2/parsing_parsenet.pth", size=85331193, sha256="3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2", used=False),
     Weight("mica", "mica.tar", "MPI's research licence: not commercial, and not for fake content", _GITHUB + "Zielon/MICA",
            "metrical face shape for --head flame; a second identity measure", "shape fitted to landmarks", "00561bd179d9f945",
            "flameModel.regressor.network.0.weight", keep=("arcface.", "flameModel.regressor."), network="nets.mica:Mica", used=False),
@@ -111,9 +113,10 @@ WEIGHTS = [
            url=_FACEXLIB + "v0.1.0/detection_Resnet50_Final.pth", size=109497761,
            sha256="6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d", used=False),
     Weight("fomm", "vox-cpk.pth.tar", "MIT", _GITHUB + "AliaksandrSiarohin/first-order-model", "--animator fomm, a baseline",
-           "--animator mesh", "c89940ee3a14676b", "kp_detector.jacobian.weight", keep=("generator.", "kp_detector."), used=False),
+           "--animator mesh", "c89940ee3a14676b", "kp_detector.jacobian.weight", keep=("generator.", "kp_detector."), network="nets.fomm:Fomm", used=False),
     Weight("pirender", "epoch_00190_iteration_000400000_checkpoint.pt", "CC BY-NC 4.0: not for commercial use", _GITHUB + "RenYurui/PIRender",
-           "--animator pirender, a baseline", "--animator mesh", "192d6c59d3ed3ac8", "mapping_net.first.0.weight", "net_G_ema", used=False),
+           "--animator pirender, a baseline", "--animator mesh", "192d6c59d3ed3ac8", "mapping_net.first.0.weight", "net_G_ema",
+           network="nets.pirender:PIRenderer", used=False),
 ]
 
 
@@ -264,7 +267,7 @@ def recognise(
     tensors: dict,                # dotted name -> tensor
 ) -> tuple[Weight, dict]|None:    # the row, and its own tensors under their plain names
     "Which row of the table these tensors belong to: all of its network's, in the right shapes."
-    return next(((row, own) for row, own in _readings(tensors) if shapes_digest(own) == row.shapes), None)
+    return next(((row, own) for row, own in _readings(tensors) if shapes_digest(own) in row.shapes.split()), None)
 
 
 def network_shapes(
@@ -273,10 +276,12 @@ def network_shapes(
     "Names and shapes of a row's tensors, as its network has them; nothing is allocated."
     import torch
     if not row.network: return {}
-    module, _, name = row.network.partition(":")
-    try: network = getattr(importlib.import_module(f"{__package__ or 'ophav_nb'}.{module}"), name)
+    module, _, path = row.network.partition(":")
+    name, _, part = path.partition(".")
+    try: build = getattr(importlib.import_module(f"ophav_nb.{module}"), name)
     except (ImportError, AttributeError): return {}
-    with torch.device("meta"): return {k: tuple(t.shape) for k, t in network().state_dict().items() if not k.endswith("num_batches_tracked")}
+    with torch.device("meta"): tensors = build().get_submodule(part).state_dict()
+    return {k: tuple(t.shape) for k, t in tensors.items() if k.startswith(row.keep) and not k.endswith("num_batches_tracked")}
 
 
 def _what_differs(row: Weight, own: dict) -> str:
