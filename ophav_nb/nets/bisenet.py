@@ -157,13 +157,14 @@ def parse_faces(
     frames: np.ndarray,             # uint8 [T,H,W,3], heads fill most of the picture
     size: int = 512,                # what the network sees; it was trained at 512
     batch: int = 8,
+    half: bool = False,             # mixed precision
 ) -> Iterator[np.ndarray]:          # uint8 [H,W], indices into `CLASSES`
     "The class of every pixel, frame by frame."
     device, (height, width) = net.mean.device, frames.shape[1:3]
     for i in range(0, len(frames), batch):
         x = torch.from_numpy(np.ascontiguousarray(frames[i:i + batch])).to(device).permute(0, 3, 1, 2).float()/255
         if (height, width) != (size, size): x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        scores = net.scores(net.normalise(x))
+        with torch.autocast(device.type, enabled=half): scores = net.scores(net.normalise(x)).float()
         for s in scores:            # one at a time: nineteen channels at full size are many
             big = F.interpolate(s[None], (size, size), mode="bilinear", align_corners=True)
             if (height, width) != (size, size): big = F.interpolate(big, (height, width), mode="bilinear", align_corners=False)

@@ -170,7 +170,7 @@ def warp(
     flow: Tensor,     # [N,2,h,w] x, y in its own cells
 ) -> Tensor:
     "The picture read at other places, zero outside."
-    height, width = flow.shape[2:]
+    flow, (height, width) = flow.float(), flow.shape[2:]     # places need all digits, also in mixed precision
     where = coordinates((height, width), flow) + torch.stack([flow[:, 0]*(2/(width - 1)), flow[:, 1]*(2/(height - 1))], -1)
     if where.shape[1:3] != image.shape[2:]:
         where = F.interpolate(where.permute(0, 3, 1, 2), image.shape[2:], mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
@@ -278,6 +278,7 @@ def animate(
     coefficients: np.ndarray,   # float32 [T,73] of the whole film
     batch: int = 4,
     size: int = 256,            # of the result; the checkpoint is for 256
+    half: bool = False,         # mixed precision
 ) -> Iterator[np.ndarray]:      # uint8 [size,size,3]
     "The portrait as the coefficients say, frame by frame."
     device = net.mapping_net.first[0].weight.device
@@ -285,5 +286,5 @@ def animate(
     if x.shape[2:] != (size, size): x = F.interpolate(x, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp_(-1, 1)
     told = torch.from_numpy(np.asarray(coefficients, np.float32)).to(device)
     for frames in torch.arange(len(told), device=device).split(batch):
-        out = net(x.expand(len(frames), -1, -1, -1), windows(told, frames))["fake_image"]
-        yield from ((out + 1)*127.5).round_().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        with torch.autocast(device.type, enabled=half): out = net(x.expand(len(frames), -1, -1, -1), windows(told, frames))["fake_image"]
+        yield from ((out.float() + 1)*127.5).round_().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -234,6 +234,7 @@ def matte_frames(
     ratio: float|None = None,      # the network's share of the frame's size; default: at most 512 pixels along the longer side
     states: list|None = None,      # in and out: a list that holds the memory, for a film that is given in several calls
     chunk: int = 4,                # frames at a time
+    half: bool = False,            # mixed precision
 ) -> Iterator[np.ndarray]:         # alpha float32 [H,W], frame by frame
     "The mattes of a film."
     device, states = net.backbone.mean.device, [None]*4 if states is None else states
@@ -241,5 +242,5 @@ def matte_frames(
         share = min(1., 512/max(part.shape[1:3])) if ratio is None else ratio
         for i in range(0, len(part), chunk):
             x = torch.from_numpy(np.ascontiguousarray(part[i:i + chunk])).to(device).permute(0, 3, 1, 2).float()/255
-            _, alpha, *states[:] = net(x[None], *states, downsample_ratio=share)
+            with torch.autocast(device.type, enabled=half): _, alpha, *states[:] = net(x[None], *states, downsample_ratio=share)
             yield from alpha[0, :, 0].float().cpu().numpy()
