@@ -335,7 +335,8 @@ def load_network(
     tensors = named_tensors(name, path)
     with torch.device("meta"): network = build()
     network.load_state_dict(tensors, strict=True, assign=True)
-    return network.requires_grad_(False).to(device).eval()
+    pictures = all(p.ndim < 5 for p in network.parameters())   # channels last: a fifth faster on CPUs
+    return network.requires_grad_(False).to(device, memory_format=torch.channels_last if pictures else torch.preserve_format).eval()
 
 
 def add_weight(

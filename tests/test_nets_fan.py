@@ -75,7 +75,8 @@ def test_crops_beyond_the_picture():
     assert cut(image, (0, 25), 1.)[:, :120].max() == 0 and cut(image, (30, 25), 1e-6).shape == (256, 256, 3)
 
 
-def test_landmarks(net):
+def test_landmarks():
+    net = FAN(stacks=1).eval()
     images = np.random.default_rng(0).integers(0, 256, (3, 120, 100, 3), np.uint8)
     boxes = np.array([[10., 10, 80, 90], [0, 0, 50, 50], [40, 40, 99, 119]])
     points, heat = landmarks(net, images, boxes, batch=2)
@@ -86,7 +87,8 @@ def test_landmarks(net):
     assert landmarks(net, images[:0], boxes[:0])[0].shape == (0, 68, 2)
 
 
-def test_finding(net, monkeypatch):
+def test_finding(monkeypatch):
+    net = FAN(stacks=1).eval()
     from ophav_nb.nets import fan
     faces = iter([np.array([[10., 10, 80, 90, .9], [0, 0, 5, 5, .8]], np.float32), np.zeros((0, 5), np.float32)])
     monkeypatch.setattr(fan, "find_faces", lambda detector, image: next(faces))

@@ -89,8 +89,7 @@ def test_every_row_is_complete():
     assert {r["name"] for r in weights_table()} == {w.name for w in weights.WEIGHTS}
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["single", "half"])
-@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("name, half", [(n, False) for n in OFFICIAL] + [(n, True) for n in ("gfpgan", "mica", "liveportrait_motion")])
 def test_official_files_are_recognised(tmp_path, name, half):
     "In the authors' own wrapping, all names and shapes; the key set is the manifest's."
     def halved(value):
