@@ -174,8 +174,8 @@ def now_possible(
     return f"for {row.enables} these are still missing: {', '.join(missing)}" if missing else f"now possible: {row.enables}"
 
 # %% ../nbs/04_weights.ipynb #c012
-_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError, MemoryError,
-           struct.error, zipfile.BadZipFile, safetensors.SafetensorError, OSError)   # what readers raise on broken files
+_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, MemoryError,
+           AssertionError, struct.error, zipfile.BadZipFile, safetensors.SafetensorError, OSError)   # what readers raise on broken files
 _LEGACY = pickle.dumps(0x1950a86a20f9469cfc6c, protocol=2)                           # how torch's files began before 1.6
 _MOST_TENSORS, _MOST_BYTES = 100_000, 1 << 30   # in a file; in an npz
 
@@ -191,15 +191,22 @@ def file_kind(
     if head.startswith(_LEGACY): return "torch"
     if not head.startswith(b"PK"): return "pickle"
     try:
-        with zipfile.ZipFile(path) as archive: entries = archive.infolist()
+        with zipfile.ZipFile(path) as archive: return _archive_kind(path, archive)
     except _DAMAGE as error:
+        if isinstance(error, InputError): raise
         raise InputError(f"{path} is damaged or truncated and was not loaded; fetch it again from its authors' page (`ophav weights`)") from error
+
+
+def _archive_kind(path: Path, archive: zipfile.ZipFile) -> str:
+    "What an archive holds; sizes are looked at before anything is read, checksums before anything is believed."
+    entries = archive.infolist()
     if any("/code/" in e.filename for e in entries):
         raise InputError(f"{path} is a TorchScript program, not a file of tensors, and was not loaded; fetch the checkpoint (`ophav weights`)")
     npz = bool(entries) and all(e.filename.endswith(".npy") for e in entries)
     room = _MOST_BYTES if npz else path.stat().st_size
     if sum(e.file_size for e in entries) > room or not npz and any(e.file_size != e.compress_size for e in entries):
         raise InputError(f"{path} unpacks to more than a weights file of its size can hold and was not opened; fetch it again from its authors' page")
+    if archive.testzip(): raise zipfile.BadZipFile("a checksum is wrong")
     return "npz" if npz else "torch"
 
 

@@ -224,6 +224,31 @@ def test_truncated_files(tmp_path, size, suffix):
     assert "\n" not in str(caught.value)
 
 
+def test_a_flipped_bit(tmp_path):
+    torch.save(stand_in("liveportrait_stitching"), tmp_path/"a.pth")
+    data = bytearray((tmp_path/"a.pth").read_bytes())
+    data[len(data)//2] ^= 1
+    (tmp_path/"a.pth").write_bytes(data)
+    with pytest.raises(InputError, match="damaged"): add_weight(tmp_path/"a.pth")
+
+
+@pytest.mark.parametrize("kind", ["torch", "legacy", "safetensors", "npz", "pickle"])
+def test_spoilt_bytes(tmp_path, kind):
+    "Whatever bytes change, near the ends where the structure is: kept, or one line."
+    path = tmp_path/"a.bin.npz"      # np.savez minds the suffix
+    if kind == "safetensors": safetensors.torch.save_file(stand_in("liveportrait_stitching"), path)
+    elif kind in ("torch", "legacy"): torch.save(stand_in("liveportrait_stitching"), path, _use_new_zipfile_serialization=kind == "torch")
+    elif kind == "npz": np.savez(path, **FLAME)
+    else: path.write_bytes(pickle.dumps(FLAME))
+    data, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(25):
+        spoilt = bytearray(data)
+        for k in rng.integers(0, 3000, 3): spoilt[k % len(data) if k & 1 else -1 - k % len(data)] = rng.integers(256)
+        path.write_bytes(spoilt)
+        try: add_weight(path)
+        except InputError as error: assert "\n" not in str(error)
+
+
 def test_wrong_files(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path/"other.pth")
     (tmp_path/"other.pkl").write_bytes(pickle.dumps({"v_template": np.zeros((5, 3))}))
