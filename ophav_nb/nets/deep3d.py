@@ -93,7 +93,7 @@ def load_deep3d(
 
 # %% ../../nbs/nets/deep3d.ipynb #c013
 MEAN_FACE = np.array([[-.31148657, .29036078, .13377953], [.30979887, .28972036, .13179526], [.0032535, -.04617932, .55244243],
-                      [-.25216928, -.38133916, .22405732], [.2484662, -.38128236, .22235769]], np.float32)   # eyes, nose, mouth; y up
+                      [-.25216928, -.38133916, .22405732], [.2484662, -.38128236, .22235769]], np.float32)   # eyes, nose, mouth; y up (Deep3DFaceRecon_pytorch, MIT)
 
 
 def orthographic(
