@@ -68,3 +68,25 @@ def test_the_authors_file(net, tmp_path, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
     torch.save({"a": torch.zeros(1)}, tmp_path/"other.pth")
     with pytest.raises(InputError, match="other tensors"): load_bisenet(tmp_path/"other.pth")
+
+
+def shaken(net, seed):
+    "Weights that no other test has."
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, t in net.state_dict().items():
+            if name.endswith("running_var"): t.copy_(1 + torch.rand(t.shape, generator=g))
+            elif t.ndim > 1: t.copy_(torch.randn(t.shape, generator=g)*1.2/t[0].numel()**.5)
+            elif t.is_floating_point(): t.add_(.1*torch.randn(t.shape, generator=g))
+    return net.eval()
+
+
+@pytest.mark.parametrize("size", [(96, 160), (130, 100)])
+def test_beside_facexlib(size):
+    "The same network as facexlib's, other weights, other sizes."
+    theirs = pytest.importorskip("facexlib.parsing.bisenet").BiSeNet(19).eval()
+    ours = shaken(BiSeNet(), 3)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        for a, b in zip(ours(x), theirs(x)): torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)

@@ -90,3 +90,18 @@ def test_the_authors_file(net, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
     torch.save({"a": torch.zeros(1)}, tmp_path/"other.pth")
     with pytest.raises(InputError, match="other tensors"): load_parsenet(tmp_path/"other.pth")
+
+
+def test_beside_facexlib():
+    "The same network as facexlib's, other weights, another size."
+    theirs = pytest.importorskip("facexlib.parsing.parsenet").ParseNet(in_size=512, out_size=512, parsing_ch=19).eval()
+    ours, g = ParseNet(), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, t in ours.state_dict().items():
+            if name.endswith("running_var"): t.copy_(1 + torch.rand(t.shape, generator=g))
+            elif t.ndim > 1: t.copy_(torch.randn(t.shape, generator=g)/t[0].numel()**.5)
+            elif t.is_floating_point(): t.add_(.1*torch.randn(t.shape, generator=g))
+    theirs.load_state_dict(ours.eval().state_dict(), strict=True)
+    x = torch.randn(1, 3, 64, 96, generator=g)
+    with torch.inference_mode():
+        for a, b in zip(ours(x), theirs(x)): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)

@@ -91,3 +91,20 @@ def test_the_authors_file(net, tmp_path, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
     torch.save({"a": torch.zeros(1)}, tmp_path/"other.pth")
     with pytest.raises(InputError, match="other tensors"): load_rvm(tmp_path/"other.pth")
+
+
+def test_encoder_beside_torchvision():
+    "The encoder is torchvision's dilated MobileNetV3-Large: other weights, an odd size."
+    theirs = pytest.importorskip("torchvision.models").mobilenet_v3_large(weights=None, dilated=True).features.eval()
+    torch.manual_seed(3)
+    ours = RobustVideoMatting().backbone.eval()
+    with torch.no_grad():
+        for name, t in ours.state_dict().items():
+            if name.endswith(("running_var", "running_mean")): t.uniform_(.3, .6)
+    theirs.load_state_dict({k.removeprefix("features."): t for k, t in ours.state_dict().items()}, strict=True)
+    x = torch.rand(1, 3, 75, 101)
+    with torch.inference_mode():
+        last = theirs((x - ours.mean)/ours.std)
+        features = ours(x)
+    torch.testing.assert_close(features[-1], last, rtol=1e-4, atol=1e-5)
+    assert [list(f.shape[1:]) for f in features] == [[16, 38, 51], [24, 19, 26], [40, 10, 13], [960, 5, 7]]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/nets/fomm.ipynb #c004
 from .blocks import AntiAlias, Block, Hourglass, ResBlock, blobs, coordinates
-from ..weights import named_tensors
+from ..weights import load_network
 
 # %% ../../nbs/nets/fomm.ipynb #c007
 class Points(NamedTuple):
@@ -177,9 +177,7 @@ def load_fomm(
     device="cpu",
 ) -> Fomm:
     "The networks with their trained weights (vox-256)."
-    net = Fomm()
-    net.load_state_dict(named_tensors("fomm", path), strict=True)
-    return net.to(device).eval()
+    return load_network(Fomm, "fomm", path, device)
 
 
 def pictures(frames: np.ndarray, device, size: int = 256) -> Tensor:   # [T,3,size,size]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/nets/pirender.ipynb #c004
 from .blocks import coordinates
-from ..weights import named_tensors
+from ..weights import load_network
 
 # %% ../../nbs/nets/pirender.ipynb #c007
 COEFFICIENTS = dict(expression=slice(0, 64), angles=slice(64, 67), translation=slice(67, 70), crop=slice(70, 73))
@@ -266,9 +266,7 @@ def load_pirender(
     device="cpu",
 ) -> PIRenderer:
     "The network with its trained weights."
-    net = PIRenderer()
-    net.load_state_dict(named_tensors("pirender", path), strict=True)
-    return net.to(device).eval()
+    return load_network(PIRenderer, "pirender", path, device)
 
 
 @torch.inference_mode()
