@@ -88,7 +88,7 @@ def bleed(
 class NeckCut:
     "The line under the chin where a head ends. It moves with the head's pose alone, never with the face (measured: a cut that follows the jaw flickers)."
     HEIGHTS = np.array([-1.9, -1.35, -.9, -.3, .5, 2.5])   # above the eyes, in distances between the eyes
-    WIDTHS = np.array([.05, .10, .18, .35, 1.0, 1.2])      # kept around the mesh there, the same unit
+    WIDTHS = np.array([.04, .05, .09, .33, 1.0, 1.2])      # kept around the mesh there, the same unit
     TIGHT = np.array([0, .01, .03, .3, 1.0, 1.2])          # where a body is under it, which shows the neck
 
     def __init__(self,

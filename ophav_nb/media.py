@@ -114,11 +114,12 @@ def write_image(
     image: np.ndarray,     # uint8 or float [H,W], [H,W,3] or [H,W,4] (PNG only)
     comment: str = "",     # kept in the file's metadata
     quality: int = 92,     # of JPEG and WebP
+    compress: int = 6,     # of PNG: 1 is three times as fast as 6, for files a tenth larger
 ) -> Path:
     "Write a picture atomically, with a comment in its metadata."
     picture, options = Image.fromarray(to_uint8(image)), {}
     if Path(path).suffix.lower() == ".png":
-        options["pnginfo"] = info = PngImagePlugin.PngInfo()
+        options |= {"pnginfo": (info := PngImagePlugin.PngInfo()), "compress_level": compress}
         if comment: info.add_itxt("Description", comment)
     else:
         options |= {"quality": quality, "subsampling": 0} | ({"comment": comment} if comment else {})

@@ -190,7 +190,7 @@ def write_coarse(
     (folder / "frames").mkdir(exist_ok=True)
     start = len(list((folder / "frames").glob("[0-9]*.png")))
     for i, rgba in enumerate(progress(frames(start), total - start, "coarse frames"), start):
-        write_image(folder / "frames" / f"{i:05d}.png", rgba)
+        write_image(folder / "frames" / f"{i:05d}.png", rgba, compress=1)
 
 
 def frame_pose(

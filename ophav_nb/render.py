@@ -241,6 +241,8 @@ def shade(
 
 # %% ../nbs/13_render.ipynb #c024
 TILE = 64   # rays
+CELL = 4    # pixels along the side of a cell that one ray scouts for
+HAZE = np.float32(.02)   # opacity that a scout overlooks
 
 @kernel
 def _dense(W, b, X, Y, relu):
@@ -336,9 +338,12 @@ def _sample(s, alive, index, first, o, d, depth, guess, L, B, P, A, child, leaf,
 
 @kernel(parallel=True)
 def _view(o, d, depth, length, L, B, P, A, child, leaf, tri, F, C, rest, beside, blended, amount, low, inverse, smooth,
-          table, scale, resolution, offset, size, hashed, flat, density_plan, colour_plan, outputs, degree, surface, rows, thin, rgba):
+          table, scale, resolution, offset, size, hashed, flat, density_plan, colour_plan, outputs, degree, surface, rows, thin, count, colours, rgba, span):
     R, S = depth.shape
-    for t in prange((R + TILE - 1)//TILE):
+    tiles = (R + TILE - 1)//TILE
+    for turn in prange(tiles):
+        half = (tiles + 1)//2
+        t = turn*2 if turn < half else (turn - half)*2 + 1     # neighbours go to different threads: hair costs more than skin
         stack, stack_d, out = np.empty(STACK, np.int32), np.empty(STACK, np.float32), np.empty(3*LANES, np.float32)
         m, g, h = np.empty(9, np.float32), np.empty(12, np.float32), np.empty(12, np.float32)
         X, G, H, Y = np.zeros((rows, TILE), np.float32), np.zeros((rows, TILE), np.float32), np.zeros((rows, TILE), np.float32), np.zeros((rows, TILE), np.float32)
@@ -354,16 +359,21 @@ def _view(o, d, depth, length, L, B, P, A, child, leaf, tri, F, C, rest, beside,
             left, shown = 0, 0
             for a in range(alive):
                 j = index[a]
+                r = first + j
                 logarithm = G[0, a] - surface*max(float32(100)*height[a] - float32(.5), float32(0))
                 rest_of_light = np.exp(-np.exp(min(max(logarithm, float32(-15)), float32(8)))*length[first+j, s])
                 w = through[j]*(float32(1) - rest_of_light)
-                if w > thin:
+                if w > thin and colours:
                     for i in range(outputs): Y[i, shown] = G[i, a]
                     if degree > 0: _harmonics(direction[a, 0], direction[a, 1], direction[a, 2], degree, Y, outputs, shown)
                     seen[shown], weight[shown] = j, w
                     shown += 1
+                if w > HAZE and through[j]*rest_of_light < float32(1) - HAZE:
+                    step = length[r, s]*float32(.01)/np.sqrt(d[r, 0]*d[r, 0] + d[r, 1]*d[r, 1] + d[r, 2]*d[r, 2])
+                    if span[r, 1] == 0: span[r, 0] = depth[r, s] - step
+                    span[r, 1] = depth[r, s] + step
                 through[j] *= rest_of_light
-                if through[j] > float32(2)*thin:
+                if through[j] > float32(2)*thin and s + 1 < count[r]:
                     index[left] = j
                     left += 1
             alive = left
@@ -415,18 +425,57 @@ def packed_networks(
     second, plan2 = _padded(colour)
     return np.concatenate([first, second]), plan, plan2 + np.array([len(first), 0, 0])
 
-def _view_fast(field, deformer, poses, o, d, limits, samples, condition, appearance, thin=1e-3) -> np.ndarray:
-    "Straight RGBA of rays [R, 4] by the kernel."
+def _view_fast(field, deformer, poses, o, d, depth, step, count, condition, appearance, thin=1e-3, colours=True) -> tuple:
+    "By the kernel: straight RGBA of rays [R, 4], and between which depths there is anything [R, 2]. Steps in metres of depth."
     c, f = field.config, deformer
     flat, plan, plan2 = packed_networks(field, condition, appearance)
-    rgba = np.zeros((len(o), 4), np.float32)
+    rgba, span = np.zeros((len(o), 4), np.float32), np.zeros((len(o), 2), np.float32)
     f32, rows = (lambda a: np.ascontiguousarray(a, np.float32)), int(max(plan[:, 1:].max(), plan2[:, 1:].max(), c.outputs + c.degree**2)) + 4
-    depth, step = sample_depths(*limits, np.full((len(o), samples), .5, np.float32))
     length = step*np.linalg.norm(d, axis=1, keepdims=True).astype(np.float32)*100
-    _view(f32(o), f32(d), depth, f32(length), *(a[0] for a in poses), f.child, f.leaf, f.tri, f.faces, f.canonical, f.rest, f.beside, f.blended,
+    _view(f32(o), f32(d), f32(depth), f32(length), *(a[0] for a in poses), f.child, f.leaf, f.tri, f.faces, f.canonical, f.rest, f.beside, f.blended,
           f.mouth, f.low, np.float32(1/f.size), f.mapping == 'smooth', field.grid.params.detach().numpy().reshape(-1, c.features), *field.grid.levels.arrays,
-          flat, plan, plan2, c.outputs, c.degree, np.float32(c.surface), rows, np.float32(thin), rgba)
-    return rgba
+          flat, plan, plan2, c.outputs, c.degree, np.float32(c.surface), rows, np.float32(thin), np.ascontiguousarray(count, np.int32), colours, rgba, span)
+    return rgba, span
+
+def _search(scout, mask, cell=CELL) -> tuple:
+    "From scouts' spans [h, w, 2] (0: nothing there, -1: nobody looked) to each pixel's [H, W], whether to look at all, and where no scout was near."
+    known, full = scout[..., 1] >= 0, scout[..., 1] > 0
+    size = dict(size=3, mode='nearest')
+    near = ndi.minimum_filter(np.where(full, scout[..., 0], np.inf), **size)
+    far = ndi.maximum_filter(np.where(full, scout[..., 1], -np.inf), **size)
+    wide = lambda a: np.repeat(np.repeat(a, cell, 0), cell, 1)[:mask.shape[0], :mask.shape[1]]
+    near, far, lonely = wide(near), wide(far), wide(~ndi.maximum_filter(known, **size))
+    return near, far, mask & (np.isfinite(near) | lonely), lonely
+
+def _view_scouted(field, deformer, poses, camera, band, samples, condition, appearance, fine=1., margin=.002) -> np.ndarray:
+    "Straight RGBA [H, W, 4]: a few rays find out where the head is along its neighbours, which then sample there alone."
+    H, W = band.mask.shape
+    def look(pixels, depth, step, count, **how):
+        o, d = camera.rays(np.stack([pixels % W + .5, pixels//W + .5], 1).astype(np.float32))
+        return _view_fast(field, deformer, poses, o, d, depth, step, count, condition, appearance, **how)
+    grid = np.zeros((H, W), bool)
+    grid[CELL//2::CELL, CELL//2::CELL] = True
+    first = np.flatnonzero(grid & band.mask)
+    depth, step = sample_depths(*band.at(first), np.full((len(first), samples), .5, np.float32))
+    _, span = look(first, depth, step, np.full(len(first), samples), colours=False)
+    scout = np.full((-(-H//CELL), -(-W//CELL), 2), -1, np.float32)
+    scout[first//W//CELL, first % W//CELL] = np.where(span[:, 1:] > 0, band.far.ravel()[first, None] - span, 0)[:, ::-1]   # behind which depth of the band: follows the surface
+    near, far, wanted, lonely = _search(scout, band.mask)
+    pixels = np.flatnonzero(wanted)
+    near, far, lonely = near.ravel()[pixels], far.ravel()[pixels], lonely.ravel()[pixels]
+    start, knee, end = band.at(pixels)
+    near, far = np.maximum(end - far - margin, start), np.minimum(end - near + margin, end)
+    count = np.clip(np.ceil((far - near)/np.maximum((end - start)*fine/samples, 1e-6)), 3, samples).astype(np.int32)
+    empty = far <= near                                                    # the neighbours' depths lie outside this pixel's band
+    count[lonely | empty] = samples
+    step = np.where(lonely | empty, 0, (far - near)/count).astype(np.float32)[:, None]
+    depth = near[:, None] + (np.arange(samples, dtype=np.float32) + .5)*step
+    step = np.repeat(step, samples, 1)
+    alone = np.flatnonzero(lonely | empty)
+    if len(alone): depth[alone], step[alone] = sample_depths(start[alone], knee[alone], end[alone], np.full((len(alone), samples), .5, np.float32))
+    out = np.zeros((H*W, 4), np.float32)
+    out[pixels] = look(pixels, depth, step, count)[0]
+    return out.reshape(H, W, 4)
 
 # %% ../nbs/13_render.ipynb #c029
 def _view_torch(field, deformer, poses, o, d, limits, samples, condition, appearance, chunk=8192) -> np.ndarray:
@@ -455,15 +504,19 @@ def render_view(
     back: float = .012,       # metres
     outer=None,               # triangles that are pushed out
     backend: Literal['auto', 'torch', 'numba'] = 'auto',  # auto: the kernel where the field lives on the CPU
+    scouts: bool = True,      # kernel: let few rays find the head for their neighbours (pictures of 96 pixels and more)
 ) -> np.ndarray:              # straight RGBA, float32 [H, W, 4]
     "One view of one pose."
     H, W = camera.height, camera.width
     band = surface_band(vertices, deformer.faces, widths, camera, back, outer=outer)
-    pixels = np.flatnonzero(band.mask)
-    out = np.zeros((H*W, 4), np.float32)
-    if len(pixels) == 0: return out.reshape(H, W, 4)
-    o, d = camera.rays(np.stack([pixels % W + .5, pixels//W + .5], 1).astype(np.float32))
+    poses, pixels = deformer.poses(vertices), np.flatnonzero(band.mask)
+    if len(pixels) == 0: return np.zeros((H, W, 4), np.float32)
     fast = backend == 'numba' or backend == 'auto' and isinstance(field, Field) and field.grid.params.device.type == 'cpu'
-    out[pixels] = (_view_fast if fast else _view_torch)(field, deformer, deformer.poses(vertices), o, d, band.at(pixels),
-                                                        samples, condition, appearance)
+    if fast and scouts and min(H, W) >= 96: return _view_scouted(field, deformer, poses, camera, band, samples, condition, appearance)
+    out = np.zeros((H*W, 4), np.float32)
+    o, d = camera.rays(np.stack([pixels % W + .5, pixels//W + .5], 1).astype(np.float32))
+    if fast:
+        plan = sample_depths(*band.at(pixels), np.full((len(pixels), samples), .5, np.float32))
+        out[pixels] = _view_fast(field, deformer, poses, o, d, *plan, np.full(len(pixels), samples), condition, appearance)[0]
+    else: out[pixels] = _view_torch(field, deformer, poses, o, d, band.at(pixels), samples, condition, appearance)
     return out.reshape(H, W, 4)

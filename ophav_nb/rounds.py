@@ -50,6 +50,7 @@ class RoundsConfig:
     settings: dict = field(default_factory=dict)   # of the restorer
     render_frames: int = 150         # renders that a round trains on
     new_share: float = .3            # of these, new combinations of expression and view
+    replay: bool = True              # later rounds see the coarse frames of the poses they render, too: expressions do not drift
     samples: int|None = None         # of a ray in renders; None: the avatar's own
     check_frames: int = 16           # frames that the measures look at
     avatar: AvatarConfig|None = None # None: AvatarConfig()
@@ -332,11 +333,15 @@ class Rounds:
     def data(self, k: int) -> HeadDataset:
         "What round k trains on."
         if k == 0: return self.dataset
-        source, plan = self.restored(k), self.plan(k)
+        source, plan, coarse = self.restored(k), self.plan(k), self.dataset
+        again = np.flatnonzero(plan.known) if self.config.replay else np.zeros(0, int)
+        motion = Motion.concat([plan.motion, plan.motion[again]]) if len(again) else plan.motion
+        def frames(start):
+            for i in range(start, len(motion)):
+                yield np.asarray(Image.open(source/f'{i:05d}.png')) if i < len(plan.source) else coarse.rgba(int(plan.source[again[i - len(plan.source)]]))
         def build(folder):
-            frames = (np.asarray(Image.open(source/f'{i:05d}.png')) for i in range(len(plan.source)))
-            HeadDataset.from_frames(frames, plan.motion, self.dataset.shape, self.camera, self.head, folder=folder, size=self.dataset.height)
-        return HeadDataset.load(self.run.make(self.name(k, 'dataset'), build, [self.name(k, 'restored')]), self.head)
+            HeadDataset.from_frames(frames, motion, coarse.shape, self.camera, self.head, folder=folder, size=coarse.height)
+        return HeadDataset.load(self.run.make(self.name(k, 'dataset'), build, [self.name(k, 'restored')], dict(replay=self.config.replay)), self.head)
 
     # ---- the avatar of round k
 

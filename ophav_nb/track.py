@@ -802,7 +802,7 @@ class _PoseSettler:
         neutral = fit.model.person(fit.shape).points(torch.zeros(1, fit.z.shape[1]), False)[0] + fit.offset
         self.eyes, self.marks = neutral[[468, 473]].numpy(), neutral[_SOLID_MARKS].double().numpy()
         self.targets = (fit.target[:, _SOLID_MARKS]*self.scale).double().numpy()
-        self.points, self.hold = {}, 1.      # how much the landmarks count beside the picture
+        self.points, self.hold = {}, .01     # how much the landmarks count beside the picture: more, and a grimace turns the head (measured)
 
     def pictures(self, some) -> list[np.ndarray]:
         return _levels(self.frames[some], self.size)
@@ -837,11 +837,24 @@ class _PoseSettler:
         angle = np.degrees(Rotation.from_matrix(self.R0 @ self.R0[i].T).magnitude())
         return angle + 60*np.abs(np.log(self.t0[:, 2]/self.t0[i, 2]))
 
-    def start(self, some, key: int):
-        "Poses from the landmarks, corrected as the reference's was."
+    def starts(self, some, key: int) -> list:
+        "Poses to begin from: as the landmarks moved from the reference's, the reference's own, and that shifted to where the landmarks are."
         D = self.R0[key].T @ self.R[key]
         shift = self.R0[key].T @ (self.t[key] - self.t0[key])
-        return self.R0[some] @ D, self.t0[some] + self.R0[some] @ shift
+        R, t = np.repeat(self.R[key][None], len(some), 0), np.repeat(self.t[key][None], len(some), 0)
+        focal, there = float(self.fit.logf.exp())*self.scale, self.marks @ self.R[key].T + self.t[key]
+        seen = focal*there[:, :2]*[1, -1]/-there[:, 2:]
+        moved = np.median(self.targets[some] - seen, 1)*[1, -1]*-self.t[key][2]/focal
+        return [(self.R0[some] @ D, self.t0[some] + self.R0[some] @ shift), (R, t), (R.copy(), t + np.pad(moved, ((0, 0), (0, 1))))]
+
+    def search(self, key: int, pictures, some):
+        "The pose of each frame from the start that the blurred picture likes best; poses and residuals."
+        found = []
+        for R, t in self.starts(some, key):
+            found.append((self.align(key, pictures, R, t, some, ((0, 8),)), R, t))
+        best = np.argmin([f[0] for f in found], 0)
+        R, t = (np.stack([found[b][k][i] for i, b in enumerate(best)]) for k in (1, 2))
+        return R, t, self.align(key, pictures, R, t, some, ((0, 4), (1, 6)))
 
     def run(self, within: float = 5., most: int = 20, chunk: int = 48) -> bool:
         "References from the most usual pose outwards, then every frame to its nearest; False where there is nothing to hold on to."
@@ -854,8 +867,7 @@ class _PoseSettler:
         while far.max() > within and len(self.points) < most:
             beyond = np.flatnonzero(far > within)
             i = int(beyond[np.argmin(far[beyond])])
-            self.R[i:i + 1], self.t[i:i + 1] = self.start([i], nearest[i])
-            self.align(nearest[i], self.pictures([i]), self.R[i:i + 1], self.t[i:i + 1], [i])
+            self.R[i:i + 1], self.t[i:i + 1], _ = self.search(nearest[i], self.pictures([i]), np.array([i]))
             far[i] = 0
             if not self.reference(i): continue
             closer = ok & (self.distance(i) < far)
@@ -872,8 +884,7 @@ class _PoseSettler:
             if len(at) == 0: continue
             mine, images = some[at], [p[at] for p in pictures]
             self.before[mine] = self.align(key, images, self.R0[mine].copy(), self.t0[mine].copy(), mine, ((1, 0),))
-            R, t = self.start(mine, key)
-            best = self.align(key, images, R, t, mine)
+            R, t, best = self.search(key, images, mine)
             for shift in (-1, 1):
                 other = np.clip(at + shift, 0, len(some) - 1)
                 place = {f: j for j, f in enumerate(mine)}
@@ -893,7 +904,7 @@ class _PoseSettler:
             q = self.fit.logf.exp()*Y[..., :2]*torch.tensor([1., -1.])/-Y[..., 2:]
             return ((q - targets).norm(dim=-1).mean(1)/self.fit.iod).numpy()
         worse = miss(R, t) - miss(self.R0, self.t0)
-        self.doubt = ndi.gaussian_filter1d(np.clip((worse - .008)/.015, 0, 1), 1.5)
+        self.doubt = ndi.gaussian_filter1d(np.clip((worse - .015)/.025, 0, 1), 1.5)
         back = Rotation.from_matrix(R @ self.R0.transpose(0, 2, 1)).as_rotvec()*self.doubt[:, None]
         return Rotation.from_rotvec(back).as_matrix().transpose(0, 2, 1) @ R, t + (self.t0 - t)*self.doubt[:, None]
 

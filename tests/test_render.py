@@ -71,7 +71,7 @@ def test_the_kernel_sees_what_training_sees(scene, changes):
         field.grid.params.normal_(0, .5)
         if field.config.bias: field.density_network[-1].bias[0] = 2.
     deformer, appearance = Deformer(head.canonical().numpy(), head.faces, mouth_amount(head, rest)), torch.randn(4) if 'appearance' in changes else None
-    a, b = (render_view(field, deformer, rest, studio_camera(32), widths, np.linspace(-1, 1, 16), appearance=appearance, backend=k) for k in ('torch', 'numba'))
+    a, b = (render_view(field, deformer, rest, studio_camera(32), widths, np.linspace(-1, 1, 16), appearance=appearance, backend=k, scouts=False) for k in ('torch', 'numba'))
     assert a[..., 3].max() > .5
     assert np.abs(a[..., 3] - b[..., 3]).max() < .005 and np.abs(a[..., :3]*a[..., 3:] - b[..., :3]*b[..., 3:]).max() < .02
 
@@ -82,3 +82,17 @@ def test_nothing_in_view(scene):
     camera.c2w[0, 3] += 5
     deformer = Deformer(head.canonical().numpy(), head.faces)
     assert not render_view(Field(field_config(levels=2, log2_size=8)), deformer, rest, camera, widths, np.zeros(16)).any()
+
+
+def test_scouts_find_the_head(scene):
+    "Looking only where scouts found something gives the same picture."
+    head, rest, _, widths = scene
+    torch.manual_seed(0)
+    field = Field(field_config(levels=4, log2_size=10, surface=6.))       # matter near the surface, as in a trained field
+    with torch.no_grad():
+        field.grid.params.normal_(0, .1)
+        field.density_network[-1].bias[0] = 4.
+    deformer = Deformer(head.canonical().numpy(), head.faces, mouth_amount(head, rest))
+    see = lambda **how: (lambda r: r[..., :3]*r[..., 3:] + 1 - r[..., 3:])(render_view(field, deformer, rest, studio_camera(128), widths, np.zeros(16), **how))
+    truth = see(samples=64, scouts=False)
+    assert np.square(see(samples=12) - truth).mean() < 1e-4     # 40 dB: scouts overlook a haze of two hundredths
