@@ -1335,6 +1335,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ophav_nb.nets.pirender._Up.forward': ( 'nets/pirender.html#_up.forward',
                                                                                 'ophav_nb/nets/pirender.py'),
                                         'ophav_nb.nets.pirender.animate': ('nets/pirender.html#animate', 'ophav_nb/nets/pirender.py'),
+                                        'ophav_nb.nets.pirender.crop_parameters': ( 'nets/pirender.html#crop_parameters',
+                                                                                    'ophav_nb/nets/pirender.py'),
                                         'ophav_nb.nets.pirender.leak': ('nets/pirender.html#leak', 'ophav_nb/nets/pirender.py'),
                                         'ophav_nb.nets.pirender.load_pirender': ( 'nets/pirender.html#load_pirender',
                                                                                   'ophav_nb/nets/pirender.py'),

@@ -229,6 +229,6 @@ def test_official_container(monkeypatch, tmp_path, antialias):
     assert net.kp_detector.kp.weight.dtype == torch.float32 and not net.training and (net.generator.fourth.weight == .5).all()
     if not antialias: return
     tensors = {k: v for k, v in __import__('safetensors.torch').torch.load_file(path).items() if k != 'generator.fourth.bias'}
-    with pytest.raises(InputError, match='fourth.bias'):
+    with pytest.raises(InputError, match='other tensors'):
         torch.save(tensors, tmp_path/'short.pth')
         load_facevid2vid(tmp_path/'short.pth')

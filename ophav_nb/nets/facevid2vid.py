@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .blocks import (AntiAlias, Appearance, Block, Flow, SpadeDecoder, Warping, as_input, axis_rotations, batches, expected_degrees,
                                   hull_volume, softmax_points)
 from ..run import InputError
-from ..weights import read_tensors, require
+from ..weights import named_tensors
 
 # %% ../../nbs/nets/facevid2vid.ipynb #c007
 class _KeypointHourglass(nn.Module):
@@ -174,7 +174,7 @@ class FaceVid2Vid(nn.Module):
         self.he_estimator, self.generator = HeadEstimator(keypoints, width), Generator(keypoints, width)
 
     @property
-    def device(self) -> torch.device: return self.kp_detector.kp.weight.device
+    def device(self) -> torch.device: return next(self.parameters()).device
 
 # %% ../../nbs/nets/facevid2vid.ipynb #c013
 FIRST_DEGREE = -99.   # the angle of the first of the 66 bins
@@ -247,13 +247,10 @@ def load_facevid2vid(
     device: str = 'cpu',
 ) -> FaceVid2Vid:
     "The three networks with the checkpoint's weights; every tensor must be there and fit."
-    path = Path(path or require('facevid2vid'))
-    tensors = read_tensors(path)
-    tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items() if k.startswith(PARTS)}
-    with torch.device('meta'): network = FaceVid2Vid(kp_scale=.25 if 'kp_detector.down.weight' in tensors else 1.)
-    try: network.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error: raise InputError(f'{path} is not the spade checkpoint of face-vid2vid ({str(error).splitlines()[1].strip()[:200]}); '
-                                                   'fetch "Vox-256-new" from its authors\' page') from error
+    tensors = named_tensors('facevid2vid', path)
+    scale = .25 if 'kp_detector.down.weight' in tensors else 1.   # two configurations are in circulation
+    with torch.device('meta'): network = FaceVid2Vid(kp_scale=scale)
+    network.load_state_dict(tensors, strict=True, assign=True)
     return network.to(device).eval().requires_grad_(False)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 # %% ../../nbs/nets/liveportrait.ipynb #c004
 from .blocks import Appearance, Flow, SpadeDecoder, Warping, as_input, axis_rotations, batches, expected_degrees, hull_volume
 from ..run import InputError, write_atomic
-from ..weights import load_pickle_restricted, read_tensors, require
+from ..weights import load_pickle_restricted, named_tensors
 
 # %% ../../nbs/nets/liveportrait.ipynb #c007
 class _ChannelNorm(nn.LayerNorm):
@@ -144,7 +144,7 @@ class LivePortrait(nn.Module):
         self.retarget_eye = Retargeting(k + 3, (256, 256, 128, 128, 64), k)
 
     @property
-    def device(self) -> torch.device: return self.spade_generator.fc.weight.device
+    def device(self) -> torch.device: return next(self.parameters()).device
 
     def volume(self, image: Tensor) -> Tensor:
         "The appearance of a source picture, once a portrait."
@@ -345,16 +345,12 @@ def load_liveportrait(
     device: str = 'cpu',
 ) -> LivePortrait:
     "All networks with their weights; every tensor must be there and fit."
-    paths = {part: Path(folder)/f'{part}.pth' if folder else require(name) for name, part in FILES.items()}
     tensors = {}
-    for part, path in paths.items():
-        prefix = '' if part.startswith('stitching') else f'{part}.'
-        own = {k.replace('module.', '') if not prefix else k: v for k, v in read_tensors(path).items()}
-        tensors |= {prefix + k: v.float() if v.is_floating_point() else v for k, v in own.items()}
+    for name, part in FILES.items():
+        own = named_tensors(name, Path(folder)/f'{part}.pth' if folder else None)
+        tensors |= own if name.endswith('stitching') else {f'{part}.{k}': v for k, v in own.items()}
     with torch.device('meta'): network = LivePortrait()
-    try: network.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error: raise InputError(f'the files of LivePortrait do not belong together ({str(error).splitlines()[1].strip()[:200]}); '
-                                                   'fetch all five again from their authors\' page') from error
+    network.load_state_dict(tensors, strict=True, assign=True)
     return network.to(device).eval().requires_grad_(False)
 
 
