@@ -53,7 +53,8 @@ class Matte:
     def each(self, frames: np.ndarray) -> Iterator[np.ndarray]:
         "One matte after the other."
         step = self.detector.batch
-        for i in range(0, len(frames), step): yield from self.detector.matte(frames[i:i + step])
+        own = type(self.detector).matte     # also where this object stands in the detector's `matte`
+        for i in range(0, len(frames), step): yield from own(self.detector, frames[i:i + step])
 
     def __call__(
         self,

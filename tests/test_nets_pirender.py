@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ophav_nb.encoding import device_guard
-from ophav_nb.nets.pirender import Fine, PIRenderer, animate, load_pirender, match_crop, pick_coefficients, warp, windows
+from ophav_nb.nets.pirender import Fine, PIRenderer, animate, crop_parameters, load_pirender, match_crop, pick_coefficients, warp, windows
 from ophav_nb.run import InputError
 from ophav_nb.weights import add_weight
 
@@ -67,6 +67,14 @@ def test_coefficients():
     scaled = match_crop(portrait, told)
     np.testing.assert_allclose(scaled[:, 70], 3*told[:, 70], rtol=1e-5)
     np.testing.assert_array_equal(np.delete(scaled, 70, 1), np.delete(told, 70, 1))
+
+
+def test_crop_parameters():
+    "Larger faces are scaled less; their middle is where it is, counted from below."
+    five = np.array([[100, 100], [150, 101], [125, 130], [105, 155], [146, 155]], np.float32)
+    (s, x, y), (s2, x2, y2) = crop_parameters(np.stack([five, 2*five]), 256)
+    assert s2 == pytest.approx(s/2, rel=1e-3) and x2 == pytest.approx(2*x, rel=1e-3) and 255 - y2 == pytest.approx(2*(255 - y), rel=1e-3)
+    assert 100 < x < 150 and 100 < 255 - y < 155 and crop_parameters(np.zeros((0, 5, 2))).shape == (0, 3)
 
 
 def test_animate_streams(net):

@@ -68,7 +68,8 @@ def test_film_of_any_length(net):
     states = [None]*4
     pieces = np.stack([m for part in (frames[:1], frames[1:5], frames[5:]) for m in matte_frames(net, part, states=states, chunk=3)])
     stream = np.stack(list(matte_frames(net, (frames[i:i + 2] for i in range(0, 7, 2)))))
-    forgetful = np.stack([m for f in frames for m in matte_frames(net, f[None])])
+    assert np.abs(whole - np.stack(list(matte_frames(net, iter(frames))))).max() < 1e-5
+    forgetful = np.stack([m for f in frames for m in matte_frames(net, f)])
     assert np.abs(whole - pieces).max() < 1e-5 and np.abs(whole - stream).max() < 1e-5
     assert np.abs(whole[0] - forgetful[0]).max() < 1e-5 < np.abs(whole[1:] - forgetful[1:]).max()
 

@@ -58,6 +58,16 @@ def test_default_matte_is_the_detectors(detector, film):
     np.testing.assert_array_equal(stored, to_uint8(alpha))
 
 
+def test_matte_stands_in_for_the_detectors(home, film):
+    "Set in a detector's place, it is asked as the detector was."
+    detector = Detector()
+    before = detector.matte(film[:1])
+    detector.matte = make_matte("default", detector=detector)
+    np.testing.assert_array_equal(detector.matte(film[:1]), before)
+    detector.matte = make_matte("rvm")
+    assert detector.matte(film[0]).shape == (1, 64, 64) and np.abs(detector.matte(film[:1]) - before).max() > .01
+
+
 def test_video_matte_remembers(home, filled, film):
     "In pieces as in one, and as the network frame by frame; reset forgets; frames of another size are another film."
     matte = make_matte("rvm")

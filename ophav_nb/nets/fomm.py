@@ -206,6 +206,7 @@ def animate(
     if initial is not None:
         with precision: kp_initial = net.kp_detector(pictures(initial[None], device))
     for part in ([frames] if isinstance(frames, np.ndarray) else frames):
+        part = part.reshape(-1, *part.shape[-3:])      # a single frame is a chunk, too
         for i in range(0, len(part), batch):
             with precision:
                 kp = net.kp_detector(pictures(part[i:i + batch], device))

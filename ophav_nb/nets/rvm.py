@@ -239,6 +239,7 @@ def matte_frames(
     "The mattes of a film."
     device, states = net.backbone.mean.device, [None]*4 if states is None else states
     for part in ([frames] if isinstance(frames, np.ndarray) else frames):
+        part = part.reshape(-1, *part.shape[-3:])      # a single frame is a chunk, too
         share = min(1., 512/max(part.shape[1:3])) if ratio is None else ratio
         for i in range(0, len(part), chunk):
             x = torch.from_numpy(np.ascontiguousarray(part[i:i + chunk])).to(device).permute(0, 3, 1, 2).float()/255
