@@ -45,9 +45,9 @@ def _default(name, ndim, gain, names):
 def _rule(name, rules): return next(((kind, a, b) for pattern, kind, a, b in rules if re.search(pattern, name)), None)
 
 
-def filled(name: str, shape, rules=(), gain: float = 1., names=()) -> torch.Tensor:
+def filled(name: str, shape, rules=(), gain: float = 1., names=(), seed: int = 0) -> torch.Tensor:
     "The value of one floating-point tensor; `names` are those of all tensors of its network."
-    n = named_generator(name).standard_normal(tuple(shape))
+    n = named_generator(f"{seed}:{name}" if seed else name).standard_normal(tuple(shape))
     return torch.from_numpy(_scaled(*(_rule(name, rules) or _default(name, len(shape), gain, names)), n).astype(np.float32))
 
 
@@ -82,6 +82,15 @@ def fingerprint(model: torch.nn.Module, rules=()) -> int:
         drawn = t.is_floating_point() and not name.endswith(("weight_u", "weight_v")) and (_rule(name, rules) or "?")[0] != "keep"
         if drawn: crc = zlib.crc32(np.ascontiguousarray(t.numpy()).tobytes(), zlib.crc32(name.encode(), crc))
     return crc
+
+
+def fill_otherwise(model: torch.nn.Module, name: str, part: str = "", seed: int = 1) -> torch.nn.Module:
+    "Fill a (part of a) golden network by its own rules, but with other numbers."
+    known = manifest(name)["parts"][part]
+    old = model.state_dict()
+    new = {k: filled(k, t.shape, known["rules"], known["gain"], old, seed) if t.is_floating_point() else torch.zeros_like(t) for k, t in old.items()}
+    model.load_state_dict(new, strict=True)
+    return model.eval()
 
 
 def fill_golden(model: torch.nn.Module, name: str, part: str = "") -> torch.nn.Module:

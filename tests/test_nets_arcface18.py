@@ -77,6 +77,7 @@ def test_csim(net):
     assert one.shape == (3,) and one[0] > .9999 > one[1:].max()
     assert embed(net, pictures[:0], points[:0]).shape == (0, 512)
     assert embed(net, pictures, points, batch=2).dtype == np.float32
+    assert (embed(net, pictures, points, half=True)*embed(net, pictures, points)).sum(1).min() > .999
 
 
 def test_one_device():

@@ -76,6 +76,7 @@ def test_coefficients(net):
     for (i, *more), p in zip(((36, 39), (42, 45), (30,), (48,), (54,)), np.c_[MEAN_FACE[:, 0], -MEAN_FACE[:, 1]]*60 + (60, 50)): landmarks[:, [i, *more]] = p
     found = coefficients(net, images, landmarks, batch=2)
     assert found.shape == (3, 257) and found.dtype == np.float32 and coefficients(net, images[:0], landmarks[:0]).shape == (0, 257)
+    assert np.abs(coefficients(net, images, landmarks, half=True) - found).max() < .05*np.abs(found).max()
     far = coefficient_distances(found, np.roll(found, 1, 0))
     assert np.allclose(far["aed_sum"], 64*far["aed_mean"], rtol=1e-4) and (far["apd_length"] >= far["apd_angles_length"]).all()
     assert all((v == 0).all() for v in coefficient_distances(found, found).values())
@@ -92,3 +93,14 @@ def test_the_authors_file(net, tmp_path, monkeypatch):
     assert add_weight(tmp_path/"epoch_20.pth")[0] == "deep3d"
     for loaded in (load_deep3d(), load_deep3d(tmp_path/"epoch_20.pth")):
         assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
+
+
+@pytest.mark.parametrize("seed, size", [(1, (224, 224)), (2, (97, 130))])
+def test_beside_torchvision(seed, size):
+    "The backbone is torchvision's ResNet-50: other weights, other sizes."
+    theirs = pytest.importorskip("torchvision.models").resnet50(weights=None)
+    theirs.fc = torch.nn.Identity()
+    ours = golden_fill.fill_otherwise(Deep3D(), NAME, seed=seed)
+    theirs.load_state_dict(ours.backbone.state_dict(), strict=True)
+    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode(): torch.testing.assert_close(ours.features(x).flatten(1), theirs.eval()(x), rtol=1e-5, atol=1e-5)

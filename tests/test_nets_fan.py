@@ -83,7 +83,7 @@ def test_landmarks():
     assert points.shape == (3, 68, 2) and points.dtype == np.float32 and heat.shape == (3, 68) and (points == points.round()).all()
     centre, scale = frame_of(boxes[0])
     assert (np.abs(points[0] - centre) <= 100*scale + 1).all()
-    assert landmarks(net, images[:1], boxes[:1], mirror=True)[0].shape == (1, 68, 2)
+    assert landmarks(net, images[:1], boxes[:1], mirror=True, half=True)[1].dtype == np.float32
     assert landmarks(net, images[:0], boxes[:0])[0].shape == (0, 68, 2)
 
 
@@ -109,3 +109,26 @@ def test_the_authors_file(net, tmp_path, monkeypatch):
     torch.save({k: v for k, v in net.state_dict().items() if not k.endswith("tracked")}, tmp_path/"2DFAN4.pth.tar", _use_new_zipfile_serialization=False)
     assert add_weight(tmp_path/"2DFAN4.pth.tar")[0] == "fan"
     assert all(torch.equal(a, b) for a, b in zip(load_fan().state_dict().values(), net.state_dict().values()))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_beside_face_alignment(seed):
+    "The same network as face_alignment's, with other weights; the same crops and points for other faces."
+    theirs = pytest.importorskip("face_alignment.models.fan").FAN(2).eval()
+    from face_alignment.utils import crop, flip, get_preds_fromhm
+    ours = golden_fill.fill_otherwise(FAN(2), NAME, seed=seed)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = golden_fill.drawn_picture(f"fan {seed}", (2, 3, 128, 128))
+    with torch.inference_mode():
+        for a, b in zip(ours(x), theirs(x)): torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5)
+        torch.testing.assert_close(both_ways(ours, x), theirs(x)[-1] + flip(theirs(flip(x))[-1], is_label=True), rtol=1e-4, atol=1e-4)
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (170, 150, 3), np.uint8)
+    for _ in range(8):
+        centre, scale = rng.uniform(-20, 180, 2), rng.uniform(.3, 2.5)
+        maps = torch.rand(1, 68, 64, 64, generator=torch.Generator().manual_seed(seed))
+        points, heat = peaks(maps)
+        known, in_image, score = get_preds_fromhm(maps.numpy(), centre, scale)
+        assert np.array_equal(points, known) and np.array_equal(heat, score)
+        assert np.array_equal(to_image(points.numpy(), centre, scale, 64), in_image)
+        assert np.array_equal(cut(image, centre, scale), crop(image, torch.tensor(centre), scale))

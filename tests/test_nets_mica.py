@@ -58,6 +58,8 @@ def test_identify(net):
     assert identity.shape == (2, 512) and shape.shape == (2, 300) and np.allclose(np.linalg.norm(identity, axis=1), 1, atol=1e-5)
     x = torch.from_numpy(images[:1, :112, :112]).permute(0, 3, 1, 2)/127.5 - 1     # aligned already: only cut
     with torch.inference_mode(): torch.testing.assert_close(net(x)[1], torch.from_numpy(shape[:1]), rtol=1e-3, atol=1e-3)
+    other = identify(net, images, np.stack([TEMPLATE, TEMPLATE + 3]), half=True)[0]
+    assert other.dtype == np.float32 and (other*identity).sum(1).min() > .99
     assert identify(net, images[:0], np.zeros((0, 5, 2)))[1].shape == (0, 300)
 
 

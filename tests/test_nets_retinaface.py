@@ -53,6 +53,7 @@ def test_finding_faces(net):
     found = find_faces(net, image, threshold=.55)
     assert found.shape[1] == 15 and len(found) and (found[:, 4] > .55).all() and (np.diff(found[:, 4]) <= 0).all() and found.dtype == np.float32
     assert find_faces(net, image, threshold=.9999).shape == (0, 15)
+    assert find_faces(net, image, threshold=.55, half=True).dtype == np.float32
 
 
 def test_one_device():
@@ -69,3 +70,21 @@ def test_the_authors_file(net, tmp_path, monkeypatch):
     torch.save({f"module.{k}": v for k, v in net.state_dict().items()}, tmp_path/"a.pth", _use_new_zipfile_serialization=False)
     assert add_weight(tmp_path/"a.pth")[0] == "retinaface"
     assert all(torch.equal(a, b) for a, b in zip(load_retinaface().state_dict().values(), net.state_dict().values()))
+
+
+@pytest.mark.parametrize("seed, size", [(1, (96, 160)), (2, (101, 70))])
+def test_beside_facexlib(seed, size, monkeypatch):
+    "Network, anchors and decoding: other weights, other sizes."
+    models, retina = pytest.importorskip("torchvision.models"), pytest.importorskip("facexlib.detection.retinaface")
+    build = models.resnet50
+    monkeypatch.setattr(models, "resnet50", lambda pretrained=False: build(weights=None))
+    theirs, ours = retina.RetinaFace("resnet50").eval(), golden_fill.fill_otherwise(RetinaFace(), NAME, seed=seed)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = golden_fill.drawn_picture(f"retinaface {seed}", (1, 3, *size), -110, 140)
+    with torch.inference_mode(): found, known = ours(x), theirs(x)
+    for a, b in zip(found, known): torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+    priors = retina.PriorBox(theirs.cfg, image_size=size).forward()
+    torch.testing.assert_close(anchors(*size), priors)
+    boxes, points = decode(found[0][0], found[2][0], priors)
+    torch.testing.assert_close(boxes, retina.decode(found[0][0], priors, [.1, .2]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(points, retina.decode_landm(found[2][0], priors, [.1, .2]), rtol=1e-4, atol=1e-5)

@@ -69,6 +69,7 @@ def test_finding_faces(net):
     found = find_faces(net, image, threshold=.4)
     assert found.shape[1] == 5 and (found[:, 4] > .4).all() and (np.diff(found[:, 4]) <= 0).all() and found.dtype == np.float32
     assert len(find_faces(net, image, threshold=.9999)) == 0
+    assert find_faces(net, image, threshold=.4, half=True).dtype == np.float32
 
 
 def test_one_device():
@@ -85,3 +86,18 @@ def test_the_authors_file(net, tmp_path, monkeypatch):
     torch.save(net.state_dict(), tmp_path/"s3fd.pth", _use_new_zipfile_serialization=False)
     assert add_weight(tmp_path/"s3fd.pth")[0] == "s3fd"
     assert all(torch.equal(a, b) for a, b in zip(load_s3fd().state_dict().values(), net.state_dict().values()))
+
+
+@pytest.mark.parametrize("seed, size", [(1, (96, 160)), (2, (135, 70))])
+def test_beside_face_alignment(seed, size):
+    "The same network as face_alignment's: other weights, other sizes; and the same thinning."
+    theirs = pytest.importorskip("face_alignment.detection.sfd.net_s3fd").s3fd().eval()
+    ours = golden_fill.fill_otherwise(S3FD(), "s3fd", seed=seed)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = golden_fill.drawn_picture(f"s3fd {seed}", (2, 3, *size), -110, 140)
+    with torch.inference_mode(): found, known = [t for pair in ours(x) for t in pair], theirs(x)
+    for a, b in zip(found, known): torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+    from face_alignment.detection.sfd.bbox import nms
+    corner = torch.rand(100, 2, generator=torch.Generator().manual_seed(seed))*100
+    rows = torch.cat([corner, corner + 35, torch.linspace(.1, .9, 100)[:, None]], 1)
+    assert thin_out(rows[:, :4], rows[:, 4]).tolist() == [int(i) for i in nms(rows.numpy(), .3)]

@@ -109,6 +109,7 @@ def embed(
     images: np.ndarray,      # uint8 RGB [N,H,W,3]
     landmarks: np.ndarray,   # the 68 points of the *true* pictures [N,68,2], pixels
     batch: int = 32,
+    half: bool = False,      # mixed precision
 ) -> np.ndarray:             # [N,512], unit length
     "The identity vectors of faces that are aligned by given landmarks."
     device, found = net.conv1.weight.device, []
@@ -116,7 +117,9 @@ def embed(
     for i in range(0, len(images), batch):
         x = torch.from_numpy(np.ascontiguousarray(images[i:i + batch])).to(device).permute(0, 3, 1, 2).float()/127.5 - 1
         points = five_points(torch.from_numpy(np.asarray(landmarks[i:i + batch], np.float32)).to(device))
-        found.append(F.normalize(net(grey_of(align(x, similarity(points, template))))).cpu())
+        x = grey_of(align(x, similarity(points, template)))
+        with torch.autocast(device.type, enabled=half): x = net(x).float()
+        found.append(F.normalize(x).cpu())
     return torch.cat(found).numpy() if found else np.zeros((0, 512), np.float32)
 
 

@@ -131,13 +131,15 @@ def coefficients(
     images: np.ndarray,      # uint8 RGB [N,H,W,3]
     landmarks: np.ndarray,   # the 68 points [N,68,2], pixels
     batch: int = 32,
+    half: bool = False,      # mixed precision
 ) -> np.ndarray:             # [N,257]
     "The coefficients of faces."
     device, found = net.backbone.conv1.weight.device, [np.zeros((0, 257), np.float32)]
     points = five_points(torch.from_numpy(np.asarray(landmarks, np.float32))).numpy()
     for i in range(0, len(images), batch):
         crops = torch.stack([face_crop(image, five) for image, five in zip(images[i:i + batch], points[i:i + batch])])
-        found.append(net(crops.to(device)).cpu().numpy())
+        with torch.autocast(device.type, enabled=half): told = net(crops.to(device)).float()
+        found.append(told.cpu().numpy())
     return np.concatenate(found)
 
 

@@ -181,6 +181,7 @@ def landmarks(
     boxes: np.ndarray,            # [N,4], one face each, as `find_faces` gives them
     mirror: bool = False,         # ask the mirrored face, too
     batch: int = 16,
+    half: bool = False,           # mixed precision
 ) -> tuple[np.ndarray, np.ndarray]:   # points [N,68,2] in whole pixels, heat [N,68]
     "The 68 points of faces whose boxes are known."
     device, points, heats = net.conv1.weight.device, [np.zeros((0, 68, 2), np.float32)], [np.zeros((0, 68), np.float32)]
@@ -188,7 +189,8 @@ def landmarks(
         frames = [frame_of(box) for box in boxes[i:i + batch]]
         squares = np.stack([cut(image, *frame) for image, frame in zip(images[i:i + batch], frames)])
         x = torch.from_numpy(squares).to(device).permute(0, 3, 1, 2).float()/255
-        found, heat = peaks(both_ways(net, x) if mirror else net(x)[-1])
+        with torch.autocast(device.type, enabled=half): maps = both_ways(net, x) if mirror else net(x)[-1]
+        found, heat = peaks(maps.float())
         points.append(np.stack([to_image(p, *frame, 64) for p, frame in zip(found.cpu().numpy(), frames)]).astype(np.float32))
         heats.append(heat.cpu().numpy())
     return np.concatenate(points), np.concatenate(heats)

@@ -90,6 +90,7 @@ def identify(
     images: np.ndarray,      # uint8 RGB [N,H,W,3]
     points: np.ndarray,      # eyes, nose, corners of the mouth [N,5,2], pixels
     batch: int = 16,
+    half: bool = False,      # mixed precision
 ) -> tuple[np.ndarray, np.ndarray]:   # identity vectors [N,512] of unit length; FLAME's shape [N,300]
     "Who faces are, and the shape of their heads in metres' terms."
     device = net.arcface.conv1.weight.device
@@ -97,5 +98,7 @@ def identify(
     for i in range(0, len(images), batch):
         x = torch.from_numpy(np.ascontiguousarray(images[i:i + batch])).to(device).permute(0, 3, 1, 2).float()
         five = torch.from_numpy(np.asarray(points[i:i + batch], np.float32)).to(device)
-        found.append(tuple(t.cpu() for t in net(align(x, similarity(five, template), 112)/127.5 - 1)))
+        x = align(x, similarity(five, template), 112)/127.5 - 1
+        with torch.autocast(device.type, enabled=half): told = net(x)
+        found.append(tuple(t.float().cpu() for t in told))
     return tuple(torch.cat(parts).numpy() for parts in zip(*found))

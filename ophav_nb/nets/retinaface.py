@@ -127,12 +127,13 @@ def find_faces(
     image: np.ndarray,         # uint8 RGB [H,W,3]
     threshold: float = .97,    # a face must be at least as likely; GFPGAN's tool asks for .97
     most: float = .4,          # overlap of two that may both stay
+    half: bool = False,        # mixed precision
 ) -> np.ndarray:               # [F,15]: left, top, right, bottom, likelihood, five points; pixels, best first
     "The faces of a picture; the points are eyes, nose, corners of the mouth."
     height, width = image.shape[:2]
     device = net.body.conv1.weight.device
     x = torch.from_numpy(np.ascontiguousarray(image[..., ::-1])).to(device).permute(2, 0, 1)[None].float()
-    boxes, faces, points = (t[0] for t in net(x - x.new_tensor(MEAN)[:, None, None]))
+    with torch.autocast(device.type, enabled=half): boxes, faces, points = (t[0].float() for t in net(x - x.new_tensor(MEAN)[:, None, None]))
     keep = faces[:, 1] > threshold
     boxes, points = decode(boxes[keep], points[keep], anchors(height, width, device)[keep])
     size = boxes.new_tensor([width, height])

@@ -125,15 +125,16 @@ def find_faces(
     net: S3FD,
     image: np.ndarray,        # uint8 RGB [H,W,3]
     threshold: float = .5,    # a face must be at least as likely
+    half: bool = False,       # mixed precision
 ) -> np.ndarray:              # [F,5]: left, top, right, bottom, likelihood; best first
     "The faces of a picture."
     device = net.conv1_1.weight.device
     x = torch.from_numpy(np.ascontiguousarray(image[..., ::-1])).to(device).permute(2, 0, 1)[None].float()
-    found = []
-    for (scores, boxes), stride in zip(net(x - x.new_tensor(MEAN)[:, None, None]), STRIDES):
-        likely = scores.softmax(1)[:, 1].flatten(1)
+    with torch.autocast(device.type, enabled=half): maps, found = net(x - x.new_tensor(MEAN)[:, None, None]), []
+    for (scores, boxes), stride in zip(maps, STRIDES):
+        likely = scores.float().softmax(1)[:, 1].flatten(1)
         keep = likely[0] > .05
-        found.append(torch.cat([decode(boxes, stride)[0][keep], likely[0][keep, None]], -1))
+        found.append(torch.cat([decode(boxes.float(), stride)[0][keep], likely[0][keep, None]], -1))
     found = torch.cat(found)
     found = found[found[:, 4].argsort(descending=True)[:2000]]     # what thinning compares grows with the square of their number
     found = found[thin_out(found[:, :4], found[:, 4])]
