@@ -20,8 +20,9 @@ def outputs(net):
 
 
 @pytest.mark.slow
-def test_golden(net):
-    shares = golden_fill.beyond("parsenet_512", outputs(net))
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["channels first", "channels last"])
+def test_golden(net, order):
+    shares = golden_fill.beyond("parsenet_512", outputs(net.to(memory_format=order)))
     assert max(shares.values()) <= 1, shares
 
 
