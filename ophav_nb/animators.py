@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'FLIP', 'JAW_WEIGHT', 'GIGABYTES_A_FRAME', 'NETWORKS', 'head_matrices', 'head_moves', 'expression_features',
            'ExpressionBank', 'named_expression', 'wanted_openness', 'frames_at_once', 'NetworkAnimator',
-           'FaceVid2VidAnimator', 'LivePortraitAnimator', 'calibration_motion', 'make_animator', 'write_film']
+           'FaceVid2VidAnimator', 'LivePortraitAnimator', 'calibration_motion', 'make_animator', 'write_film',
+           'StoredMatte', 'stored_pictures', 'asked_track', 'outline', 'film_heads']
 
 # %% ../nbs/08b_animators.ipynb #c003
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,10 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 # %% ../nbs/08b_animators.ipynb #c004
+from .animate import VideoAnimator
 from .animate import make_animator as make_mesh_animator
+from .detect import Detector
+from .geometry import rasterize
 from .head import HeadModel, Motion
 from .media import VideoWriter, resize, to_float, to_uint8
 from .motion import NAMES, head_rotation, relative
@@ -28,6 +32,7 @@ from .nets import facevid2vid as fv
 from .nets import liveportrait as lp
 from .nets.blocks import as_frames, as_input, batches
 from .run import InputError, pick_device, progress
+from .track import Track, fit_film
 
 # %% ../nbs/08b_animators.ipynb #c005
 log = logging.getLogger(__name__)
@@ -163,18 +168,17 @@ class NetworkAnimator:
         self.size, self.gains = self.image.shape[0], np.ones(3)
         self.batch = batch or frames_at_once(self.device, half)
         with torch.inference_mode():
-            source = as_input([self.image], self.device, side)
-            with self.precision(): self.see_source(source)
+            self.see_source(as_input([self.image], self.device, side))
         self.bank = None if driving is None else self.read_driving(*driving)
 
     def precision(self):
-        "Mixed precision, where asked for and where it pays."
+        "Mixed precision, where asked for and where it pays; around the networks alone, since keypoints need all their digits."
         kind = str(self.device).split(':')[0]
         return torch.autocast(kind, torch.float16, enabled=self.half and kind == 'cuda')
 
     def estimate(self, frames):
         "What the network sees in the frames of a film, a few at a time; on the CPU."
-        with torch.inference_mode(), self.precision():
+        with torch.inference_mode():
             parts = [self.see(as_input(chunk, self.device, self.side)).to('cpu') for chunk in batches(frames, max(4, self.batch))]
         if not parts: raise InputError('the driving film has no frames')
         return type(parts[0]).cat(parts)
@@ -218,8 +222,9 @@ class NetworkAnimator:
 
     def show(self, driving: Tensor, size: int|None = None) -> Iterator[np.ndarray]:
         "Pictures for a few sets of keypoints [N,K,3]."
-        with torch.inference_mode(), self.precision():
-            pictures = as_frames(self.render(driving)[0])
+        with torch.inference_mode():
+            with self.precision(): pictures = self.render(driving)[0]
+            pictures = as_frames(pictures)
         wanted = size or self.size
         for picture in pictures: yield picture if len(picture) == wanted else to_uint8(np.clip(resize(to_float(picture), wanted), 0, 1))
 
@@ -265,12 +270,15 @@ class FaceVid2VidAnimator(NetworkAnimator):
     @staticmethod
     def load(device): return fv.load_facevid2vid(device=device)
 
-    def see(self, images: Tensor) -> fv.HeadState: return self.network.he_estimator(images)
+    def see(self, images: Tensor) -> fv.HeadState:
+        "Head and expression in some pictures."
+        with self.precision(): scores = self.network.he_estimator.scores(images)
+        return fv.head_state({k: v.float() for k, v in scores.items()})
 
     def see_source(self, image: Tensor):
         "Canonical keypoints, state and volume of the portrait."
-        self.canonical, self.state = self.network.kp_detector(image), self.see(image)
-        self.volume = self.network.generator.volume(image)
+        with self.precision(): canonical, self.volume = self.network.kp_detector(image), self.network.generator.volume(image)
+        self.canonical, self.state = canonical.float(), self.see(image)
         self.source = fv.keypoints(self.canonical, self.state)
 
     def render(self, driving): return self.network.generator.render(self.volume, driving, self.source)
@@ -309,11 +317,15 @@ class LivePortraitAnimator(NetworkAnimator):
     @staticmethod
     def load(device): return lp.load_liveportrait(device=device)
 
-    def see(self, images: Tensor) -> lp.FaceState: return self.network.motion_extractor(images)
+    def see(self, images: Tensor) -> lp.FaceState:
+        "The face in some pictures."
+        with self.precision(): scores = self.network.motion_extractor.scores(images)
+        return lp.face_state({k: v.float() for k, v in scores.items()})
 
     def see_source(self, image: Tensor):
         "State, keypoints and volume of the portrait; how open its eyes and lips are."
-        self.state, self.volume = self.see(image), self.network.volume(image)
+        with self.precision(): self.volume = self.network.volume(image)
+        self.state = self.see(image)
         self.source = lp.keypoints(self.state)
         self.open = None if self.track is None else lp.openness(self.track.landmarks[:1])
 
@@ -396,3 +408,68 @@ def write_film(
     with VideoWriter(path, fps, metadata=metadata) as film:
         for frame in progress(frames, total, 'network film'): film.add(frame)
     return Path(path)
+
+# %% ../nbs/08b_animators.ipynb #c021
+class StoredMatte:
+    "Mattes on disk, 0..255, read as 0..1."
+    def __init__(self, values: np.ndarray): self.values = values
+    def __len__(self): return len(self.values)
+    def __getitem__(self, i) -> np.ndarray: return np.asarray(self.values[i], np.float32)/255
+
+
+def stored_pictures(
+    path: Path,                                       # the raw file
+    pictures: Callable[[int], Iterator[np.ndarray]],  # uint8 arrays of one shape, from a given one on
+    total: int,
+    shape: tuple,                                     # of one of them
+    desc: str = '',
+) -> np.ndarray:                                      # uint8 [total,*shape], mapped
+    "Pictures written one behind the other, going on after those that a killed call left."
+    each = int(np.prod(shape))
+    done = path.stat().st_size//each if path.exists() else 0
+    with open(path, 'r+b' if path.exists() else 'wb') as file:
+        file.truncate(done*each)
+        file.seek(0, 2)
+        for picture in progress(pictures(done) if done < total else (), total - done, desc): file.write(np.ascontiguousarray(picture, np.uint8).tobytes())
+    return np.memmap(path, np.uint8, 'c', shape=(total, *shape))
+
+
+def asked_track(
+    motion: Motion,     # what the animator was asked for
+    portrait,           # the portrait's `Track`
+    head: HeadModel,
+    size: int,          # of the pictures, pixels
+) -> Track:
+    "The asked motion as if it had been tracked."
+    n = len(motion)
+    track = Track(motion, portrait.shape, portrait.camera.resized(size, size), np.zeros((n, 478, 3), np.float32), np.zeros(n, np.float32), np.zeros(n, bool))
+    track.landmarks = track.fitted(head).astype(np.float32)
+    return track
+
+
+def outline(track: Track, head: HeadModel, i: int) -> np.ndarray:   # uint8 [H,W]
+    "Where the mesh is, as a matte."
+    camera = track.camera
+    return np.uint8(255)*(rasterize(camera.project(track.vertices(head, i)), head.faces, camera.height, camera.width).face >= 0)
+
+
+def film_heads(
+    animator: NetworkAnimator,
+    motion: Motion,
+    folder: str|Path,         # for pictures and mattes; may be deleted when the heads have been written
+    detector: Detector,
+    found: float = .5,        # share of pictures in which a face must be found
+) -> VideoAnimator:           # its `frames()` are heads, its `track` is their motion
+    "A network's film, matted and tracked."
+    folder, n, size, head = Path(folder), len(motion), animator.size, animator.head
+    folder.mkdir(parents=True, exist_ok=True)
+    frames = stored_pictures(folder/'pictures.rgb', lambda start: animator.frames(motion, start=start), n, (size, size, 3), f'film of {animator.name}')
+    try: landmarks, ok = detector.film(frames)
+    except InputError: landmarks, ok = None, np.zeros(n, bool)
+    seen = ok.mean() >= found
+    if not seen: log.warning('%s: a face was found in %d of %d pictures; the motion is taken as it was asked for', animator.name, ok.sum(), n)
+    asked = None if seen else asked_track(motion, animator.track, head, size)
+    masks = lambda start: (to_uint8(detector.matte(f[None])[0]) if seen else outline(asked, head, i) for i, f in enumerate(frames[start:], start))
+    matte = stored_pictures(folder/'matte.a', masks, n, (size, size), 'mattes')
+    track = fit_film(frames, landmarks, ok, head, matte if n <= 600 else None, motion.fps) if seen else asked   # a longer matte would fill the memory
+    return VideoAnimator(frames, track, head, StoredMatte(matte))
