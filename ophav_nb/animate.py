@@ -51,6 +51,14 @@ def blurred(image, sigma: float) -> np.ndarray:
     "Gaussian blur of every channel, float32 [H, W, C]."
     return np.stack([ndi.gaussian_filter(image[..., c], sigma) for c in range(image.shape[-1])], -1).astype(np.float32)
 
+def crisp(
+    image,             # [H, W, C]
+) -> np.ndarray:       # float32 [H, W, C]
+    "A texture sharpened by what bilinear look-up and the average of four samples will take from it: half the first-order inverse of the kernel (1, 6, 1)/8 (all of it is too sharp: measured)."
+    soft = np.asarray(image, np.float32)
+    for axis in (0, 1): soft = ndi.correlate1d(soft, [.125, .75, .125], axis=axis, mode='nearest')
+    return np.asarray(image, np.float32)*1.5 - .5*soft
+
 def polygon_mask(
     points,        # outline, pixels, [N, 2]
     height: int,   # of the mask, pixels
@@ -597,8 +605,9 @@ class MeshAnimator:
         self.alpha = (self.matte*np.clip((inside + margin)/margin + .5, 0, 1)).astype(np.float32)
         self.spread = bleed(self.image, self.matte)
         self.alpha *= self._bare_neck()
-        self.skin = without_mouth(self.spread, self.landmarks)
-        self.eyes = whole_eyes(self.spread, self.landmarks)
+        self.alpha = np.clip(crisp(self.alpha[..., None])[..., 0], 0, 1)
+        self.skin = crisp(without_mouth(self.spread, self.landmarks))
+        self.eyes = crisp(whole_eyes(self.spread/self._lid_shade_seen()[..., None], self.landmarks))
 
     def _bare_neck(self) -> np.ndarray:
         "0 on clothes beside and below the jaw (neither like the face's skin nor like the hair): a collar does not turn with the head."
@@ -853,6 +862,19 @@ class MeshAnimator:
             p = self.rest[v]
             radius = .5*np.ptp(p[:, 0])
             out[v] = np.arctan2(p[:, 0], p[:, 2] - (p[:, 2].max() - radius))*radius*1.1/wide
+        return out
+
+    def _lid_shade_seen(self) -> np.ndarray:
+        "The same shadow where the portrait's own lids throw it, [H, W]: taken out of the eyes' colours, which the frame's lids darken again."
+        h, w = self.image.shape[:2]
+        out, x, y = np.ones((h, w), np.float32), np.arange(w) + .5, np.arange(h)[:, None] + .5
+        metre = self.camera.focal/np.median(self.P0[self.eye_vertices, 2])
+        for eye in EYES.values():
+            q = self.landmarks[eye['outline'][:9], :2]
+            q = q[np.argsort(q[:, 0])]
+            below = (y - np.interp(x, q[:, 0], q[:, 1]))/metre
+            near = polygon_mask(self.landmarks[eye['outline'], :2], h, w, grow=.3*np.ptp(q[:, 0])) > 0
+            out = np.where(near, 1 - .42*np.exp(-np.maximum(below, 0)/.0016), out)
         return out
 
     def _lid_shade(self, V) -> np.ndarray:

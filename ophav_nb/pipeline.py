@@ -49,7 +49,7 @@ class Preset:
 
 PRESETS = dict(
     smoke=Preset(256, 96, 24, 150, 60, 12, 1., 128),
-    quick=Preset(512, 256, 300, 2500, 900, 150, 10., 320),
+    quick=Preset(512, 256, 300, 2500, 900, 120, 8., 320),
     standard=Preset(512, 512, 1500, 12000, 4000, 500, 12., 512),
     paper=Preset(512, 512, 4500, 30000, 30000, 1500, 20., 512, "paper"),
 )
@@ -150,17 +150,18 @@ def add_coarse(
     run: Run,
     head: HeadModel,
     animator: str = "mesh",      # which animator makes the frames
+    film_size: int = 320,        # side of `video.mp4`, pixels
 ) -> None:
-    "Artifact `coarse`: `frames/%05d.png` (head only, RGBA) and `video.mp4` (over the portrait's own background)."
+    "Artifact `coarse`: `frames/%05d.png` (head only, RGBA) and, to look at, `video.mp4` (smaller, over the portrait's own background)."
     def build(folder: Path) -> None:
         portrait, motion = load_portrait(run), Motion.load(run.path("motion", "train.npz"))
         maker = make_animator(animator, image=portrait.image, track=portrait.track, head=head, matte=portrait.matte)
         write_coarse(folder, lambda start: maker.frames(motion[start:]), len(motion))
         with VideoWriter(folder / "video.mp4", motion.fps, metadata=film_metadata(run)) as video:
             for i in progress(range(len(motion)), desc="coarse video"):
-                video.add(maker.composite(read_rgba(folder / "frames" / f"{i:05d}.png"), **frame_pose(motion, i)))
+                video.add(maker.composite(shrink(read_rgba(folder / "frames" / f"{i:05d}.png"), film_size), **frame_pose(motion, i)))
 
-    run.make("coarse", build, needs=["portrait", "track", "motion"], params=dict(animator=animator))
+    run.make("coarse", build, needs=["portrait", "track", "motion"], params=dict(animator=animator, film_size=film_size))
 
 
 def add_coarse_film(
@@ -336,7 +337,7 @@ def create(
         add_portrait(run, image, settings.crop, face, device)
         add_track(run, model)
         add_motion(run, motion, settings, Track.load(run.path("track", "track.npz")), seed)
-        if coarse is None: add_coarse(run, model, animator)
+        if coarse is None: add_coarse(run, model, animator, settings.film_size)
         else: add_coarse_film(run, coarse, model, settings, device)
         add_dataset(run, model, settings.size)
         train_rounds(run, model, settings, rounds, restorer, backend, device, seed)

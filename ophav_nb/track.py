@@ -904,7 +904,8 @@ class _PoseSettler:
             q = self.fit.logf.exp()*Y[..., :2]*torch.tensor([1., -1.])/-Y[..., 2:]
             return ((q - targets).norm(dim=-1).mean(1)/self.fit.iod).numpy()
         worse = miss(R, t) - miss(self.R0, self.t0)
-        self.doubt = ndi.gaussian_filter1d(np.clip((worse - .015)/.025, 0, 1), 1.5)
+        doubt = np.clip((worse - .015)/.025, 0, 1)
+        self.doubt = np.maximum(doubt, ndi.gaussian_filter1d(ndi.maximum_filter1d(doubt, 5), 1.5))      # no single frame is let through
         back = Rotation.from_matrix(R @ self.R0.transpose(0, 2, 1)).as_rotvec()*self.doubt[:, None]
         return Rotation.from_rotvec(back).as_matrix().transpose(0, 2, 1) @ R, t + (self.t0 - t)*self.doubt[:, None]
 
@@ -939,9 +940,17 @@ def _settle_pose(fit: _Fit, frames: np.ndarray, matte, fps: float) -> dict:
     else: info["reason"] = "pictures under 96 px"
     if info["pose"] == "landmarks": width = 1.5*fps/25
     _interpolate_lost(fit)
-    fit.R = torch.from_numpy(_smooth_matrices(fit.R.double().numpy(), width)).float()
-    fit.tau = torch.from_numpy(ndi.gaussian_filter1d(fit.tau.numpy(), width, axis=0, mode="nearest"))
+    fit.R, fit.tau = (torch.from_numpy(a).float() for a in _smooth_pose(fit.R.double().numpy(), fit.tau.numpy(), width))
     return info
+
+
+def _smooth_pose(R: np.ndarray, tau: np.ndarray, sigma: float, turn: float = .004, shift: float = .0008):
+    "Poses freed of jitter: what a Gaussian in time changes by more than radians `turn` or metres `shift` was a movement, and stays."
+    smooth_R, smooth_t = _smooth_matrices(R, sigma), ndi.gaussian_filter1d(tau, sigma, axis=0, mode="nearest")
+    away = Rotation.from_matrix(smooth_R @ R.transpose(0, 2, 1)).as_rotvec()
+    size = np.hypot(np.linalg.norm(away, axis=1)/turn, np.linalg.norm(smooth_t - tau, axis=1)/shift)[:, None]
+    keep = np.exp(-(size/2)**2)
+    return Rotation.from_rotvec(away*keep).as_matrix() @ R, tau + (smooth_t - tau)*keep
 
 
 def _smooth_matrices(R: np.ndarray, sigma: float) -> np.ndarray:
