@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONV', 'NORM', 'POOL', 'coordinates', 'blobs', 'softmax_points', 'hull_volume', 'Block', 'ResBlock', 'AntiAlias',
-           'Hourglass', 'Appearance', 'deform', 'Flow', 'DenseMotion', 'Warping', 'SpectralConv', 'Spade', 'SpadeBlock',
-           'SpadeDecoder', 'expected_degrees', 'axis_rotations', 'batches', 'as_input', 'as_frames']
+           'Hourglass', 'Appearance', 'deform', 'Flow', 'DenseMotion', 'Warping', 'SpectralConv', 'conv_of_enlarged',
+           'Spade', 'SpadeBlock', 'SpadeDecoder', 'expected_degrees', 'axis_rotations', 'batches', 'as_input',
+           'as_frames']
 
 # %% ../../nbs/nets/blocks.ipynb #c003
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -314,6 +315,26 @@ class SpectralConv(nn.Conv2d):
         return self._kept[1]
 
 
+def conv_of_enlarged(
+    x: Tensor,           # [N,C,H,W]
+    conv: nn.Conv2d,     # 3 x 3, padding 1
+    factor: int,         # 2 or more
+) -> Tensor:             # [N,O,H*factor,W*factor]
+    "A convolution of a map each of whose pixels is repeated `factor` times along both axes, computed on the map itself."
+    rows = conv.weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[0, 0, 0], [1, 1, 1]], [[1, 1, 0], [0, 0, 1]]])   # first, middle, last of a cell
+    spans, kinds = ((0, 2), (1, 1), (1, 2)), [0] + [1]*(factor - 2) + [2]
+    n, _, height, width = x.shape
+    padded, out = F.pad(x, (1, 1, 1, 1)), x.new_empty(n, len(conv.weight), height, factor, width, factor)
+    for i in set(kinds):
+        for j in set(kinds):
+            (top, tall), (left, wide) = spans[i], spans[j]
+            kernel = torch.einsum('oiab,ya,xb->oiyx', conv.weight, rows[i][-tall:], rows[j][-wide:])
+            part = F.conv2d(padded[:, :, top:top + height + tall - 1, left:left + width + wide - 1], kernel, conv.bias)
+            for a, b in product(range(factor), repeat=2):
+                if (kinds[a], kinds[b]) == (i, j): out[:, :, :, a, :, b] = part
+    return out.flatten(4, 5).flatten(2, 3)
+
+
 class Spade(nn.Module):
     "Instance norm, then scale and shift by what a second map says at each place (SPADE, equation 1)."
     def __init__(self, channels: int, given: int, hidden: int = 128):
@@ -322,7 +343,8 @@ class Spade(nn.Module):
         self.mlp_gamma, self.mlp_beta = (nn.Conv2d(hidden, channels, 3, padding=1) for _ in '12')
 
     def forward(self, x: Tensor, given: Tensor) -> Tensor:
-        h = self.mlp_shared(F.interpolate(given, size=x.shape[2:]))
+        factor = x.shape[2]//given.shape[2]
+        h = self.mlp_shared(given) if factor == 1 else conv_of_enlarged(given, self.mlp_shared[0], factor).relu()
         return F.instance_norm(x)*(1 + self.mlp_gamma(h)) + self.mlp_beta(h)
 
 
@@ -364,7 +386,7 @@ class SpadeDecoder(nn.Module):
         for block in (self.up_0, self.up_1): x = block(F.interpolate(x, scale_factor=2), given)
         return self.conv_img(F.leaky_relu(x, .2)).sigmoid()
 
-# %% ../../nbs/nets/blocks.ipynb #c021
+# %% ../../nbs/nets/blocks.ipynb #c022
 def expected_degrees(
     scores: Tensor,           # [N,66]
     first: float,             # degrees of the first bin
@@ -386,7 +408,7 @@ def axis_rotations(
         out.append(torch.stack([torch.stack(r, -1) for r in rows], -2))
     return tuple(out)
 
-# %% ../../nbs/nets/blocks.ipynb #c024
+# %% ../../nbs/nets/blocks.ipynb #c025
 def batches(
     items: Iterable,
     size: int,              # at most
