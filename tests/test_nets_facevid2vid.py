@@ -97,6 +97,7 @@ def small(seed=0):
     return FaceVid2Vid(width=8, keypoints=4).eval()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_small_network_is_deterministic_and_takes_other_sizes():
     net, g = small(), torch.Generator().manual_seed(1)
@@ -144,6 +145,7 @@ def test_device_guard():
     assert device_guard(step) == ('meta', 'meta')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('precision', [torch.bfloat16])
 @torch.inference_mode()
 def test_autocast(precision):

@@ -103,6 +103,7 @@ def some_state(n=2, seed=0):
     return FaceState(face_rotation(20*r(n, 3)), .03*r(n, 21, 3), .1*r(n, 3), 1.2 + .1*r(n), .3*r(1, 21, 3).expand(n, -1, -1))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_small_network_is_deterministic_and_takes_other_sizes():
     net, kp = small(), keypoints(some_state(3))[:, :5]
