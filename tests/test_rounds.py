@@ -113,7 +113,7 @@ def test_all_rounds(tmp_path, stage):
     run = Run(tmp_path/'run', {})
     results, chosen = stage.go(run)
     assert chosen == 2 and [r.index for r in results] == [0, 1, 2]
-    assert FakeAvatar.trained == [(8, 30, 1.), (6, 20, .5), (6, 20, .5)]          # later rounds train on renders, from the weights they have
+    assert FakeAvatar.trained == [(8, 30, 1.), (10, 20, .5), (10, 20, .5)]        # later rounds: six renders and the coarse frames of four, from the weights they have
     assert FakeAvatar.load(results[2].avatar).blur == pytest.approx(1.5*.7**3)
     for part in ('dataset', 'renders', 'restored', 'avatar', 'log.jsonl', 'metrics.json'): assert run.path('rounds/2', part).exists()
     assert [r['step'] for r in read_log(run.path('rounds/1/log.jsonl'))] == [0, 1, 2]
