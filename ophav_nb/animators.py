@@ -131,7 +131,7 @@ def wanted_openness(
     return (eyes.mean()*(1 - lids)).clamp(0, .8), (lips + .7*jaw/np.radians(20)).clamp(0, .8)
 
 # %% ../nbs/08b_animators.ipynb #c015
-GIGABYTES_A_FRAME = .7   # measured peak of the larger generator, float32
+GIGABYTES_A_FRAME = .7   # estimate of the larger generator's peak, float32
 
 
 def frames_at_once(
