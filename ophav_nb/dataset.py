@@ -146,7 +146,7 @@ class HeadDataset:
 
     @classmethod
     def from_frames(cls,
-        frames_rgba,      # straight RGBA, uint8 [N, H, W, 4], or an iterator of frames, or a function from the first frame wanted to one
+        frames_rgba,      # straight RGBA, uint8 [N, H, W, 4], or an iterator of frames (or of pairs with INSTA's codes, of `parsed_heads`), or a function from the first frame wanted to one
         motion: Motion,   # of these frames
         shape,            # [S]
         camera: Camera,   # the film's; resized to the frames
@@ -169,8 +169,10 @@ class HeadDataset:
         labels = face_labels(head, shape)
         start = store.start
         for i, frame in enumerate(progress(frames(start), total=len(motion) - start, desc='dataset'), start):
+            frame, codes = frame if isinstance(frame, tuple) else (frame, None)
             out.rgb[i], out.alpha[i] = frame[..., :3], frame[..., 3]
             out.parsing[i], out.depth[i] = parse_frame(out.vertices[i], out.camera(i), out.faces, labels, out.alpha[i])
+            if codes is not None: out.parsing[i] = np.where(out.alpha[i] >= 128, codes, 0)
             store.did(i + 1)
         store.finish(out)
         return out
