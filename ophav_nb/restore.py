@@ -224,8 +224,8 @@ class DetailConfig:
     radius: float = .11          # Gaussian that separates detail from colour, inter-ocular distances
     rim: float = 3.              # px of the silhouette left out, at 256 px
     limit: float = .25           # largest detail kept, 0..1
-    gain: float = 1.3            # largest amplification
-    sharpness: float = 1.        # target, in units of the portrait's own
+    gain: float = 1.5            # largest amplification
+    sharpness: float = 1.1       # target, in units of the portrait's own: training on it takes some away again
     step: int = 2                # px of the sheet's grid
     aperture: float = .12        # change of the lid gap that silences the eyes, in units of the eye's width
     gaze: float = .12            # turn of an eyeball that silences the eyes, radians

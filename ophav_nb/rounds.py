@@ -50,7 +50,7 @@ class RoundsConfig:
     settings: dict = field(default_factory=dict)   # of the restorer
     render_frames: int = 150         # renders that a round trains on
     new_share: float = .3            # of these, new combinations of expression and view
-    replay: bool = True              # later rounds see the coarse frames of the poses they render, too: expressions do not drift
+    replay: float = .3               # of the poses that a later round renders, the share whose coarse frames it sees again: expressions do not drift
     samples: int|None = None         # of a ray in renders; None: the avatar's own
     check_frames: int = 16           # frames that the measures look at
     avatar: AvatarConfig|None = None # None: AvatarConfig()
@@ -227,7 +227,7 @@ def measure_round(
 def choose_round(
     rows: list[dict],             # one a round: identity_distance, landmark_distance, sharpness
     identity_slack: float = .03,  # above round 0
-    landmark_slack: float = .15,  # above round 0, % of the inter-ocular distance
+    landmark_slack: float = .3,   # above round 0, % of the inter-ocular distance; what is seen here against the coarse film is a fraction of it against a real one
     worth: float = .02,           # relative gain of sharpness that is worth another round
 ) -> tuple[int, str]:             # the round, and why, in words
     "The sharpest round that keeps the person."
@@ -334,7 +334,8 @@ class Rounds:
         "What round k trains on."
         if k == 0: return self.dataset
         source, plan, coarse = self.restored(k), self.plan(k), self.dataset
-        again = np.flatnonzero(plan.known) if self.config.replay else np.zeros(0, int)
+        known = np.flatnonzero(plan.known)
+        again = known[np.linspace(0, len(known) - 1, round(self.config.replay*len(known))).round().astype(int)]
         motion = Motion.concat([plan.motion, plan.motion[again]]) if len(again) else plan.motion
         def frames(start):
             for i in range(start, len(motion)):
