@@ -116,6 +116,7 @@ def test_small_network_is_deterministic_and_takes_other_sizes():
 @pytest.mark.parametrize('part', ['kp_detector.kp.weight', 'kp_detector.down.weight', 'he_estimator.fc_roll.bias', 'he_estimator.block3.b3_1.conv2.weight',
                                   'generator.dense_motion_network.mask.weight', 'generator.resblocks_3d.3dr4.conv1.weight', 'generator.third.norm.running_var',
                                   'generator.decoder.up_1.conv_s.weight_orig', 'generator.decoder.G_middle_3.conv_1.weight_u'])
+@pytest.mark.slow
 @torch.no_grad()
 def test_broken_layer_shows(part):
     "Any layer that changes changes what comes out, also after the network was used (no stale weight is kept)."

@@ -118,6 +118,7 @@ def test_small_network_is_deterministic_and_takes_other_sizes():
                                   'motion_extractor.detector.downsample_layers.2.0.weight', 'appearance_feature_extractor.resblocks_3d.3dr0.norm1.bias',
                                   'warping_module.dense_motion_network.occlusion.bias', 'warping_module.fourth.weight', 'spade_generator.conv_img.0.weight',
                                   'spade_generator.up_0.norm_s.mlp_gamma.weight', 'retarget_shoulder.mlp.4.weight'])
+@pytest.mark.slow
 @torch.no_grad()
 def test_broken_layer_shows(part):
     "Any layer that changes changes what comes out, also after the network was used."
