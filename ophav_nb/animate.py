@@ -925,7 +925,7 @@ class MeshAnimator:
         fine = np.zeros((h, w, 4), np.float32)
         self._paint_back(V, camera, offset, fine)
         cloth = rasterize(screen - offset, self.sheet_faces, h, w)
-        _paint_sheet(cloth.face, cloth.bary, self.sheet_faces, self.sheet_source, self.skin, self.alpha, fine)
+        _paint_sheet(cloth.face, cloth.bary, self.sheet_faces, self.sheet_source, self.flesh, self.alpha, fine)   # no edge of a collar
         N = vertex_normals(V, self.faces)
         mesh_screen = camera.project(V) - offset
         mesh = rasterize(mesh_screen, self.faces, h, w)
