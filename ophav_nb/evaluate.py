@@ -21,7 +21,8 @@ from typing import Literal
 import numpy as np
 
 # %% ../nbs/20_evaluate.ipynb #c004
-from .animate import head_alpha, make_animator
+from .animate import head_alpha
+from .animators import NETWORKS, film_heads, make_animator
 from .avatar import Avatar, AvatarConfig
 from .dataset import HeadDataset, film_dataset
 from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector
@@ -29,11 +30,12 @@ from .geometry import Camera
 from .head import HeadModel, Motion
 from .media import VideoWriter, on_background, read_video, resize, to_float, to_uint8, write_image
 from .metrics import (Truth, correlation, flicker, head_mask, identity_distance, identity_embedding, inter_ocular, landmark_distance,
-                              lid_gap, missing_metrics, mouth_gap, sharpness, sharpness_mask)
+                              lid_gap, missing_metrics, mouth_gap, network_metrics, present_networks, sharpness, sharpness_mask)
 from .motion import retarget
 from .rounds import RoundsConfig, detect_like, mesh_landmarks, read_frames, render_plan, run_rounds, write_frames
 from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
 from .track import Track, track_film
+from .weights import check_backends
 
 # %% ../nbs/20_evaluate.ipynb #c006
 log = logging.getLogger(__name__)
@@ -118,11 +120,20 @@ def add_coarse(
     preset: EvaluationPreset,
     head: HeadModel,
     animator: str = 'mesh',
+    device: str = 'cpu',
 ) -> HeadDataset:
-    "Artifact `rounds/0/dataset`: the portrait animated through the film's motion."
+    "Artifact `rounds/0/dataset`: the portrait animated through the film's motion; a network takes expressions from the film itself."
     portrait, motion = first_frame(film), film.track.motion
+    parts = dict(image=portrait.image, track=portrait.track, head=head, matte=portrait.matte)
+    def network(folder):
+        maker = make_animator(animator, driving=(film.frames, film.track), device=device, **parts)
+        heads = film_heads(maker, motion, folder/'film', Detector(device=device))
+        t = heads.track
+        HeadDataset.from_frames(lambda start: heads.frames(size=preset.size, start=start), t.motion, t.shape, t.camera, head, folder=folder, size=preset.size)
+        shutil.rmtree(folder/'film', ignore_errors=True)
     def build(folder):
-        maker = make_animator(animator, image=portrait.image, track=portrait.track, head=head, matte=portrait.matte)
+        if animator in NETWORKS: return network(folder)
+        maker = make_animator(animator, **parts)
         HeadDataset.from_frames(maker.frames(motion, size=preset.size), motion, film.track.shape, film.track.camera, head, folder=folder, size=preset.size)
     return HeadDataset.load(run.make('rounds/0/dataset', build, ['clip'], dict(size=preset.size, animator=animator)), head)
 
@@ -160,8 +171,9 @@ class Comparison:
         in_a_row: int,
         first: int = 1,
     ):
-        self.run, self.real, self.detector = run, real, detector
+        self.run, self.real, self.detector, self.device = run, real, detector, str(getattr(detector, 'device', 'cpu'))
         self.params = dict(every=every, in_a_row=in_a_row, first=first)
+        if present_networks(): self.params['networks'] = present_networks()   # rows are measured again when weights arrive
         self.numbers, self.spread = compared_frames(len(real), every, in_a_row, first)
         some = self.numbers[:self.spread]
         self.truth = Truth(real.rgb[some], real.alpha[some], detector, landmarks[some])
@@ -183,6 +195,7 @@ class Comparison:
         row['landmark_distance_lids'] = float(landmark_distance(found, seen, LEFT_EYE + RIGHT_EYE).mean())
         row['flicker'] = float(flicker(images[self.spread:], self.heads)/max(flicker(self.images[self.spread:], self.heads), 1e-6))
         row['frames'] = self.spread
+        if present_networks(): row |= network_metrics(images[:self.spread], found, self.images[:self.spread], seen, device=self.device)
         return {k: v for k, v in row.items() if not k.endswith('_truth')}
 
     def add(
@@ -234,7 +247,7 @@ def self_protocol(
     "Portrait = first frame, motion = the clip's own, truth = its matted head."
     head, detector = HeadModel.load(), Detector(device=device)
     film = add_clip(run, clip, preset, head, device)
-    real, coarse = add_truth(run, film, preset, head), add_coarse(run, film, preset, head, animator)
+    real, coarse = add_truth(run, film, preset, head), add_coarse(run, film, preset, head, animator, device)
     table = compare(run, film, real, preset, detector)
     motion, camera = film.track.motion[table.numbers], film.track.camera.resized(preset.size, preset.size)
     table.add('source', lambda: np.repeat(table.portrait[None], len(table.numbers), 0))
@@ -349,6 +362,7 @@ def evaluate_clip(
     if protocol not in ('self', 'monocular'): raise InputError(f"unknown protocol {protocol!r}; use self or monocular")
     name, settings = preset if isinstance(preset, str) else 'own', pick_preset(preset)
     if not Path(clip).is_file(): raise InputError(f"{clip}: no such film; give a video of one person who speaks")
+    check_backends(animator=animator, restorer=restorer)
     rounds, device = (1 if name == 'smoke' else 2) if rounds is None else rounds, pick_device(device)
     field = AvatarConfig.preset(settings.field, backend=backend)
     config = RoundsConfig(rounds, settings.steps, settings.round_steps, restorer=restorer, render_frames=settings.round_frames, avatar=field)
@@ -372,12 +386,14 @@ def measure_driven(
     "Measures that need no truth."
     found, own = detect_like(detector, images, told), detect_like(detector, portrait[None], near)
     person = identity_embedding(portrait[None], own)[0]
+    still = [np.broadcast_to(x, (len(images), *x.shape)) for x in (portrait, own[0])]
     some, size = np.unique(np.linspace(0, len(images) - 1, 16).round().astype(int)), portrait.shape[:2]
     offset = found[..., :2] - told[..., :2]
     offset = offset - offset.mean(0)
     unit = inter_ocular(told)[:, None]
     sharp = np.mean([sharpness(im, sharpness_mask(p, *size)) for im, p in zip(images[some], found[some])])
-    return dict(identity_distance=float(identity_distance(identity_embedding(images[some], found[some]), person).mean()),
+    extra = network_metrics(images, found, *still, names=('csim',), same=False, device=str(getattr(detector, 'device', 'cpu')))
+    return extra | dict(identity_distance=float(identity_distance(identity_embedding(images[some], found[some]), person).mean()),
                 sharpness=float(sharp), sharpness_of_portrait=float(sharp/sharpness(portrait, sharpness_mask(own[0], *size))),
                 landmark_distance=float((100*np.linalg.norm(offset[:, INNER_FACE], axis=-1)/unit).mean()),
                 lid_gap_correlation=correlation(lid_gap(found), lid_gap(driver)), mouth_gap_correlation=correlation(mouth_gap(found), mouth_gap(driver)))
@@ -414,7 +430,7 @@ def evaluate_run(
         told = mesh_landmarks(head, portrait.track.shape, played[numbers], camera)
         row = measure_driven(images, told, film.track.landmarks[numbers], own, near, detector)
         row['flicker'] = None
-        result = dict(protocol='cross', frames=len(numbers), rows=dict(avatar=row), chosen='avatar', missing=missing_metrics())
+        result = dict(protocol='cross', frames=len(numbers), rows=dict(avatar=row), chosen='avatar', missing=missing_metrics(row))
         write_atomic(run.path('metrics.json'), json.dumps(result, indent=1) + '\n')
         driver = np.stack([resize(np.asarray(film.frames[i]), settings.size) for i in numbers])
         write_image(run.path('strip.png'), comparison(dict(driver=driver, avatar=images), np.linspace(0, len(numbers) - 1, 6).round().astype(int)))

@@ -1,0 +1,157 @@
+"The whole way through each backend, with networks whose weights are drawn; what is missing is said before anything is made."
+import json
+import shutil
+
+import golden_fill
+import numpy as np
+import pytest
+import safetensors.torch
+from test_animators import small
+
+from ophav_nb import metrics, pipeline, weights
+from ophav_nb.animators import NETWORKS
+from ophav_nb.cli import main
+from ophav_nb.dataset import HeadDataset
+from ophav_nb.media import VideoWriter, read_image, read_video
+from ophav_nb.nets.arcface18 import ArcFace18
+from ophav_nb.nets.bisenet import BiSeNet
+from ophav_nb.nets.deep3d import Deep3D
+from ophav_nb.nets.fan import FAN
+from ophav_nb.nets.rvm import RobustVideoMatting
+from ophav_nb.pipeline import Preset, create
+from ophav_nb.run import InputError
+
+TINY = Preset(192, 48, 5, 12, 6, 3, .2, 64)
+GOLDEN = dict(rvm=(RobustVideoMatting, 'rvm_mobilenetv3'), bisenet=(BiSeNet, 'bisenet_19'),
+              arcface18=(ArcFace18, 'csim_otavatar'), fan=(FAN, 'fan4_2d'), deep3d=(Deep3D, 'deep3dfacerecon_resnet50'))
+
+
+def keep(name: str, tensors: dict):
+    "Tensors into the cache, as `ophav weights add` keeps them."
+    folder = weights.weights_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file({k: t.clone().contiguous() for k, t in tensors.items()}, folder/f'{name}.safetensors')
+
+
+def put(*names: str):
+    "Drawn weights of these networks."
+    for name in names:
+        build, known = GOLDEN[name]
+        rules = golden_fill.manifest(known)['parts']['']
+        keep(name, golden_fill.fill(build(), rules['rules'], rules['gain']).state_dict())
+
+
+@pytest.fixture(params=['facevid2vid', 'liveportrait'])
+def animator(request, monkeypatch):
+    "A network animator that is small and cheap, with files in the cache that say it is there."
+    for row in weights.BACKENDS['animator'][request.param]: keep(row, {})
+    monkeypatch.setattr(NETWORKS[request.param], 'load', staticmethod(lambda device: small(request.param)))
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    "A cache without weights."
+    monkeypatch.setenv('OPHAV_HOME', str(tmp_path/'home'))
+
+
+def up_to_dataset(folder, **options):
+    "The run as far as the field's training, which is the same for all backends."
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('train_rounds', 'add_film', 'write_run_report'): patch.setattr(pipeline, name, lambda *_: None)
+        return create('astronaut', folder, preset=TINY, rounds=0, **options)
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory): return up_to_dataset(tmp_path_factory.mktemp('base')/'run').folder
+
+
+def again(base, tmp_path, make=up_to_dataset, **options):
+    "The same run with other options: what they do not touch is there already."
+    shutil.copytree(base, tmp_path/'run')
+    return make(tmp_path/'run', **options)
+
+
+@pytest.mark.parametrize('option, name, licence', [('matte', 'rvm', 'GPL-3.0'), ('parser', 'bisenet', 'CelebAMask-HQ'), ('restorer', 'gfpgan', 'Apache-2.0'),
+                                                   ('animator', 'facevid2vid', 'CC BY-NC'), ('animator', 'liveportrait', 'MIT')])
+def test_missing_weights_are_said_first(tmp_path, capsys, option, name, licence):
+    out = tmp_path/'run'
+    assert main(['create', 'astronaut', '--out', str(out), f'--{option}', name]) == 2
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and licence in said and 'ophav weights add' in said and not out.exists()
+    assert next(w.file for w in weights.WEIGHTS if w.name.startswith(name)) in said
+
+
+def test_unknown_and_useless_options(tmp_path):
+    for option in ('matte', 'parser', 'animator', 'restorer'):
+        with pytest.raises(InputError, match=f'unknown {option}.*choose one of'): create('astronaut', tmp_path/'run', **{option: 'other'})
+    with pytest.raises(InputError, match='--driving'): create('astronaut', tmp_path/'run', driving='film.mp4')
+    assert not (tmp_path/'run').exists()
+
+
+@pytest.mark.slow
+def test_network_animators(base, tmp_path, animator):
+    run = again(base, tmp_path, animator=animator)
+    assert len(HeadDataset.load(run.path('rounds', '0', 'dataset'))) == TINY.frames and run.path('coarse', 'track.npz').is_file()
+    assert len(list(run.path('coarse', 'frames').glob('*.png'))) == len(read_video(run.path('coarse', 'video.mp4'))[0]) == TINY.frames
+    assert not run.path('coarse', 'film').exists()
+    assert json.loads(run.path('run.json').read_text())['parameters']['animator'] == animator
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('animator', ['facevid2vid'], indirect=True)
+def test_driving_film(base, tmp_path, animator):
+    "Expressions from a film."
+    picture = read_image('astronaut')[:300, 80:380]
+    with VideoWriter(tmp_path/'film.mp4', 25) as film:
+        for k in range(4): film.add(np.roll(picture, 2*k, 1))
+    run = again(base, tmp_path, animator=animator, driving=tmp_path/'film.mp4')
+    assert run.path('coarse', 'track.npz').is_file()
+
+
+@pytest.mark.slow
+def test_parser(base, tmp_path):
+    put('bisenet')
+    run = again(base, tmp_path, lambda folder, **options: create('astronaut', folder, preset=TINY, rounds=0, **options), parser='bisenet')
+    assert run.has('avatar') and run.path('video.mp4').is_file()
+    ours, before = (HeadDataset.load(folder/'rounds'/'0'/'dataset') for folder in (run.folder, base))
+    assert (ours.parsing != before.parsing).any() and not ours.parsing[ours.alpha < 128].any() and (ours.alpha <= before.alpha).all()
+    np.testing.assert_array_equal(ours.depth, before.depth)
+
+
+@pytest.mark.slow
+def test_matte(base, tmp_path):
+    put('rvm')
+    run = again(base, tmp_path, matte='rvm')
+    mattes = [read_image(folder/'portrait'/'matte.png').astype(float) for folder in (run.folder, base)]
+    assert np.abs(mattes[0] - mattes[1]).max() > 10
+
+
+def faces(n: int = 2):
+    "Pictures, and landmarks that lie in them as a face's do."
+    generator = np.random.default_rng(0)
+    rows = {**{k: (8*k % 64, 8*(k//8) % 64) for k in range(478)}, 33: (16, 24), 133: (26, 24), 362: (38, 24), 263: (48, 24), 4: (32, 36), 61: (24, 48), 291: (40, 48)}
+    points = np.array([[*rows[k], 0] for k in range(478)], np.float32)
+    return generator.integers(0, 256, (n, 64, 64, 3), np.uint8), np.repeat(points[None], n, 0)
+
+
+def test_csim_appears_with_its_weights():
+    images, points = faces()
+    assert metrics.network_metrics(images, points, images, points) == {} and set(metrics.NETWORKS) <= set(metrics.missing_metrics())
+    put('arcface18')
+    same, other = (metrics.network_metrics(images, points, truth, points) for truth in (images, images[::-1]))
+    assert set(same) == {'csim'} and same['csim'] == pytest.approx(1, abs=1e-5) and other['csim'] < .9999
+    moved = [metrics.network_metrics(images, points + 3, images, points, same=how)['csim'] for how in (True, False)]
+    assert moved[0] == pytest.approx(1, abs=1e-5) and moved[1] < .9999      # only by their own points are they aligned apart
+    assert set(metrics.missing_metrics()) == {'lpips', 'fid', 'aed', 'apd', 'akd'}
+    assert 'same person' in metrics.missing_metrics({'psnr_head': 1.})['csim'] and 'csim' not in metrics.missing_metrics(same)
+
+
+@pytest.mark.slow
+def test_other_network_measures():
+    put('fan', 'deep3d')
+    images, points = faces(1)
+    same, other = (metrics.network_metrics(images, points, truth, points) for truth in (images, images[:, ::-1]))
+    assert {'akd', 'aed_sum', 'aed_mean', 'apd_length', 'apd_angles_sum'} <= set(same) and not any(same.values())
+    assert other['akd'] > 0 and other['aed_sum'] > other['aed_mean'] > 0
+    assert set(metrics.missing_metrics()) == {'lpips', 'fid', 'csim'}
