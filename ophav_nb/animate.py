@@ -791,7 +791,8 @@ class MeshAnimator:
         self.teeth_weight = np.zeros((h, w), np.float32)
         skin = self.skin_colour
         grey = float(skin.mean())
-        self.tooth_colour = np.clip(grey*np.array([1.03, .97, .87]) + .02, 0, .9)
+        usual = np.array([1.24, .95, .81])                   # skin under white light, relative to its mean: what differs is the light's (or the varnish's) colour
+        self.tooth_colour = np.clip(grey*np.array([1.03, .97, .87])*(skin/grey/usual).clip(.4, 1.6)**.7 + .02, 0, .9)
         self.teeth_faces = None
         if gap > .06*wide and (inner > .8).sum() > 12:
             px = self.image[inner > .8]
