@@ -1,6 +1,7 @@
 "The whole way through each backend, with networks whose weights are drawn; what is missing is said before anything is made."
 import json
 import shutil
+from types import SimpleNamespace
 
 import golden_fill
 import numpy as np
@@ -8,18 +9,20 @@ import pytest
 import safetensors.torch
 from test_animators import small
 
-from ophav_nb import metrics, pipeline, weights
+from ophav_nb import evaluate, metrics, pipeline, weights
 from ophav_nb.animators import NETWORKS
 from ophav_nb.cli import main
 from ophav_nb.dataset import HeadDataset
+from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import VideoWriter, read_image, read_video
 from ophav_nb.nets.arcface18 import ArcFace18
 from ophav_nb.nets.bisenet import BiSeNet
 from ophav_nb.nets.deep3d import Deep3D
 from ophav_nb.nets.fan import FAN
 from ophav_nb.nets.rvm import RobustVideoMatting
-from ophav_nb.pipeline import Preset, create
-from ophav_nb.run import InputError
+from ophav_nb.pipeline import Preset, create, load_portrait
+from ophav_nb.run import InputError, Run
+from ophav_nb.track import Track
 
 TINY = Preset(192, 48, 5, 12, 6, 3, .2, 64)
 GOLDEN = dict(rvm=(RobustVideoMatting, 'rvm_mobilenetv3'), bisenet=(BiSeNet, 'bisenet_19'),
@@ -155,3 +158,17 @@ def test_other_network_measures():
     assert {'akd', 'aed_sum', 'aed_mean', 'apd_length', 'apd_angles_sum'} <= set(same) and not any(same.values())
     assert other['akd'] > 0 and other['aed_sum'] > other['aed_mean'] > 0
     assert set(metrics.missing_metrics()) == {'lpips', 'fid', 'csim'}
+
+
+@pytest.mark.slow
+def test_evaluation_through_a_network(base, tmp_path, animator):
+    "The portrait moved as the film moves, expressions from the film itself."
+    portrait, motion = load_portrait(Run.open(base)), Motion.load(base/'motion'/'train.npz')[:3]
+    still = portrait.track
+    track = Track(motion, still.shape, still.camera, np.repeat(still.landmarks, 3, 0), np.zeros(3), np.ones(3, bool))
+    film = SimpleNamespace(frames=np.repeat(portrait.image[None], 3, 0), matte=np.repeat(portrait.matte[None], 3, 0), track=track)
+    run = Run(tmp_path/'evaluation', {})
+    with run:
+        run.make('clip', lambda folder: None)
+        coarse = evaluate.add_coarse(run, film, SimpleNamespace(size=48), HeadModel.load(), animator)
+    assert len(coarse) == 3 and coarse.rgb.shape[1:] == (48, 48, 3) and not run.path('rounds', '0', 'dataset', 'film').exists()
