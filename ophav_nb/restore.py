@@ -229,6 +229,7 @@ class DetailConfig:
     step: int = 2                # px of the sheet's grid
     aperture: float = .12        # change of the lid gap that silences the eyes, in units of the eye's width
     gaze: float = .12            # turn of an eyeball that silences the eyes, radians
+    lips: float = .05            # change of the mouth's gap or width that silences the lips, inter-ocular distances
 
 
 def _blur_inside(image, weight, sigma):
@@ -255,7 +256,7 @@ class DetailRestorer:
             if name in head.regions: inside |= head.regions[name]
         scalp = head.regions.get('scalp', np.zeros(len(head.faces), bool))
         self.sheet = Sheet(self.alpha, context, head.faces, ~inside, scalp, self.config.step)
-        self.weight, self.eye_areas = self._weights()
+        self.weight, self.eye_areas, self.mouth_area = self._weights()
         shown = on_background(np.concatenate([self.image, self.alpha[..., None]], -1))
         self.target = float(laplacian(shown)[self._sharpness_mask(context.landmarks)].var())*self.config.sharpness
         self.detail = None
@@ -273,7 +274,8 @@ class DetailRestorer:
             away = ndimage.distance_transform_edt(~_polygon(points[ring], shape))
             wide = np.linalg.norm(points[ring[0]] - points[ring[8]])
             eyes[side] = _ramp(away, .45*wide, .25*wide)
-        return weight, eyes
+        away = ndimage.distance_transform_edt(~_polygon(points[OUTER_LIPS], shape))
+        return weight, eyes, _ramp(away, .30*self.sheet.eyes, .08*self.sheet.eyes)
 
     def _sharpness_mask(self, landmarks, shape=None):
         "Inside the face, without the mouth."
@@ -287,6 +289,12 @@ class DetailRestorer:
             width = np.linalg.norm(points[EYES[side][0]] - points[EYES[side][8]])
             gaze = np.zeros(3) if context.joints is None else context.joints[3 if side == 'left' else 4]
             yield side, np.linalg.norm(points[upper] - points[lower])/max(width, 1e-6), gaze
+
+    def _mouth_state(self, context):
+        "Gap and width of the mouth, inter-ocular distances."
+        points = context.landmarks
+        unit = np.linalg.norm(points[468] - points[473])
+        return np.array([np.linalg.norm(points[a] - points[b])/max(unit, 1e-6) for a, b in ((13, 14), (61, 291))])
 
     def prepare(
         self,
@@ -311,6 +319,8 @@ class DetailRestorer:
         for side, gap, gaze in self._eye_state(context):
             change = (gap - here[side][0])/self.config.aperture, np.linalg.norm(gaze - here[side][1])/self.config.gaze
             weight = weight*(1 - self.eye_areas[side]*(1 - np.exp(-change[0]**2 - change[1]**2)))
+        moved = np.linalg.norm(self._mouth_state(context) - self._mouth_state(self.context))/self.config.lips
+        weight = weight*(1 - self.mouth_area*(1 - np.exp(-moved**2)))    # the lips' edges of another expression would pull the mouth
         look = self.sheet.look(context)
         sampled = sample_bilinear(np.concatenate([self.detail, weight[..., None]], -1).astype(np.float32), look.x, look.y)
         return sampled[..., :3], look.weight*sampled[..., 3]

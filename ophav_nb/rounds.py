@@ -228,21 +228,22 @@ def choose_round(
     rows: list[dict],             # one a round: identity_distance, landmark_distance, sharpness
     identity_slack: float = .03,  # above round 0
     landmark_slack: float = .3,   # above round 0, % of the inter-ocular distance; what is seen here against the coarse film is a fraction of it against a real one
-    worth: float = .02,           # relative gain of sharpness that is worth another round
+    worth: float = .02,           # relative gain of sharpness, or loss of identity distance, that is worth another round
 ) -> tuple[int, str]:             # the round, and why, in words
-    "The sharpest round that keeps the person."
+    "The round that is sharpest and closest to the person, in the same poses."
     first, best, out = rows[0], 0, []
+    drift = lambda row: row['identity_distance'] - first['identity_distance']
+    worthy = lambda row: row['sharpness']/max(first['sharpness'], 1e-9) - drift(row)     # a hundredth of sharpness for a hundredth of distance
     for k, row in enumerate(rows[1:], 1):
-        drift = row['identity_distance'] - first['identity_distance']
         slip = row['landmark_distance'] - first['landmark_distance']
-        if drift > identity_slack: out.append(f"round {k} drifts from the person (identity distance {drift:+.3f})")
+        if drift(row) > identity_slack: out.append(f"round {k} drifts from the person (identity distance {drift(row):+.3f})")
         elif slip > landmark_slack: out.append(f"round {k} misses the poses (landmark distance {slip:+.2f} points)")
-        elif row['sharpness'] > rows[best]['sharpness']*(1 + worth): best = k
-        else: out.append(f"round {k} is not sharper than round {best} ({row['sharpness']/rows[best]['sharpness'] - 1:+.0%})")
+        elif worthy(row) > worthy(rows[best]) + worth: best = k
+        else: out.append(f"round {k} is neither sharper than round {best} ({row['sharpness']/rows[best]['sharpness'] - 1:+.0%}) nor closer to the person by enough")
     row = rows[best]
     gain = row['sharpness']/max(first['sharpness'], 1e-9) - 1
-    why = (f"round {best} is {gain:.0%} sharper than round 0, with identity distance {row['identity_distance'] - first['identity_distance']:+.3f} "
-           f"and landmark distance {row['landmark_distance'] - first['landmark_distance']:+.2f} points" if best else "no round is sharper and still the same person in the same poses"
+    why = (f"round {best} is {abs(gain):.0%} {'sharper' if gain >= 0 else 'softer'} than round 0, with identity distance {row['identity_distance'] - first['identity_distance']:+.3f} "
+           f"and landmark distance {row['landmark_distance'] - first['landmark_distance']:+.2f} points" if best else "no round is sharper or closer to the person, and in the same poses"
            if len(rows) > 1 else "it is the only one")
     return best, f"round {best}: {why}" + "".join(f"; {o}" for o in out) if not best else why + "".join(f"; {o}" for o in out)
 
