@@ -1538,6 +1538,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'ophav_nb/restore.py'),
                                   'ophav_nb.restore.DetailRestorer._eye_state': ( 'restore.html#detailrestorer._eye_state',
                                                                                   'ophav_nb/restore.py'),
+                                  'ophav_nb.restore.DetailRestorer._mouth_state': ( 'restore.html#detailrestorer._mouth_state',
+                                                                                    'ophav_nb/restore.py'),
                                   'ophav_nb.restore.DetailRestorer._sharpness_mask': ( 'restore.html#detailrestorer._sharpness_mask',
                                                                                        'ophav_nb/restore.py'),
                                   'ophav_nb.restore.DetailRestorer._weights': ( 'restore.html#detailrestorer._weights',
