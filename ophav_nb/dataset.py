@@ -117,10 +117,14 @@ class HeadDataset:
     def __len__(self) -> int: return len(self.c2w)
 
     @property
-    def height(self) -> int: return self.rgb.shape[1]
+    def height(self) -> int:
+        "Of a frame, pixels."
+        return self.rgb.shape[1]
 
     @property
-    def width(self) -> int: return self.rgb.shape[2]
+    def width(self) -> int:
+        "Of a frame, pixels."
+        return self.rgb.shape[2]
 
     def camera(self, i: int) -> Camera:
         "One frame's camera in the head's space."

@@ -358,7 +358,9 @@ class Poses(NamedTuple):
     A: np.ndarray   # rotations [N, V, 9] or frames [N, F, 15], float32
 
     @property
-    def megabytes(self) -> float: return sum(a.nbytes for a in self)/2**20
+    def megabytes(self) -> float:
+        "Memory that the frames take."
+        return sum(a.nbytes for a in self)/2**20
 
 class Samples(NamedTuple):
     "Samples along rays, in canonical space."

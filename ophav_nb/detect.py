@@ -109,7 +109,9 @@ class Face:
     presence: float = 0.                   # 0..1, of the mesh
 
     @property
-    def width(self) -> float: return float(self.box[2] - self.box[0])
+    def width(self) -> float:
+        "Of the box, pixels."
+        return float(self.box[2] - self.box[0])
 
     @property
     def roi(self) -> np.ndarray:

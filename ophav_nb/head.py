@@ -116,10 +116,14 @@ class HeadModel:
         return out
 
     @property
-    def n_vertices(self) -> int: return len(self.v_template)
+    def n_vertices(self) -> int:
+        "Vertices of the mesh."
+        return len(self.v_template)
 
     @property
-    def n_expression(self) -> int: return self.expressiondirs.shape[-1]
+    def n_expression(self) -> int:
+        "Numbers of an expression."
+        return self.expressiondirs.shape[-1]
 
     def __repr__(self):
         return (f'HeadModel({self.name}: {self.n_vertices} vertices, {len(self.faces)} triangles, '
@@ -365,7 +369,9 @@ class Motion:
         return replace(self, expression=self.expression[which], joints=self.joints[which], translation=self.translation[which])
 
     @property
-    def seconds(self) -> float: return len(self)/self.fps
+    def seconds(self) -> float:
+        "How long it lasts."
+        return len(self)/self.fps
 
     def save(self,
         path: str|Path,  # .npz
