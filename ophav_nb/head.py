@@ -78,6 +78,7 @@ class HeadModel:
         if 'landmark_faces' in a:
             self.landmark_faces, self.landmark_bary = a['landmark_faces'].astype(np.int32), _tensor(a['landmark_bary'], device)
             self.landmark_weights = _tensor(a['landmark_weights'], device)
+        if 'named' in a: self.named = dict(zip(map(str, a['named_names']), _tensor(a['named'], device)))   # the open head's shapes in this basis
         first = np.eye(16, self.n_expression + 3, dtype=np.float32)  # INSTA conditions FLAME's field on its first 16 expressions
         self.condition_matrix = _tensor(a.get('condition', first), device)
 
@@ -260,10 +261,11 @@ def expression(self,
 ) -> torch.Tensor:      # [E]
     "An expression vector by names, such as `head.expression(mouthSmile=.8, jawOpen=.2)`."
     out = torch.zeros(self.n_expression, device=self.device)
+    shapes = self.named if self.has('named') else dict(zip(self.expression_names, torch.eye(self.n_expression, device=self.device)))
     for name, amount in amounts.items():
-        found = [i for i, n in enumerate(self.expression_names) if n in (name, name + 'Left', name + 'Right')]
-        if not found: raise InputError(f"no expression '{name}'; there are {', '.join(self.expression_names)}")
-        out[found] = float(amount)
+        found = [shape for n, shape in shapes.items() if n in (name, name + 'Left', name + 'Right')]
+        if not found: raise InputError(f"no expression '{name}'; there are {', '.join(shapes)}")
+        out += float(amount)*sum(found).to(out.device)
     return out
 
 @patch_to(HeadModel)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'WEIGHTS', 'BACKENDS', 'Weight', 'weight_row', 'weights_folder', 'find_weight', 'require', 'check_backends',
-           'weights_table', 'now_possible', 'file_kind', 'read_tensors', 'shapes_digest', 'recognise', 'network_shapes',
-           'named_tensors', 'load_network', 'add_weight', 'get_weight', 'load_pickle_restricted', 'add_flame']
+           'weights_table', 'now_possible', 'file_kind', 'read_tensors', 'read_values', 'shapes_digest', 'recognise',
+           'network_shapes', 'named_tensors', 'load_network', 'add_weight', 'get_weight', 'load_pickle_restricted',
+           'add_flame']
 
 # %% ../nbs/04_weights.ipynb #c002
 import collections, codecs, hashlib, http.client, importlib, importlib.util, json, logging, os, pickle, re, struct
@@ -94,7 +95,7 @@ WEIGHTS = [
            url=_FACEXLIB + "v0.2.2/parsing_parsenet.pth", size=85331193, sha256="3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2", used=False),
     Weight("mica", "mica.tar", "MPI's research licence: not commercial, and not for fake content", _GITHUB + "Zielon/MICA",
            "metrical face shape for --head flame; a second identity measure", "shape fitted to landmarks", "00561bd179d9f945",
-           "flameModel.regressor.network.0.weight", keep=("arcface.", "flameModel.regressor."), network="nets.mica:Mica", used=False),
+           "flameModel.regressor.network.0.weight", keep=("arcface.", "flameModel.regressor."), network="nets.mica:Mica"),
     Weight("arcface18", "arcface_resnet18.pth", "none stated", _GITHUB + "ronghuaiyang/arcface-pytorch", "CSIM as OTAvatar measures it",
            "identity distance with dlib", "6d57fab9eaf2c4e1", "fc5.weight", network="nets.arcface18:ArcFace18"),
     Weight("deep3d", "epoch_20.pth", "code MIT; the face model that its coefficients belong to has terms of its own and is not needed here",
@@ -254,6 +255,23 @@ def read_tensors(
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"asks to run code ({unsafe[1]})" if unsafe else "is damaged, truncated, or no weights file"
         raise InputError(f"{path} {what} and was not loaded; fetch it again from its authors' page (`ophav weights`)") from error
+
+
+def read_values(
+    path: str|Path,   # what torch.save wrote, such as a `.frame` of metrical-tracker
+) -> dict:            # as it was saved: nested dictionaries of tensors, numpy arrays, numbers and text
+    "The plain values of a torch file that is no checkpoint, read without running anything in it."
+    import torch
+    path = Path(path)
+    if file_kind(path) != "torch": raise InputError(f"{path} is no file of torch.save; give the tracker's own files")
+    plain = [(f, f"numpy.{core}.multiarray.{name}") for f, name in ((_scalar, "scalar"), (_array, "_reconstruct")) for core in ("core", "_core")]
+    try:
+        with torch.serialization.safe_globals([*plain, np.ndarray, np.dtype, *_DTYPES]): value = torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGE as error:
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise InputError(f"{path} {f'asks to run code ({unsafe[1]})' if unsafe else 'is damaged or truncated'} and was not loaded; write it again with its own program") from error
+    if not isinstance(value, dict): raise InputError(f"{path} holds no dictionary; give the tracker's own files")
+    return value
 
 
 def _scalar(kind, data=b""): return np.frombuffer(data, kind)[0] if kind.kind in "biuf" else None
