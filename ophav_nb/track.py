@@ -101,19 +101,23 @@ class LandmarkModel:
     def __init__(self,
         head: HeadModel,
         n_shape: int = 80,          # shape components that are fitted
+        shape=None,                 # [S] that the fitted ones are added to; None: the mean head
     ):
         self.head, self.n_shape = head, min(n_shape, head.n_shape)
+        self.shape = torch.zeros(head.n_shape) if shape is None else torch.as_tensor(np.asarray(shape, np.float32))
+        self.gaussian = head.name == "flame"    # expressions that go both ways, in standard deviations
         self.fitted = [i for i, n in enumerate(head.expression_names) if not n.startswith(FIXED)]
         corners, bary = torch.as_tensor(head.faces[head.landmark_faces].astype(np.int64)), head.landmark_bary.cpu()
         share = bary[..., None]*head.weights.cpu()[corners]                            # [L,3,5]: of corner and joint
         pose = [k for k in head._active.tolist() if k >= 9]                            # correctives of jaw and eyes (lids follow the gaze)
         self.feature = [k - 9 for k in pose]
-        basis = torch.cat([head.v_template[..., None], head.shapedirs[..., :self.n_shape], head.expressiondirs[..., self.fitted],
+        mean = (head.v_template + head.shapedirs @ self.shape.to(head.device))[..., None] if self.shape.any() else head.v_template[..., None]
+        basis = torch.cat([mean, head.shapedirs[..., :self.n_shape], head.expressiondirs[..., self.fitted],
                            head.posedirs[..., pose]], -1).cpu()                        # [V,3,1+S+E+P]
         mixed = torch.einsum("lkj,lkcb->jlcb", share, basis[corners])
         weight = share.sum(1)                                                          # [L,5]
         joints = torch.zeros(5, 3, basis.shape[-1])
-        joints[..., 0], joints[..., 1:1 + self.n_shape] = head._J.cpu(), head._J_dirs[..., :self.n_shape].cpu()
+        joints[..., 0], joints[..., 1:1 + self.n_shape] = head.joint_positions(self.shape).cpu(), head._J_dirs[..., :self.n_shape].cpu()
         self.base = mixed[0] + mixed[1] + torch.einsum("lj,jcb->lcb", weight[:, 2:], joints[2:])
         self.parts = []                                                                # (landmarks, basis) of jaw, left eye, right eye
         for j in (2, 3, 4):
@@ -193,6 +197,8 @@ class FitSettings:
     shape: float = .6          # prior of the shape components
     sparse: float = 1.         # prior of expressions: sum of amounts
     small: float = 1.          # and sum of their squares
+    gauss: float = 1.          # prior of FLAME's expressions, mean square
+    known: float = 4.          # how much more a shape that is known beforehand (MICA's) is kept
     symmetry: float = 2.       # of a shape's difference between left and right, summed squares
     jaw: float = 20.           # of the jaw's sideways turn
     eyes: float = 3.           # of a difference between the eyes
@@ -225,8 +231,9 @@ class _Fit:
     def bounds(self):
         "Lowest and highest values of `z`."
         E = self.E
-        low = torch.cat([torch.zeros(E + 1), torch.tensor([-.15]), torch.full((4,), -.6)])
-        return low, torch.cat([torch.ones(E), torch.tensor([.45, .15]), torch.full((4,), .6)])
+        most = 4. if self.model.gaussian else 1.
+        low = torch.cat([torch.full((E,), -most if self.model.gaussian else 0.), torch.tensor([0., -.15]), torch.full((4,), -.6)])
+        return low, torch.cat([torch.full((E,), most), torch.tensor([.45, .15]), torch.full((4,), .6)])
 
     def weights(self) -> Tensor:
         "Of the landmarks, [L], sum 1 (irises beyond)."
@@ -299,10 +306,11 @@ def _normal(fit: _Fit, shape: bool = False, pose: bool = True, chunk: int = 32):
     g, H, *rest = (torch.cat(p) for p in zip(*out))
     first, E, s = 6*pose, fit.E, fit.settings
     add = torch.zeros(H.shape[-1])
-    add[first:first + E], add[first + E + 1] = 2*s.small/E, 2*s.jaw
+    gaussian = fit.model.gaussian
+    add[first:first + E], add[first + E + 1] = 2*(s.gauss if gaussian else s.small)/E, 2*s.jaw
     value = torch.cat([torch.zeros(len(fit.z), first), fit.z], 1)
     g = g + add*value
-    g[:, first:first + E] += s.sparse/E
+    if not gaussian: g[:, first:first + E] += s.sparse/E
     H = H + torch.diag(add)
     twins = [(first + E + 2, first + E + 4, s.eyes), (first + E + 3, first + E + 5, s.eyes)]     # both eyes look the same way
     for a, b, weight in twins + [(first + a, first + b, s.symmetry/len(fit.model.twins)) for a, b in fit.model.twins]:
@@ -372,9 +380,11 @@ def _objective(fit: _Fit) -> float:
     r, w, _, _ = _rows(fit, slice(None), False, False)
     s, z, E = fit.settings, fit.z, fit.E
     psi, eyes = z[:, :E], z[:, E + 2:].reshape(-1, 2, 2)
-    a, b = torch.tensor(fit.model.twins).T
-    own = (s.sparse*psi.sum(1) + s.small*psi.pow(2).sum(1))/E + s.jaw*z[:, E + 1]**2 + s.eyes*(eyes[:, 0] - eyes[:, 1]).pow(2).sum(1)
-    own = own + s.symmetry*(psi[:, a] - psi[:, b]).pow(2).mean(1)
+    amounts = s.gauss*psi.pow(2).sum(1) if fit.model.gaussian else s.sparse*psi.sum(1) + s.small*psi.pow(2).sum(1)
+    own = amounts/E + s.jaw*z[:, E + 1]**2 + s.eyes*(eyes[:, 0] - eyes[:, 1]).pow(2).sum(1)
+    if fit.model.twins:
+        a, b = torch.tensor(fit.model.twins).T
+        own = own + s.symmetry*(psi[:, a] - psi[:, b]).pow(2).mean(1)
     return float((w*(r*r).sum(-1)).sum(1).mean() + own.mean() + s.shape*fit.shape.pow(2).mean())   # the robust data term, up to a constant each
 
 
@@ -429,9 +439,10 @@ def _kabsch(template: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.einsum("tji,tj,tkj->tik", Vt, flip, U)
 
 
-def _start(landmarks: np.ndarray, ok: np.ndarray, width: int, height: int, head: HeadModel, focal: float, settings: FitSettings) -> _Fit:
-    "The first guess: rigid, neutral, mean shape."
-    model = LandmarkModel(head, settings.n_shape)
+def _start(landmarks: np.ndarray, ok: np.ndarray, width: int, height: int, head: HeadModel, focal: float, settings: FitSettings, shape=None) -> _Fit:
+    "The first guess: rigid, neutral, mean or known shape."
+    if shape is not None: settings = replace(settings, shape=settings.known*settings.shape)
+    model = LandmarkModel(head, settings.n_shape, shape)
     neutral = model.person(torch.zeros(model.n_shape)).points(torch.zeros(1, model.n_expression + 6), False)[0].numpy()
     xy = landmarks[..., :2] - np.float32([width/2, height/2])
     solid = INNER_FACE
@@ -452,8 +463,7 @@ def _start(landmarks: np.ndarray, ok: np.ndarray, width: int, height: int, head:
 def _track_of(fit: _Fit, landmarks, ok, size, fps, bias=None, info=None) -> Track:
     "The fit as a `Track`."
     head, E, T = fit.model.head, fit.E, len(fit.z)
-    shape = torch.zeros(head.n_shape)
-    shape[:fit.model.n_shape] = fit.shape
+    shape = _full_shape(fit)
     expression = torch.zeros(T, head.n_expression)
     expression[:, fit.model.fitted] = fit.z[:, :E]
     joints = torch.zeros(T, 5, 3)
@@ -477,22 +487,31 @@ def landmark_error(
     return (100*d/np.median(np.linalg.norm(landmarks[:, 468, :2] - landmarks[:, 473, :2], axis=-1))).astype(np.float32)
 
 
+def _known_shape(head: HeadModel, images, landmarks: np.ndarray):
+    "What MICA says of FLAME's shape, where it can."
+    if head.name != "flame": return None
+    from ophav_nb.flame import shape_prior
+    return shape_prior(head, images, landmarks)
+
+
 FOCAL = 1.6    # in widths of the crop, where nothing else is known
 
 
 def fit_portrait(
-    image: np.ndarray,              # the crop, [H,W,3]; only its size is used
+    image: np.ndarray,              # the crop, uint8 [H,W,3]; MICA looks at it, all else only at its size
     landmarks: np.ndarray,          # [478,3] px of the crop
     head: HeadModel,
     focal: float|None = None,       # px; None: 1.6 widths
     settings: FitSettings|None = None,
+    shape: np.ndarray|None = None,  # [S] known beforehand; None: MICA's for FLAME, where its weights are
 ) -> Track:                         # of one frame
     "The head of a single picture: rigid, then shape, then expression, jaw and eyes."
     height, width = np.asarray(image).shape[:2]
     landmarks, ok = np.asarray(landmarks, np.float32).reshape(1, -1, 3), np.ones(1, bool)
-    settings = settings or FitSettings(sparse=3., small=3., pairs=2.)
+    settings = settings or FitSettings(sparse=3., small=3., gauss=2., pairs=2.)
+    if shape is None: shape = _known_shape(head, np.asarray(image)[None], landmarks)
     with torch.no_grad():
-        fit = _start(landmarks, ok, width, height, head, focal or FOCAL*width, settings)
+        fit = _start(landmarks, ok, width, height, head, focal or FOCAL*width, settings, shape)
         _fit_rigid(fit)
         _fit_shared(fit, 5, local=False, focal=False)
         _fit_shared(fit, 10, local=True, focal=False)
@@ -585,7 +604,8 @@ def _fit_shape(fit: _Fit, focal: bool, count: int = 20):
 
 def _temporal_weights(fit: _Fit) -> Tensor:
     s, E = fit.settings, fit.E
-    return 2*torch.cat([torch.full((E,), s.smooth), torch.full((2,), s.smooth_jaw), torch.full((4,), s.smooth_eyes)]).double()
+    smooth = s.smooth/20 if fit.model.gaussian else s.smooth                             # a standard deviation is less than a whole smile
+    return 2*torch.cat([torch.full((E,), smooth), torch.full((2,), s.smooth_jaw), torch.full((4,), s.smooth_eyes)]).double()
 
 
 def _second_difference(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -694,22 +714,23 @@ def _align_kernel(images, X, colours, weight, R, tau, f, marks, targets, hold, s
                 if px < 0 or py < 0 or px >= w - 1 or py >= h - 1: continue
                 c, r = int(px), int(py)
                 fx, fy = px - c, py - r
-                for k in range(3):
+                for k in range(colours.shape[1]):
+                    if weight[i, k] == 0: continue
                     p00, p01, p10, p11 = images[b, r, c, k], images[b, r, c + 1, k], images[b, r + 1, c, k], images[b, r + 1, c + 1, k]
                     top, bottom = p00 + (p01 - p00)*fx, p10 + (p11 - p10)*fx
                     e = top + (bottom - top)*fy - colours[i, k]
-                    total += abs(e)*weight[i]
-                    mass += weight[i]
+                    total += abs(e)*weight[i, k]
+                    mass += weight[i, k]
                     if step == steps: continue
                     gx, gy = (p01 - p00)*(1 - fy) + (p11 - p10)*fy, bottom - top
-                    q = weight[i]*knee/max(abs(e), knee)
+                    q = weight[i, k]*knee/max(abs(e), knee)
                     for a in range(6): row[a] = gx*J[0, a] + gy*J[1, a]
                     for a in range(6):
                         qa = q*row[a]
                         g[a] -= qa*e
                         for m in range(a + 1): H[a, m] += qa*row[m]
             if step == steps:
-                residual[b] = total/max(mass, 1e-9) if mass > .25*3*N*np.mean(weight) else 1.
+                residual[b] = total/max(mass, 1e-9) if mass > .25*weight.sum() else 1.
                 break
             for i in range(marks.shape[0]):
                 u, v, _ = _row(marks[i], R[b], tau[b], f, J)
@@ -734,13 +755,16 @@ _SOLID_MARKS = [33, 133, 362, 263, 168, 6, 197, 195, 5, 4]   # eye corners and t
 class _Points:
     "Rigid points of a reference frame."
     X: np.ndarray            # [N,3] head space
-    colours: list            # of [n,3], one for each level
+    colours: list            # of [n,4], red, green, blue and matte, one for each level
     subset: list             # of indices into X
+    weight: list             # of [n,4]: colour counts inside, the matte at its rim
 
 
-def _levels(frames: np.ndarray, size: int) -> list[np.ndarray]:
-    "Pictures to compare: [B,size/2,size/2,3] blurred well, [B,size,size,3] blurred a little."
+def _levels(frames: np.ndarray, matte: np.ndarray|None, size: int) -> list[np.ndarray]:
+    "Pictures with their matte to compare: [B,size/2,size/2,4] blurred well, [B,size,size,4] blurred a little."
     x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()/255
+    alpha = torch.zeros_like(x[:, :1]) if matte is None else torch.from_numpy(np.ascontiguousarray(matte, np.float32))[:, None]
+    x = torch.cat([x, alpha if alpha.shape[-2:] == x.shape[-2:] else torch.nn.functional.interpolate(alpha, x.shape[-2:], mode="bilinear")], 1)
     if x.shape[-1] != size: x = torch.nn.functional.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
     fine = _blur(x, 1.)
     coarse = _blur(torch.nn.functional.avg_pool2d(fine, 2), 1.3)
@@ -755,6 +779,8 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
     x = torch.nn.functional.conv2d(x, k[..., None, :], groups=x.shape[1])
     return torch.nn.functional.conv2d(x, k[..., None], groups=x.shape[1])
 
+
+RIM = 1.   # what the matte's rim counts beside the colours
 
 def _rigid_mask(X: np.ndarray, eyes: np.ndarray) -> np.ndarray:
     "Which points of head space do not follow expressions: hair and upper forehead, ears, the nose's bridge."
@@ -780,14 +806,21 @@ def _reference_points(fit: _Fit, i: int, R, tau, levels, matte, verts: np.ndarra
     depth -= .015*ndi.gaussian_filter(np.where(covered, hairy, 1), 3*size/256)               # hair lies about 15 mm above the scalp
     X = (camera.unproject(np.stack([xx, yy, depth], -1)) - tau) @ R
     near = ndi.binary_erosion(covered if matte is None else (matte > .8) & (away < .25*size), iterations=3)   # the matte's rim flickers
-    y, x = np.nonzero(near & _rigid_mask(X, eyes))
-    if len(y) < 300: return None
+    inner = near & _rigid_mask(X, eyes)
+    rim = np.zeros_like(near)
+    if matte is not None and RIM:      # the hair's outline above the ears: colour says nothing there, the matte where the head ends
+        rim = ndi.binary_dilation(matte > .5, iterations=3) & ~ndi.binary_erosion(matte > .5, iterations=3) & (away < .25*size)
+        rim &= X[..., 1] > eyes[:, 1].mean() + .3*np.linalg.norm(eyes[0] - eyes[1])
+    y, x = np.nonzero(inner | rim)
+    if inner.sum() < 300: return None
     step = max(1, len(y)//most)
     fine = np.arange(0, len(y), step)
     coarse = np.flatnonzero((y % 2 == 0) & (x % 2 == 0))
     coarse = coarse[::max(1, len(coarse)//(most//2))]
     colours = [sample_bilinear(levels[0], (x[coarse] + .5)/2, (y[coarse] + .5)/2), levels[1][y[fine], x[fine]]]
-    return _Points(np.ascontiguousarray(X[y, x], np.float64), [np.ascontiguousarray(c, np.float32) for c in colours], [coarse, fine])
+    weight = np.where(inner[y, x, None], [1, 1, 1, 0], 0) + np.where(rim[y, x, None], [0, 0, 0, RIM], 0)
+    return _Points(np.ascontiguousarray(X[y, x], np.float64), [np.ascontiguousarray(c, np.float32) for c in colours], [coarse, fine],
+                   [np.ascontiguousarray(weight[k], np.float32) for k in (coarse, fine)])
 
 # %% ../nbs/06_track.ipynb #c027
 class _PoseSettler:
@@ -805,7 +838,7 @@ class _PoseSettler:
         self.points, self.hold = {}, .01     # how much the landmarks count beside the picture: more, and a grimace turns the head (measured)
 
     def pictures(self, some) -> list[np.ndarray]:
-        return _levels(self.frames[some], self.size)
+        return _levels(self.frames[some], None if self.matte is None else self.matte[some], self.size)
 
     def align(self, key: int, pictures, R, t, some, levels=((0, 6), (1, 6))) -> np.ndarray:
         "Move poses R, t (in place) of frames `some` towards the reference `key`; residuals [B] on the last level's picture."
@@ -814,7 +847,7 @@ class _PoseSettler:
             shrink = (.5, 1.)[level]
             focal, X = float(self.fit.logf.exp())*self.scale*shrink, points.X[points.subset[level]]
             iod = self.fit.iod*self.scale*shrink
-            _align_kernel(pictures[level], X, points.colours[level], np.ones(len(X)), R, t, focal, self.marks, self.targets[some]*shrink,
+            _align_kernel(pictures[level], X, points.colours[level], points.weight[level], R, t, focal, self.marks, self.targets[some]*shrink,
                           self.hold*len(X)/iod**2, .03*iod, .03, steps, residual)
         return residual
 
@@ -911,8 +944,8 @@ class _PoseSettler:
 
 
 def _full_shape(fit: _Fit) -> Tensor:
-    shape = torch.zeros(fit.model.head.n_shape)
-    shape[:len(fit.shape)] = fit.shape
+    shape = fit.model.shape.clone()
+    shape[:len(fit.shape)] += fit.shape
     return shape
 
 
@@ -1013,6 +1046,7 @@ def fit_film(
     focal: float|None = None,        # px; None: estimated near 1.6 widths
     size: int|None = None,           # of the crops, px, where there are no frames
     settings: FitSettings|None = None,
+    shape: np.ndarray|None = None,   # [S] known beforehand; None: MICA's for FLAME, where its weights are
 ) -> Track:
     "One person through a film: shape and focal length shared, pose by the picture, expressions refitted with the pose fixed."
     settings, ok = settings or FitSettings(), np.asarray(ok, bool)
@@ -1020,15 +1054,16 @@ def fit_film(
     width = frames.shape[1] if frames is not None else size or round(float(np.abs(landmarks[..., :2]).max()))
     landmarks = fill_lost(np.asarray(landmarks, np.float32), ok)
     if matte is not None and matte.dtype == np.uint8: matte = matte.astype(np.float32)/255
+    if shape is None: shape = _known_shape(head, None if frames is None else [frames[i] for i in np.flatnonzero(ok)], landmarks[ok])
     with torch.no_grad():
-        fit = _start(landmarks, ok, width, width, head, focal or FOCAL*width, replace(settings, sparse=3., small=3., pairs=1.))
+        fit = _start(landmarks, ok, width, width, head, focal or FOCAL*width, replace(settings, sparse=3., small=3., pairs=1.), shape)
         _fit_shape(fit, focal is None)
         _fit_rigid(fit, 3)
         _fit_frames(fit, 5, pose=True, smooth=False)
         _interpolate_lost(fit)
         fit.offset = .8*_person_bias(fit)
         info = _settle_pose(fit, frames, matte, fps)
-        fit.settings = settings
+        fit.settings = replace(settings, shape=fit.settings.shape)
         for share in settings.bias:
             fit.offset = share*_person_bias(fit)
             _fit_frames(fit, 4, pose=False, smooth=True)
