@@ -93,54 +93,66 @@ def bleed(
 
 # %% ../nbs/08_animate.ipynb #c010
 class NeckCut:
-    "The line under the chin where a head ends. It moves with the head's pose alone, never with the face (measured: a cut that follows the jaw flickers)."
+    """Where a head ends: on the neck a surface through the line where the skin begins to follow the head, beside the jaw and the hair a width around the
+    mesh that grows with the height. It moves with the head's pose and the jaw alone (measured: a cut that follows the whole face flickers), and it
+    stands in space: from every view it cuts the same skin, or the field would have to be two things at once."""
     HEIGHTS = np.array([-1.9, -1.35, -.9, -.3, .5, 2.5])   # above the eyes, in distances between the eyes
-    WIDTHS = np.array([.04, .05, .09, .33, 1.0, 1.2])      # kept around the mesh there, the same unit
+    WIDTHS = np.array([.05, .06, .12, .6, 1.2, 1.4])       # kept around the mesh there, the same unit
     TIGHT = np.array([0, .01, .03, .3, 1.0, 1.2])          # where a body is under it, which shows the neck
 
     def __init__(self,
         head: HeadModel,
         shape,                # [S]
-        jaw: float = .26,     # radians: how wide the mouth may open above the line
         resolution: int = 192,# pixels of the distance map, for speed
+        attached: float = .45,# how much the neck's skin turns with the head where the line lies
     ):
-        self.resolution = resolution
+        self.resolution, self.faces = resolution, np.ascontiguousarray(head.faces, np.int32)
         joints = np.zeros((2, 5, 3), np.float32)
-        joints[1, 2, 0] = jaw
+        joints[1, 2, 0] = self.wide = .26
         with torch.no_grad():
-            v = head(torch.as_tensor(shape)[None].expand(2, -1), None, torch.from_numpy(joints), None).numpy()
-            J = head.joint_positions(torch.as_tensor(shape)).reshape(-1, 5, 3)[0].numpy()
-        attached = 1 - head.weights.numpy()[:, 0]
-        f = np.asarray(head.faces)[attached[np.asarray(head.faces)].mean(1) > .45]
-        self.points = v.reshape(-1, 3).astype(np.float64)
-        self.faces = np.concatenate([f, f + v.shape[1]]).astype(np.int32)
-        self.eyes = J[3:5].astype(np.float64)
+            self.shut, opened = head(torch.as_tensor(shape)[None].expand(2, -1), None, torch.from_numpy(joints), None).numpy().astype(np.float64)
+            self.eyes = head.joint_positions(torch.as_tensor(shape)).reshape(-1, 5, 3)[0].numpy()[3:5].astype(np.float64)
+        self.opens, turns = opened - self.shut, 1 - head.weights.numpy()[:, 0]
+        e = np.unique(np.sort(np.concatenate([self.faces[:, [0, 1]], self.faces[:, [1, 2]]]), 1), axis=0)
+        e = e[(turns[e] > attached).sum(1) == 1]
+        share = ((attached - turns[e[:, 0]])/(turns[e[:, 1]] - turns[e[:, 0]]))[:, None]
+        line = self.shut[e[:, 0]]*(1 - share) + self.shut[e[:, 1]]*share
+        x, y, z = line.T
+        self.surface = np.linalg.lstsq(np.stack([np.ones_like(x), z, x*x], -1), y, rcond=None)[0]   # height above: level, slope forward, bend sideways
 
     def reserve(self,
         camera: Camera,       # in the head's space
+        jaw: float = 0.,      # radians
         tight: bool = False,  # along the jaw itself
     ) -> np.ndarray:          # pixels at the camera's size, positive inside, float32 [H, W]
         "How far a pixel is inside the cut."
         scale = self.resolution/max(camera.width, camera.height)
         small = camera.resized(max(1, round(camera.width*scale)), max(1, round(camera.height*scale)))
-        core = rasterize(small.project(self.points), self.faces, small.height, small.width).mask
-        away = ndi.distance_transform_edt(~core) if core.any() else np.full(core.shape, 1e3)
-        middle = self.eyes.mean(0)
-        q = small.project(np.concatenate([self.eyes, [middle, middle + [0, .03, 0]]]))[:, :2]
-        unit = max(np.linalg.norm(q[0] - q[1]), .75*np.linalg.norm(q[3] - q[2])/.03*np.linalg.norm(self.eyes[0] - self.eyes[1]))
-        up = (q[3] - q[2])/np.linalg.norm(q[3] - q[2])
-        y, x = np.mgrid[:small.height, :small.width] + .5
-        wide = np.interp(((x - q[2, 0])*up[0] + (y - q[2, 1])*up[1])/unit, self.HEIGHTS, self.TIGHT if tight else self.WIDTHS)*unit
-        return resize_field((wide - away)/scale, camera.height, camera.width)
+        screen = small.project(self.shut + np.clip(jaw/self.wide, 0, 1.5)*self.opens)
+        seen = rasterize(screen, self.faces, small.height, small.width)
+        if not seen.mask.any(): return np.full((camera.height, camera.width), -1e3, np.float32)
+        i, j = ndi.distance_transform_edt(~seen.mask, return_distances=False, return_indices=True)
+        z = ndi.gaussian_filter(seen.depth[i, j], 1.)                              # what the mesh misses is as deep as the nearest of its rim
+        ways = (small.c2w[:3, :3] @ np.linalg.inv(small.K)).astype(np.float32)     # from pixels to directions in the head's space
+        u, v = np.arange(small.width, dtype=np.float32) + .5, np.arange(small.height, dtype=np.float32)[:, None] + .5
+        px, py, pz = (z*(w[0]*u + w[1]*v + w[2]) + np.float32(o) for w, o in zip(ways, small.c2w[:3, 3]))
+        metre = np.float32(small.focal)/z                                          # pixels of a metre
+        level, slope, bend = self.surface.astype(np.float32)
+        above = (py - (level + slope*pz + bend*px*px))*metre
+        core = seen.mask & (above > 0)
+        unit = np.linalg.norm(self.eyes[0] - self.eyes[1])
+        wide = np.interp((py - self.eyes[:, 1].mean())/unit, self.HEIGHTS, self.TIGHT if tight else self.WIDTHS)*unit*metre
+        inside = np.minimum(above, wide - ndi.gaussian_filter(ndi.distance_transform_edt(~core), 1.)) if core.any() else above
+        return resize_field(inside/scale, camera.height, camera.width)
 
     def __call__(self,
         camera: Camera,      # in the head's space
+        jaw: float = 0.,     # radians
         soft: float = None,  # pixels from nothing to all; None: 1.5 at 256 pixels
-        shift: float = 0.,   # pixels by which the line moves outwards
     ) -> np.ndarray:         # float32 [H, W]
         "Weight of the head, 0..1."
         soft = soft or 1.5*camera.height/256
-        return np.clip((self.reserve(camera) + shift)/soft + .5, 0, 1).astype(np.float32)
+        return np.clip(self.reserve(camera, jaw)/soft + .5, 0, 1).astype(np.float32)
 
 def resize_field(
     field,       # [h, w]
@@ -162,7 +174,7 @@ def head_alpha(
     cut = cut or NeckCut(head, track.shape)
     h, w = np.shape(matte)
     M = pose_of(head, track.motion.joints[i], track.motion.translation[i], track.shape)
-    return np.asarray(matte, np.float32)*cut(track.camera.resized(w, h).moved(M))
+    return np.asarray(matte, np.float32)*cut(track.camera.resized(w, h).moved(M), float(track.motion.joints[i, 2, 0]))
 
 def pose_of(head, joints, translation, shape) -> np.ndarray:
     "One frame's head pose, float64 [4, 4]."
@@ -509,7 +521,7 @@ class MeshAnimator:
         self._setup_sheet()
         self._setup_teeth()
         self._setup_back()
-        self._ground, self._state = None, (self.V0, self.A0)
+        self._ground, self._state = None, (self.V0, self.A0, float(self.source[1][2, 0]))
 
     # --- geometry -----------------------------------------------------------------------------------------------------------
     def vertices(self,
@@ -528,6 +540,11 @@ class MeshAnimator:
         N[:3, :3] = axis_angle_to_matrix(np.asarray(joints[1], np.float64))
         N[:3, 3] = self.joints3[1] - N[:3, :3] @ self.joints3[1]
         return pose_of(self.head, joints, translation, self.shape) @ N
+
+    def _at(self, expression, joints, translation) -> tuple:
+        "One frame's mesh, pose and opening of the jaw."
+        joints = np.asarray(joints)
+        return self.vertices(np.asarray(expression)[None], joints[None])[0], self._transform(joints, translation), float(joints[2, 0])
 
     def _region(self, name) -> np.ndarray:
         "Triangles of a region, or none."
@@ -599,7 +616,7 @@ class MeshAnimator:
     # --- the portrait's textures ---------------------------------------------------------------------------------------------
     def _setup_textures(self):
         "Colours of skin, shut lids and whole eyes, all in the portrait's own pixels."
-        inside = self.cut.reserve(self.camera0)
+        inside = self.cut.reserve(self.camera0, float(self.source[1][2, 0]))
         margin = .02*self.size
         self.alpha = (self.matte*np.clip((inside + margin)/margin + .5, 0, 1)).astype(np.float32)
         self.spread = bleed(self.image, self.matte)
@@ -740,7 +757,7 @@ class MeshAnimator:
         under = blurred(self.skin[i, j], .012*self.size)
         soft = ndi.gaussian_filter((ndi.maximum_filter(cloth, 5) > .1).astype(np.float32), 1.5)[..., None]
         self.flesh = (under*soft + self.skin*(1 - soft)).astype(np.float32)
-        reach = .04*self.size
+        reach = .065*self.size
         self.flesh_alpha = (self.person*np.where(cloth > .1, np.clip(2 - away/reach, 0, 1), 1)).astype(np.float32)
         a = (self.person*ndi.gaussian_filter(self.cloth, .7))[..., None]
         self.clothes = np.concatenate([self.spread, a], -1)
@@ -749,7 +766,7 @@ class MeshAnimator:
         "How much each pixel of the person follows the head: all inside the cut, less and less down neck and hair, the rest stays."
         h, w = self.image.shape[:2]
         unit = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])
-        inside = self.cut.reserve(self.camera0)
+        inside = self.cut.reserve(self.camera0, float(self.source[1][2, 0]))
         neck = rasterize(self.P0, self.faces[self._region('neck') & (self.kind == _SKIN)], h, w).mask
         soft = ndi.gaussian_filter((ndi.binary_dilation(neck, iterations=int(.08*unit)) | self.hanging).astype(np.float32), .08*unit)
         out = smoothstep(-1.1*unit, 0, inside)*soft + smoothstep(-.15*unit, 0, inside)*(1 - soft)
@@ -910,7 +927,7 @@ class MeshAnimator:
         return out
 
     # --- a frame ---------------------------------------------------------------------------------------------------------------
-    def _render(self, V, A, size: int) -> np.ndarray:
+    def _render(self, V, A, jaw: float, size: int) -> np.ndarray:
         "One frame from the mesh in the head's own space and its pose."
         s = self.supersample
         camera = self.camera.resized(size*s, size*s).moved(A)
@@ -933,7 +950,7 @@ class MeshAnimator:
         _paint_mesh(mesh.face, mesh.bary, self.faces, self.kind, self.fixed, self._moving(V, N, camera), self.skin, self.lids, self.eyes, self.alpha, fine)
         if self.teeth_faces is not None: self._paint_teeth(V, camera, offset, mesh, fine)
         self._meet_lips(V, camera, offset, mesh, fine)
-        _shrink(fine, s, int(lo[0]), int(lo[1]), self.cut(self.camera.resized(size, size).moved(A)), out)
+        _shrink(fine, s, int(lo[0]), int(lo[1]), self.cut(self.camera.resized(size, size).moved(A), jaw), out)
         return out
 
     def _paint_back(self, V, camera, offset, fine):
@@ -973,7 +990,7 @@ class MeshAnimator:
         size: int = None,  # pixels; None: the portrait's
     ) -> np.ndarray:  # straight RGBA, float32 [size, size, 4]
         "The head alone in one state."
-        self._state = self.vertices(np.asarray(expression)[None], np.asarray(joints)[None])[0], self._transform(joints, translation)
+        self._state = self._at(expression, joints, translation)
         return self._render(*self._state, size or self.size)
 
     def frames(self,
@@ -985,7 +1002,7 @@ class MeshAnimator:
         for k in range(0, len(motion), chunk):
             part = motion[k:k + chunk]
             for V, j, t in zip(self.vertices(part.expression, part.joints), part.joints, part.translation):
-                self._state = V, self._transform(j, t)
+                self._state = V, self._transform(j, t), float(j[2, 0])
                 yield to_uint8(self._render(*self._state, size or self.size))
 
     # --- the whole picture -------------------------------------------------------------------------------------------------------
@@ -1035,16 +1052,16 @@ class MeshAnimator:
         "The head over the portrait's own body and background."
         if joints is not None:
             expression = self.source[0] if expression is None else expression
-            self._state = self.vertices(np.asarray(expression)[None], np.asarray(joints)[None])[0], self._transform(joints, translation)
+            self._state = self._at(expression, joints, translation)
         rgba = to_float(np.asarray(rgba))
         size = rgba.shape[0]
-        V, A = self._state
+        V, A, jaw = self._state
         ground = self.ground if self.ground.shape[0] == size else np.clip(resize(self.ground, size), 0, 1)
         body = self._body(V, A, size)
         clothes = self.clothes if size == self.size else np.clip(resize(self.clothes, size), 0, 1)
         out = ground*(1 - body[..., 3:]) + body[..., :3]*body[..., 3:]
         out = out*(1 - clothes[..., 3:]) + clothes[..., :3]*clothes[..., 3:]
-        inside = self.cut.reserve(self.camera.resized(size, size).moved(A), tight=True)
+        inside = self.cut.reserve(self.camera.resized(size, size).moved(A), jaw, tight=True)
         a = rgba[..., 3:]*smoothstep(-.011*size, -.002*size, inside)[..., None]
         return out*(1 - a) + rgba[..., :3]*a
 

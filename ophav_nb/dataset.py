@@ -22,7 +22,7 @@ from numba import prange
 from PIL import Image
 
 # %% ../nbs/09_dataset.ipynb #c004
-from .animate import NeckCut, head_alpha
+from .animate import NeckCut, bleed, head_alpha
 from .geometry import Camera, kernel, rasterize
 from .head import HeadModel, Motion
 from .media import resize, to_float, to_uint8
@@ -412,6 +412,7 @@ def film_heads(frames, track, matte, head: HeadModel, size: int, start: int = 0)
     cut = NeckCut(head, track.shape)
     for i in range(start, len(frames)):
         rgb, m = to_float(np.asarray(frames[i])), np.asarray(matte[i], np.float32)
+        rgb = bleed(rgb, resize(m[..., None], rgb.shape[0]).reshape(rgb.shape[:2]) if m.shape != rgb.shape[:2] else m)   # the background's light on the rim is not the head's
         if rgb.shape[0] != size: rgb = resize(rgb, size)
         if m.shape[0] != size: m = resize(m[..., None], size).reshape(size, size)
         a = head_alpha(m, head, track, i, cut)
