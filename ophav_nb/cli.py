@@ -51,7 +51,7 @@ The same command again continues where it stopped; changed options redo only wha
     _option(p, "--coarse", "a talking-head film of the portrait, in place of the animator", metavar="FILM")
     _option(p, "--rounds", "rounds of restoring and training on (default: 2)", type=_count, metavar="N")
     _option(p, "--preset", "size and length of everything: smoke, quick, standard, paper (default: quick)", choices=PRESETS, metavar="NAME")
-    _option(p, "--head", "head model: open (default)")
+    _option(p, "--head", "head model: open (default), flame (with FLAME's file, see ophav weights)")
     _option(p, "--matte", "who cuts out the person: default, rvm")
     _option(p, "--parser", "who names the regions of a face: default, bisenet")
     _option(p, "--animator", "who makes the coarse film: mesh (default), facevid2vid, liveportrait")

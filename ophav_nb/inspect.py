@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .geometry import axis_angle_to_matrix, interpolate, matrix_to_axis_angle, rasterize, vertex_normals
+from .flame import load_head
 from .head import HeadModel, Motion
 from .media import on_background, read_image, resize, show_images, strip, to_float, to_uint8, write_image
 from .rounds import read_log
@@ -36,8 +37,8 @@ from .track import Track
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/18_inspect.ipynb #c007
-@lru_cache(maxsize=1)
-def _head(): return HeadModel.load()
+@lru_cache(maxsize=2)
+def _head(name: str = 'open'): return load_head(name)
 
 class RunView:
     "What a run folder holds, for reading."
@@ -82,7 +83,7 @@ class RunView:
     def choice(self) -> dict: return self.numbers('rounds', 'choice.json')
 
     @property
-    def head(self) -> HeadModel: return _head()
+    def head(self) -> HeadModel: return _head(self.info.get('parameters', {}).get('head', 'open'))
 
     def portrait(self) -> np.ndarray|None:
         "The crop, uint8 [S, S, 3]."

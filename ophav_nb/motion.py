@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['NAMES', 'JAW', 'MOUTHS', 'BROWS_AND_LIDS', 'VISEMES', 'SCRIPTS', 'VIDEO', 'ease', 'low_discrepancy', 'blinks', 'sway',
            'face_pose', 'head_rotation', 'head_angles', 'visemes', 'speak', 'scripted', 'is_absolute', 'rest_frame',
-           'relative', 'retarget', 'limit', 'smooth', 'read_motion', 'flame_motion', 'basis_conversion',
-           'liveportrait_motion']
+           'relative', 'in_basis', 'retarget', 'limit', 'smooth', 'read_motion', 'flame_motion', 'liveportrait_motion']
 
 # %% ../nbs/07_motion.ipynb #c002
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 from scipy.ndimage import gaussian_filter1d, maximum_filter1d
 from scipy.spatial.transform import Rotation
@@ -20,6 +20,8 @@ from scipy.spatial.transform import Rotation
 # %% ../nbs/07_motion.ipynb #c003
 from .run import InputError
 from .head import HeadModel, Motion
+from .flame import convert, flame_head
+from .weights import find_weight
 
 # %% ../nbs/07_motion.ipynb #c005
 log = logging.getLogger(__name__)
@@ -360,6 +362,18 @@ def relative(
     return replace(motion, expression=motion.expression - neutral.expression, joints=joints, translation=shift)
 
 
+def in_basis(
+    motion: Motion,
+    basis: str,                # 'open' or 'flame'
+) -> Motion:
+    "A motion in the words of this head, translated through FLAME's file where it has to be."
+    if motion.basis == basis: return motion
+    if {motion.basis, basis} != {"open", "flame"}: raise InputError(f"a motion in the basis '{motion.basis}' cannot be brought to '{basis}'; make or read it again for this head")
+    out, error = convert(motion, flame_head())
+    log.info("expressions of '%s' as '%s': the surface is met within %.2f mm (mean; worst %.2f)", motion.basis, basis, error["mean"], error["worst"])
+    return out
+
+
 def retarget(
     motion: Motion,                # relative; one that `is_absolute` is made so first
     track,                         # the portrait's `Track` (its first frame counts)
@@ -372,14 +386,16 @@ def retarget(
     "Another person's motion from the portrait's own pose and expression on."
     motion = relative(motion, neutral) if is_absolute(motion) or neutral is not None else motion
     own = track.motion[:1]
-    if motion.basis != own.basis or motion.expression.shape[1] != own.expression.shape[1]:
-        raise InputError(f"the motion has the expression basis '{motion.basis}', the portrait '{own.basis}'; read the motion with a conversion (see read_motion)")
+    if (motion.basis, own.basis) == ("open", "flame"): return _retarget_flame(motion, own, keep=keep, expression=expression, pose=pose, reach=reach)
+    motion = in_basis(motion, own.basis)
+    if motion.expression.shape[1] != own.expression.shape[1]:
+        raise InputError(f"the motion has {motion.expression.shape[1]} expressions, the portrait {own.expression.shape[1]}; track the portrait again with this head")
     delta, jaw = motion.expression*expression, motion.joints[:, 2]*expression
     stays = np.ones_like(delta)
     if delta.shape[1] == len(NAMES):
         driven = np.clip(np.abs(delta[:, _MOUTH]).sum(1) + np.abs(jaw[:, 0])/np.radians(8), 0, 1)
         stays[:, _MOUTH] = (1 - (1 - keep)*driven)[:, None]
-    face = np.clip(own.expression*stays + delta, 0, 1)
+    face = np.clip(own.expression*stays + delta, *((-4, 4) if own.basis == "flame" else (0, 1)))
     joints = np.zeros_like(motion.joints)
     turn = motion.joints[:, 0]*pose
     joints[:, 0] = _compose(turn, np.repeat(own.joints[:, 0], len(motion), 0))
@@ -391,6 +407,15 @@ def retarget(
     size = np.linalg.norm(shift, axis=1, keepdims=True)
     shift = shift*np.where(size > 1e-9, reach*np.tanh(size/reach)/np.maximum(size, 1e-9), 1)
     return Motion(face, joints, own.translation + shift, motion.fps, motion.basis)
+
+
+def _retarget_flame(motion: Motion, own: Motion, **how) -> Motion:
+    "A motion with names for FLAME's portrait: made in the open head's words, where mouth and lids are known; what those cannot say of the portrait stays."
+    named = in_basis(own, "open")
+    out, said = in_basis(retarget(motion, SimpleNamespace(motion=named), **how), "flame"), in_basis(named, "flame")
+    joints = out.joints.copy()
+    joints[:, 2] += own.joints[:, 2] - said.joints[:, 2]
+    return replace(out, expression=out.expression + own.expression - said.expression, joints=joints)
 
 
 def limit(
@@ -441,16 +466,16 @@ VIDEO = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif")
 
 def read_motion(
     path: str|Path,                       # .npz of ours, FLAME sequence .npz, LivePortrait .pkl, or a film
-    conversion: np.ndarray|None = None,   # FLAME's expressions -> [E,54] rows as of `face_pose` (see `basis_conversion`)
     detector=None,                        # for films; made when needed
     head: HeadModel|None = None,
     max_frames: int|None = None,          # of a film
+    basis: str|None = None,               # 'open' or 'flame'; None: FLAME's sequences as the open head's, all else as it is
 ) -> Motion:                              # relative, but for ours, which is as it was written
     "A motion from a file."
     path = Path(path)
     if not path.is_file(): raise InputError(f"{path}: no such file; give a film, an .npz motion or a LivePortrait .pkl, or a script's name: {', '.join(SCRIPTS)}")
     kind = path.suffix.lower()
-    if kind == ".npz": return _read_npz(path, conversion)
+    if kind == ".npz": return _read_npz(path, basis)
     if kind in (".pkl", ".pickle"):
         from ophav_nb.weights import load_pickle_restricted
         return liveportrait_motion(load_pickle_restricted(path), path.name)
@@ -458,15 +483,25 @@ def read_motion(
     raise InputError(f"{path}: not a motion that can be read; give a film ({' '.join(VIDEO)}), an .npz or a LivePortrait .pkl")
 
 
-def _read_npz(path: Path, conversion) -> Motion:
+def _read_npz(path: Path, basis) -> Motion:
     "Ours or FLAME's."
     try:
         with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
     except (ValueError, OSError) as cause: raise InputError(f"{path}: not a readable .npz of plain arrays ({cause})") from cause
-    if {"expression", "joints", "translation"} <= set(arrays): return Motion.load(path)
-    if {"expr", "rot"} <= set(arrays): return flame_motion(arrays, conversion, path.name)
+    if {"expression", "joints", "translation"} <= set(arrays): return Motion.load(path) if basis is None else in_basis(Motion.load(path), basis)
+    if {"expr", "rot"} <= set(arrays): return _read_flame(arrays, basis or "open", path.name)
     raise InputError(f"{path}: neither a motion of ours (expression, joints, translation) nor a FLAME sequence (expr, rot, tra); it holds "
                      f"{', '.join(sorted(arrays)[:8])}")
+
+
+def _read_flame(arrays: dict, basis: str, name: str) -> Motion:
+    "A FLAME sequence, translated where FLAME's file is here."
+    motion = flame_motion(arrays)
+    if "jaw_rot" not in arrays: log.warning("%s has no jaw_rot: if it was made with a FLAME without a jaw, its expressions mean other shapes", name)
+    if find_weight("flame"): return in_basis(motion, basis)
+    log.warning("%s: FLAME's expressions need FLAME's own file to be translated (`ophav weights add generic_model.pkl`); pose, eyes and translation are kept, "
+                "the face stays still", name)
+    return replace(motion, expression=np.zeros((len(motion), len(NAMES))), basis="open")
 
 
 def _read_film(path: Path, detector, head, max_frames) -> Motion:
@@ -480,53 +515,18 @@ def _read_film(path: Path, detector, head, max_frames) -> Motion:
 
 # %% ../nbs/07_motion.ipynb #c034
 def flame_motion(
-    arrays: dict,                         # expr [T,E], rot [T,3], tra [T,3]; eye_rot, jaw_rot, neck_rot [T,3]; fps
-    conversion: np.ndarray|None = None,   # [E,54]
-    name: str = "the sequence",
-) -> Motion:                              # relative to its first frame's pose, and to FLAME's neutral face
+    arrays: dict,             # expr [T,E], rot [T,3], tra [T,3]; eye_rot, jaw_rot, neck_rot [T,3]; fps
+) -> Motion:                  # of FLAME, relative to its first frame's pose and to the face's usual state
     "A FLAME sequence (Li et al., 2017), as CAP4D and others write them."
     expr = np.asarray(arrays["expr"], np.float64)
     T = len(expr)
     take = lambda key: np.asarray(arrays[key], np.float64).reshape(-1, 3)[:T] if key in arrays else np.zeros((T, 3))
-    joints, face = np.zeros((T, 5, 3)), np.zeros((T, JAW + 2))
-    for k, key in enumerate(("rot", "neck_rot", "jaw_rot", "eye_rot", "eye_rot")): joints[:, k] = take(key)
+    joints = np.stack([take(key) for key in ("rot", "neck_rot", "jaw_rot", "eye_rot", "eye_rot")], 1)
     joints[:, 3:] -= np.median(joints[:, 3:], 0)                     # eyes rest where they mostly look
-    if conversion is not None: face = face + (expr[:, :len(conversion)] - np.median(expr[:, :len(conversion)], 0)) @ conversion
-    else:
-        log.warning("%s: FLAME's expressions need FLAME's own file to be translated; pose, eyes and translation are kept, the face stays still. "
-                    "Add it with `ophav weights add`, and pass conversion=basis_conversion(flame, head)", name)
-    joints[:, 2, 0] += face[:, JAW]
     shift = take("tra") - take("tra")[0]
-    motion = Motion(face[:, :JAW], joints, np.zeros((T, 3)), float(np.asarray(arrays.get("fps", 25.))))
+    motion = Motion(expr - np.median(expr, 0), joints, np.zeros((T, 3)), float(np.asarray(arrays.get("fps", 25.))), "flame")
     first = replace(motion[:1], expression=motion.expression[:1]*0, joints=motion.joints[:1]*[[[1], [0], [0], [0], [0]]])
     return replace(relative(motion, first), translation=shift)
-
-
-def basis_conversion(
-    source: HeadModel,        # FLAME, or any other head in FLAME's form
-    head: HeadModel,          # ours
-    ridge: float = 1e-3,      # how much small amounts are preferred
-) -> np.ndarray:              # [E,54]: rows as of `face_pose` for each expression of the source
-    "Named shapes that move the face's surface as another basis does: heads aligned by their joints, nearest points, least squares."
-    from ophav_nb.geometry import TriangleTree
-    a, b = (h.joint_positions().numpy().astype(np.float64) for h in (source, head))
-    ca, cb = a.mean(0), b.mean(0)
-    U, S, Vt = np.linalg.svd((b - cb).T @ (a - ca))
-    R = U @ np.diag([1, 1, np.sign(np.linalg.det(U @ Vt))]) @ Vt
-    scale = np.sqrt(((b - cb)**2).sum()/((a - ca)**2).sum())
-    face = np.flatnonzero(head.region_vertices("face", "lips"))
-    there = (head.v_template.numpy()[face] - cb) @ R/scale + ca                     # our face's points on the other head
-    _, tri, bary = TriangleTree(source.v_template.numpy(), source.faces).nearest(np.ascontiguousarray(there, np.float32))
-    corners, dirs = source.faces[tri], source.expressiondirs.numpy()
-    moves = np.einsum("nk,nkce->nce", bary, dirs[corners])
-    moves = scale*np.einsum("ij,nje->nie", R, moves).reshape(-1, dirs.shape[-1])
-    joints = np.zeros((2, 5, 3), np.float32)
-    joints[0, 2, 0] = joints[1, 2, 1] = .1
-    jaw = ((head(joints=joints).numpy() - head.v_template.numpy())/.1)[:, face].transpose(1, 2, 0)
-    own = np.concatenate([head.expressiondirs.numpy()[face], jaw], -1).reshape(-1, JAW + 2)
-    own[:, [NAMES.index("jawOpen"), NAMES.index("jawLeft"), NAMES.index("jawRight")]] = 0
-    gram = own.T @ own
-    return np.linalg.solve(gram + np.eye(len(gram))*(ridge*np.trace(gram)/len(gram)), own.T @ moves).T.astype(np.float32)
 
 # %% ../nbs/07_motion.ipynb #c036
 def liveportrait_motion(
