@@ -668,6 +668,7 @@ class MeshAnimator:
         names = list(self.head.expression_names)
         for eye in EYES.values():
             if eye['blink'] in names: shut[0, names.index(eye['blink'])] = 1
+            elif self.head.has('named'): shut[0] += np.asarray(self.head.named[eye['blink']])
         V = self.vertices(shut, np.asarray(self.source[1])[None])[0]
         self.P_shut = self.camera0.project(V.astype(np.float64))
         self.P_shut[:, :2] += self.T0 - self.P0[:, :2]
