@@ -701,7 +701,7 @@ def _row(X, R, t, f, J):
 
 @kernel(parallel=True)
 def _align_kernel(images, X, colours, weight, R, tau, f, marks, targets, hold, slack, knee, steps, residual):
-    "Gauss-Newton on each frame's pose: points keep their colours. residual: mean absolute difference after the last step."
+    "Gauss-Newton on each frame's pose: points keep their colours. residual: mean absolute difference of colour after the last step."
     B, h, w, N = images.shape[0], images.shape[1], images.shape[2], X.shape[0]
     for b in prange(B):
         J, row, H, g, d = np.zeros((2, 6)), np.zeros(6), np.zeros((6, 6)), np.zeros(6), np.zeros(6)
@@ -719,8 +719,9 @@ def _align_kernel(images, X, colours, weight, R, tau, f, marks, targets, hold, s
                     p00, p01, p10, p11 = images[b, r, c, k], images[b, r, c + 1, k], images[b, r + 1, c, k], images[b, r + 1, c + 1, k]
                     top, bottom = p00 + (p01 - p00)*fx, p10 + (p11 - p10)*fx
                     e = top + (bottom - top)*fy - colours[i, k]
-                    total += abs(e)*weight[i, k]
-                    mass += weight[i, k]
+                    if k < 3:
+                        total += abs(e)*weight[i, k]
+                        mass += weight[i, k]
                     if step == steps: continue
                     gx, gy = (p01 - p00)*(1 - fy) + (p11 - p10)*fy, bottom - top
                     q = weight[i, k]*knee/max(abs(e), knee)
@@ -730,7 +731,7 @@ def _align_kernel(images, X, colours, weight, R, tau, f, marks, targets, hold, s
                         g[a] -= qa*e
                         for m in range(a + 1): H[a, m] += qa*row[m]
             if step == steps:
-                residual[b] = total/max(mass, 1e-9) if mass > .25*weight.sum() else 1.
+                residual[b] = total/max(mass, 1e-9) if mass > .25*weight[:, :3].sum() else 1.
                 break
             for i in range(marks.shape[0]):
                 u, v, _ = _row(marks[i], R[b], tau[b], f, J)
@@ -780,7 +781,7 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
     return torch.nn.functional.conv2d(x, k[..., None], groups=x.shape[1])
 
 
-RIM = 1.   # what the matte's rim counts beside the colours
+RIM = .3   # what the matte's rim counts beside a colour: 1 moves the face inside for the sake of the outline (measured)
 
 def _rigid_mask(X: np.ndarray, eyes: np.ndarray) -> np.ndarray:
     "Which points of head space do not follow expressions: hair and upper forehead, ears, the nose's bridge."
