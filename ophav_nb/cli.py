@@ -101,6 +101,7 @@ metrics.json holds a row for each stage; what cannot be measured here stands und
     p.add_argument("--motion", help="a film that drives RUN", metavar="FILM")
     p.add_argument("--out", required=True, help="folder of metrics.json and the comparison films")
     _option(p, "--protocol", "self (default) or monocular", choices=("self", "monocular"), metavar="NAME")
+    _option(p, "--head", "head model of --clip: open (default), flame (with FLAME's file)")
     _option(p, "--preset", "smoke, quick (default), standard, paper", choices=PRESETS, metavar="NAME")
     _common(p)
 
@@ -182,7 +183,7 @@ def _evaluate(args) -> int:
     if args.folder and not args.motion: raise InputError("--motion FILM is missing: the film that drives the run")
     from ophav_nb import evaluate
     if args.clip: evaluate.evaluate_clip(**_options(args, "folder", "motion"))
-    else: evaluate.evaluate_run(args.folder, **_options(args, "folder", "clip", "protocol", "preset"))
+    else: evaluate.evaluate_run(args.folder, **_options(args, "folder", "clip", "protocol", "preset", "head"))
     _say(f"measures: {Path(args.out)/'metrics.json'}")
     return 0
 

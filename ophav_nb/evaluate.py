@@ -27,6 +27,7 @@ from .avatar import Avatar, AvatarConfig
 from .dataset import HeadDataset, film_dataset
 from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector
 from .geometry import Camera
+from .flame import load_head
 from .head import HeadModel, Motion
 from .media import VideoWriter, on_background, read_video, resize, to_float, to_uint8, write_image
 from .metrics import (Truth, correlation, flicker, head_mask, identity_distance, identity_embedding, inter_ocular, landmark_distance,
@@ -88,7 +89,7 @@ def add_clip(
         np.save(folder/'matte.npy', np.asarray(matte, np.float16))
         track.save(folder/'track.npz')
 
-    folder = run.make('clip', build, params=dict(clip=file_hash(clip), crop=preset.crop, frames=preset.frames))
+    folder = run.make('clip', build, params=dict(clip=file_hash(clip), crop=preset.crop, frames=preset.frames, **({} if head.name == 'open' else dict(head=head.name))))
     return SimpleNamespace(frames=np.load(folder/'frames.npy', mmap_mode='r'), matte=np.load(folder/'matte.npy', mmap_mode='r'),
                            track=Track.load(folder/'track.npz'))
 
@@ -243,9 +244,10 @@ def self_protocol(
     animator: str = 'mesh',
     seed: int = 0,
     device: str = 'cpu',
+    head: str = 'open',
 ) -> tuple[Comparison, str]:   # the rows, and the chosen one
     "Portrait = first frame, motion = the clip's own, truth = its matted head."
-    head, detector = HeadModel.load(), Detector(device=device)
+    head, detector = load_head(head), Detector(device=device)
     film = add_clip(run, clip, preset, head, device)
     real, coarse = add_truth(run, film, preset, head), add_coarse(run, film, preset, head, animator, device)
     table = compare(run, film, real, preset, detector)
@@ -266,9 +268,10 @@ def monocular_protocol(
     seed: int = 0,
     device: str = 'cpu',
     share: float = .8,
+    head: str = 'open',
 ) -> tuple[Comparison, str]:
     "The field trained on the first part of the real film, tested on the rest."
-    head, detector = HeadModel.load(), Detector(device=device)
+    head, detector = load_head(head), Detector(device=device)
     film = add_clip(run, clip, preset, head, device)
     known = int(share*len(film.frames))
     real = add_truth(run, film, preset, head, len(film.frames) - known)
@@ -357,21 +360,23 @@ def evaluate_clip(
     animator: str = 'mesh',
     backend: str = 'auto',
     device: str = 'auto',
+    head: str = 'open',               # or 'flame', with FLAME's file
 ) -> dict:                            # what metrics.json holds
     "Measure the whole way on a film of a real person."
     if protocol not in ('self', 'monocular'): raise InputError(f"unknown protocol {protocol!r}; use self or monocular")
     name, settings = preset if isinstance(preset, str) else 'own', pick_preset(preset)
     if not Path(clip).is_file(): raise InputError(f"{clip}: no such film; give a video of one person who speaks")
     check_backends(animator=animator, restorer=restorer)
+    load_head(head)                   # says what is missing, before anything is made
     rounds, device = (1 if name == 'smoke' else 2) if rounds is None else rounds, pick_device(device)
     field = AvatarConfig.preset(settings.field, backend=backend)
     config = RoundsConfig(rounds, settings.steps, settings.round_steps, restorer=restorer, render_frames=settings.round_frames, avatar=field)
     run = Run(out, dict(clip=str(clip), protocol=protocol, preset=name, settings=asdict(settings), rounds=rounds, seed=seed, restorer=restorer,
-                        animator=animator, backend=backend, device=device))
+                        animator=animator, backend=backend, device=device, head=head))
     with run:
         seed_all(seed)
-        if protocol == 'self': table, chosen = self_protocol(run, clip, settings, config, animator, seed, device)
-        else: table, chosen = monocular_protocol(run, clip, settings, field, seed, device)
+        if protocol == 'self': table, chosen = self_protocol(run, clip, settings, config, animator, seed, device, head)
+        else: table, chosen = monocular_protocol(run, clip, settings, field, seed, device, head=head)
         return write_results(run, protocol, table, chosen)
 
 # %% ../nbs/20_evaluate.ipynb #c021
@@ -414,7 +419,7 @@ def evaluate_run(
     if not Path(motion).is_file(): raise InputError(f"{motion}: no such film; give a video of one person who speaks")
     run = Run(out, dict(run=str(source.folder), motion=str(motion), settings=asdict(settings), protocol='cross', device=device))
     with run:
-        head, detector, portrait = HeadModel.load(), Detector(device=device), load_portrait(source)
+        head, detector, portrait = load_head(source.params.get('head', 'open')), Detector(device=device), load_portrait(source)
         film = add_clip(run, motion, settings, head, device)
         played = retarget(film.track.motion, portrait.track)
         numbers, _ = compared_frames(len(played), settings.every, 0, 0)
