@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'JAW', 'MOUTHS', 'BROWS_AND_LIDS', 'VISEMES', 'SCRIPTS', 'VIDEO', 'ease', 'low_discrepancy', 'blinks', 'sway',
-           'face_pose', 'head_rotation', 'head_angles', 'visemes', 'speak', 'scripted', 'is_absolute', 'rest_frame',
-           'relative', 'in_basis', 'retarget', 'limit', 'smooth', 'read_motion', 'flame_motion', 'liveportrait_motion']
+           'face_pose', 'head_rotation', 'head_angles', 'visemes', 'speak', 'scripted', 'rest_frame', 'relative',
+           'in_basis', 'retarget', 'limit', 'smooth', 'read_motion', 'flame_motion', 'liveportrait_motion']
 
 # %% ../nbs/07_motion.ipynb #c002
 import logging
@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 # %% ../nbs/07_motion.ipynb #c003
 from .run import InputError
 from .head import HeadModel, Motion
-from .flame import convert, flame_head
+from .flame import convert, flame_head, is_absolute
 from .weights import find_weight
 
 # %% ../nbs/07_motion.ipynb #c005
@@ -322,13 +322,6 @@ def _compose(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (Rotation.from_rotvec(a)*Rotation.from_rotvec(b)).as_rotvec().astype(np.float32)
 
 # %% ../nbs/07_motion.ipynb #c028
-def is_absolute(
-    motion: Motion,
-) -> bool:
-    "Whether a motion stands in front of a camera (tracked) or around zero (scripted, read): its head is then far away."
-    return bool(np.median(motion.translation[:, 2]) < -.15)
-
-
 def rest_frame(
     motion: Motion,
     calm: float = .1,        # the calmest part of the frames that is averaged
