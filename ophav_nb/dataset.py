@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['logger', 'PARSING', 'BROWS', 'NOSE', 'ARRAYS', 'face_labels', 'parse_frame', 'HeadDataset', 'film_dataset',
-           'film_heads']
+           'film_heads', 'tracker_dataset']
 
 # %% ../nbs/09_dataset.ipynb #c003
 import json
 import logging
 import math
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,8 +25,9 @@ from PIL import Image
 # %% ../nbs/09_dataset.ipynb #c004
 from .animate import NeckCut, bleed, head_alpha
 from .geometry import Camera, kernel, rasterize
+from .flame import flame_head, load_head, read_tracker
 from .head import HeadModel, Motion
-from .media import resize, to_float, to_uint8
+from .media import read_image, resize, to_float, to_uint8
 from .run import InputError, progress, write_atomic
 
 # %% ../nbs/09_dataset.ipynb #c005
@@ -278,7 +280,7 @@ class HeadDataset:
         written = all((folder/f['mesh_path']).exists() for f in frames)
         if not written and out.motion is None: raise InputError(f'{folder} has neither meshes nor a motion of ours (meshes/*.obj or head.npz is missing).')
         if out.motion is not None and not written:
-            full = cls._without_pictures(out.motion, out.shape, Camera(K, np.eye(4), w, h), head or HeadModel.load(), store, 0)
+            full = cls._without_pictures(out.motion, out.shape, Camera(K, np.eye(4), w, h), head or load_head(out.motion.basis), store, 0)
             out.vertices = full.vertices
         else:
             out.vertices = store.array('vertices', canonical.shape, np.float32)
@@ -417,3 +419,32 @@ def film_heads(frames, track, matte, head: HeadModel, size: int, start: int = 0)
         if m.shape[0] != size: m = resize(m[..., None], size).reshape(size, size)
         a = head_alpha(m, head, track, i, cut)
         yield to_uint8(np.concatenate([np.where(a[..., None] > 0, rgb, 0), a[..., None]], -1))
+
+class _Each:
+    "Frames that are made when asked for."
+    def __init__(self, make: Callable, count: int): self.make, self.count = make, count
+    def __len__(self): return self.count
+    def __getitem__(self, i: int): return self.make(i)
+
+def tracker_dataset(
+    folder,             # metrical-tracker's output: .frame files (in `checkpoint`) and `input/*.png`
+    out,                # INSTA's folder, made if absent
+    detector,           # `Detector`: cuts out the person
+    head: HeadModel = None,  # None: `flame_head()`; `flame_head(mouth=False)` gives FLAME's own vertices alone
+    images=None,        # folder of the pictures; None: `folder/input`
+    test: int = 0,      # last frames kept from training
+    fps: float = 25.,
+) -> Path:
+    "INSTA's dataset of a film that metrical-tracker has followed: the tracker's coefficients and camera as they are, meshes, our mattes and parsing."
+    head, folder, out = head or flame_head(), Path(folder), Path(out)
+    track = read_tracker(folder, head, fps)
+    paths = sorted(p for p in Path(images or folder/'input').glob('*') if p.suffix.lower() in ('.png', '.jpg', '.jpeg'))
+    if len(paths) != len(track): raise InputError(f'{images or folder/"input"} holds {len(paths)} pictures and the tracker followed {len(track)} frames; give the folder of its input pictures')
+    pictures = _Each(lambda i: read_image(paths[i]), len(paths))
+    mattes = _Each(lambda i: detector.matte(pictures[i][None])[0], len(paths))
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as arrays:
+        data = film_dataset(pictures, track, mattes, head, track.camera.height, arrays, test)
+        data.expression = read_tracker(folder, head, fps, lids=False).motion.expression            # without the lids, as the tracker says it
+        data.condition = head.condition(data.expression).numpy().astype(np.float32)
+        return data.save(out, meshes=True)

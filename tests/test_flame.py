@@ -228,3 +228,24 @@ def test_create_with_flame(home, flame, tmp_path):
     run = create("astronaut", tmp_path/"run", head="flame", rounds=0, preset=Preset(192, 64, 12, 20, 10, 4, .4, 64))
     assert run.path("video.mp4").stat().st_size > 1000 and Motion.load(run.path("motion", "film.npz")).basis == "flame"
     assert animate(run, "neutral", tmp_path/"clip.mp4", seconds=.2, size=64).stat().st_size > 500
+
+
+def test_insta_folder_from_tracker(flame, tmp_path):
+    from ophav_nb.dataset import HeadDataset, tracker_dataset
+    from ophav_nb.media import write_image
+    image = read_image("astronaut")
+    (tmp_path/"in"/"input").mkdir(parents=True)
+    for i in range(3):
+        frame_file(tmp_path/"in"/f"{i:05d}.frame", i, np.random.default_rng(i))
+        write_image(tmp_path/"in"/"input"/f"{i:05d}.png", image)
+    class Plain:                                             # no network: the middle of the picture
+        def matte(self, frames): return np.pad(np.ones((1, 256, 256), np.float32), ((0, 0), (128, 128), (128, 128)))
+    out = tracker_dataset(tmp_path/"in", tmp_path/"out", Plain(), flame, test=1)
+    data = HeadDataset.load(out, flame)
+    assert len(data) == 3 and data.train.sum() == 2 and data.width == 512 and {p.name for p in out.iterdir()} >= {"canonical.obj", "meshes", "images", "flame"}
+    said = np.random.default_rng(1).normal(0, .5, (1, 100))[0]
+    np.testing.assert_allclose(np.loadtxt(out/"flame"/"exp"/"00001.txt"), said, atol=1e-6)
+    np.testing.assert_allclose(data.condition[1], said[:16], atol=1e-6)
+    np.testing.assert_allclose(data.K, [[1000, 0, 250], [0, 1000, 260], [0, 0, 1]])
+    (tmp_path/"in"/"input"/"00002.png").unlink()
+    with pytest.raises(InputError, match="2 pictures"): tracker_dataset(tmp_path/"in", tmp_path/"b", Plain(), flame)
