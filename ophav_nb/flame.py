@@ -90,14 +90,18 @@ def stand_in_flame(
 def to_joints(head: HeadModel, person, true) -> np.ndarray:
     "The open head's joints of a person, carried along where its vertices went, [5,3]."
     J = head.J_regressor.numpy().astype(np.float64) @ person
-    near = cKDTree(person).query(J, 400)[1]
+    near = cKDTree(person).query(J, 70)[1]
     return np.stack([j + (true[k] - person[k]).mean(0) for j, k in zip(J, near)])
 
 # %% ../nbs/06b_flame.ipynb #c011
 _JAW = .22      # radians, open while the surfaces are matched
 
 
-def _open_jaw(angle: float = _JAW): return torch.tensor([[0, 0, 0], [0, 0, 0], [angle, 0, 0], [0, 0, 0], [0, 0, 0]])
+def _open_jaw(flame: HeadModel) -> torch.Tensor:
+    "Joints [5,3] with the jaw open, or at rest where FLAME has no jaw that turns (a variant of 2023)."
+    joints = torch.zeros(5, 3)
+    joints[2, 0] = _JAW if flame.weights[:, 2].max() > .5 else 0.
+    return joints
 
 
 def _eyeballs(head: HeadModel) -> np.ndarray:
@@ -187,19 +191,19 @@ def _closest(p, corners):
 
 # %% ../nbs/06b_flame.ipynb #c013
 def _fit_shape(head, flame, target: _Surface, anchors, count: int = 100, steps: int = 8):
-    "The open head's shape and place, jaw open, on a surface: vertices [V,3] and scale."
+    "The open head's shape and place, jaw open, on a surface: vertices [V,3], and the turn with its scale [3,3]."
     skin = np.unique(head.faces[~_hidden(head)])
     seen, there = anchors
     use = np.isfinite(seen).all(1) & np.isfinite(there).all(1)
     bind = head.landmark_bary.numpy()[:468][use].astype(np.float64)
     mark = head.faces[head.landmark_faces[:468]][use]
     shape, D = np.zeros(count), head.shapedirs[..., :count].numpy().astype(np.float64)
-    base = head(joints=_open_jaw())[0].numpy().astype(np.float64)
+    base = head(joints=_open_jaw(flame))[0].numpy().astype(np.float64)
     eyes, goal = head._J[3:].numpy().astype(np.float64), flame._J[3:].numpy().astype(np.float64)
     offset = (base[mark]*bind[..., None]).sum(1) - seen[use]                       # what the detector does not see right, here and there
     s, R, t = _similarity(np.concatenate([seen[use], np.repeat(eyes, 20, 0)]), np.concatenate([there[use], np.repeat(goal, 20, 0)]))
     for step in range(steps):
-        v = head(torch.tensor(shape).float(), joints=_open_jaw())[0].numpy().astype(np.float64)
+        v = head(torch.tensor(shape).float(), joints=_open_jaw(flame))[0].numpy().astype(np.float64)
         x = s*v @ R.T + t
         normals = vertex_normals(x.astype(np.float32), head.faces)
         face, _, y, good = target.near(x[skin], normals[skin])
@@ -217,8 +221,8 @@ def _fit_shape(head, flame, target: _Surface, anchors, count: int = 100, steps: 
         A[:good.sum()] = np.einsum("nik,ni->nk", dirs[:good.sum()], n)[:, None]*n[..., None]
         A, r = (A*w[:, None, None]).reshape(-1, count), (r*w[:, None]).ravel()
         shape = np.clip(shape + np.linalg.solve(A.T @ A + 3e-8*len(a)*np.eye(count), A.T @ r - 3e-8*len(a)*shape), -3, 3)
-    v = head(torch.tensor(shape).float(), joints=_open_jaw())[0].numpy().astype(np.float64)
-    return s*v @ R.T + t, s
+    v = head(torch.tensor(shape).float(), joints=_open_jaw(flame))[0].numpy().astype(np.float64)
+    return s*v @ R.T + t, s*R
 
 
 def _hidden(head) -> np.ndarray: return np.any([head.regions[k] for k in (*MOUTH, "left_eyeball", "right_eyeball")], 0)
@@ -252,7 +256,7 @@ def _settle(head, x, target: _Surface, stiff=(30., 10., 3., 1., .5, .3, .2, .2))
 def _posed_matrices(flame, J=None):
     "Rotation and offset of each joint with the jaw open, [5,3,3] and [5,3]."
     from ophav_nb.geometry import axis_angle_to_matrix
-    G, t = flame._chain(axis_angle_to_matrix(_open_jaw()[None]), flame._J[None])
+    G, t = flame._chain(axis_angle_to_matrix(_open_jaw(flame)[None]), flame._J[None])
     return G[0].numpy().astype(np.float64), t[0].numpy().astype(np.float64)
 
 
@@ -278,7 +282,7 @@ def _mouth(head, flame, x, surface, skin_faces) -> dict:
     outer[head.faces[~inner]] = True
     rim = keep[outer[keep]]
     near = np.unique(head.faces[head.regions["lips"]])
-    own = head(joints=_open_jaw())[0].numpy().astype(np.float64)
+    own = head(joints=_open_jaw(flame))[0].numpy().astype(np.float64)
     placed = x.copy()
     loose = np.setdiff1d(keep, np.unique(head.faces[~inner]))
     spread = RBFInterpolator(own[near], x[near] - own[near], neighbors=80, kernel="linear", smoothing=1e-6)
@@ -376,10 +380,10 @@ def transfer(
     mouth: bool = True,          # add the open head's mouth cavity, teeth and tongue
 ) -> dict:                       # arrays that `HeadModel` takes, and the match of both surfaces
     "What FLAME's file lacks, taken from the open head by fitting it to FLAME's surface."
-    posed, own = flame(joints=_open_jaw())[0].numpy(), head(joints=_open_jaw())[0].numpy()
+    posed, own = flame(joints=_open_jaw(flame))[0].numpy(), head(joints=_open_jaw(flame))[0].numpy()
     skin = np.flatnonzero(~_eyeballs(flame).any(1))
     surface = _Surface(posed, flame.faces[skin])
-    x, scale = _fit_shape(head, flame, surface, (seen_landmarks(head, own, detector), seen_landmarks(flame, posed, detector)))
+    x, turn = _fit_shape(head, flame, surface, (seen_landmarks(head, own, detector), seen_landmarks(flame, posed, detector)))
     x = _settle(head, x, surface)
     normals = vertex_normals(x.astype(np.float32), head.faces)
     face, bary, _, good = surface.near(x, normals)                                  # of every vertex of the open head
@@ -393,7 +397,7 @@ def transfer(
     arrays = dict(v_template=n(flame.v_template), shapedirs=np.concatenate([n(flame.shapedirs), n(flame.expressiondirs)], -1), posedirs=n(flame.posedirs),
                   J_regressor=n(flame.J_regressor), weights=n(flame.weights), f=flame.faces, kintree_table=np.array([[-1, *flame.parents[1:]], range(5)]),
                   n_shape=flame.n_shape, landmark_faces=np.concatenate([skin[mark_face], iris_face]), landmark_bary=np.concatenate([mark_bary, iris_bary]),
-                  landmark_weights=n(head.landmark_weights), match_corners=flame.faces[skin][face], match_bary=bary, match_good=good, match_scale=scale)
+                  landmark_weights=n(head.landmark_weights), match_corners=flame.faces[skin][face], match_bary=bary, match_good=good, match_turn=turn)
     if mouth:
         more = _mouth(head, flame, x, surface, flame.faces[skin])
         for k in ("v_template", "shapedirs", "posedirs", "weights", "f"): arrays[k] = np.concatenate([arrays[k], more[k]])
@@ -404,8 +408,8 @@ def transfer(
 
 # %% ../nbs/06b_flame.ipynb #c022
 def _matched(flame: HeadModel, head: HeadModel) -> tuple:
-    "Points that both heads have: two heads whose 'landmarks' are these points, regions and weights of the points, and the scale of FLAME to the open head."
-    corners, bary, good, scale = flame.match
+    "Points that both heads have: two heads whose 'landmarks' are these points, regions and weights of the points, and the turn and scale from the open head to FLAME."
+    corners, bary, good, turn = flame.match
     region, rng = {n: head.region_vertices(n) for n in ("lips", "left_eye_region", "right_eye_region", "face")}, np.random.default_rng(0)
     lips, eyes = region["lips"] & good, (region["left_eye_region"] | region["right_eye_region"]) & good
     some = rng.random(head.n_vertices)
@@ -421,7 +425,7 @@ def _matched(flame: HeadModel, head: HeadModel) -> tuple:
         return h
     own = points(head, np.stack([pick]*3, 1), np.tile([1., 0, 0], (len(pick), 1)))
     theirs = points(flame, corners[pick], bary[pick])
-    return theirs, own, kind, torch.as_tensor(weight/weight.sum(), dtype=torch.float32), float(scale)
+    return theirs, own, kind, torch.as_tensor(weight/weight.sum(), dtype=torch.float32), torch.as_tensor(turn)
 
 
 def _movement(points: HeadModel, motion: Motion, chunk: int = 64) -> torch.Tensor:
@@ -453,15 +457,15 @@ def convert(
 ) -> tuple[Motion, dict]:              # in the other basis; mm of error: mean, worst, by region, and how far the points moved
     "A motion of the open head for FLAME, or one of FLAME for the open head, by fitting how the surface moves."
     head = head or HeadModel.load()
-    theirs, own, kind, weight, scale = _matched(flame, head)
+    theirs, own, kind, weight, turn = _matched(flame, head)
     if motion.basis not in ("open", "flame"): raise InputError(f"a motion in the basis '{motion.basis}' cannot be converted; give one of the open head or of FLAME")
-    source, target, size = (theirs, own, 1/scale) if motion.basis == "flame" else (own, theirs, scale)
+    source, target, turn = (theirs, own, torch.linalg.inv(turn)) if motion.basis == "flame" else (own, theirs, turn)
     if motion.expression.shape[1] > source.n_expression: raise InputError(f"the motion has {motion.expression.shape[1]} expressions, the head only {source.n_expression}")
     expression = np.pad(motion.expression, ((0, 0), (0, source.n_expression - motion.expression.shape[1])))
     motion = replace(motion, expression=expression)
     signed = not is_absolute(motion) if motion.basis == "flame" else bool((expression < -1e-3).any())   # a difference from rest may be less than nothing
     with torch.no_grad():
-        goal = 1000*size*_movement(source, motion)
+        goal = 1000*_movement(source, motion) @ turn.T
         z, error = _fit_faces(target, goal, torch.from_numpy(motion.joints), weight, ridge, lasso, steps, signed)
     E, model = target.n_expression, LandmarkModel(target, 0)
     out, joints = np.zeros((len(motion), E), np.float32), motion.joints.copy()
@@ -469,7 +473,7 @@ def convert(
     moved = goal.norm(dim=-1).numpy()
     parts = {k: (float(error[:, kind == k].mean()), float(error[:, kind == k].max()), float(moved[:, kind == k].mean())) for k in ("lips", "eyes", "brows", "cheeks", "jaw")}
     report = dict(mean=float(error.mean()), worst=float(error.max()), moved=float(moved.mean()), regions=parts)
-    shift = motion.translation*(1 if is_absolute(motion) else size)
+    shift = motion.translation*(1 if is_absolute(motion) else float(torch.linalg.det(turn))**(1/3))
     return Motion(out, joints, shift, motion.fps, "open" if motion.basis == "flame" else "flame"), report
 
 
@@ -535,7 +539,7 @@ def _shape_count(arrays) -> int:
 
 def _with_match(arrays: dict, device="cpu") -> HeadModel:
     head = HeadModel(arrays, "flame", device)
-    head.match = tuple(arrays[f"match_{k}"] for k in ("corners", "bary", "good", "scale"))
+    head.match = tuple(arrays[f"match_{k}"] for k in ("corners", "bary", "good", "turn"))
     return head
 
 
