@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'FLIP', 'JAW_WEIGHT', 'GIGABYTES_A_FRAME', 'NETWORKS', 'head_matrices', 'head_moves', 'expression_features',
-           'ExpressionBank', 'named_expression', 'wanted_openness', 'frames_at_once', 'NetworkAnimator',
+           'ExpressionBank', 'named_expression', 'named', 'wanted_openness', 'frames_at_once', 'NetworkAnimator',
            'FaceVid2VidAnimator', 'LivePortraitAnimator', 'calibration_motion', 'make_animator', 'write_film',
            'StoredMatte', 'stored_pictures', 'asked_track', 'outline', 'film_heads']
 
@@ -27,7 +27,7 @@ from .detect import Detector
 from .geometry import rasterize
 from .head import HeadModel, Motion
 from .media import VideoWriter, resize, to_float, to_uint8
-from .motion import NAMES, head_rotation, relative
+from .motion import NAMES, head_rotation, in_basis, relative
 from .nets import facevid2vid as fv
 from .nets import liveportrait as lp
 from .nets.blocks import as_frames, as_input, batches
@@ -119,6 +119,13 @@ def named_expression(
     return torch.from_numpy(out)
 
 
+def named(
+    motion: Motion,    # changes since rest
+) -> Motion:
+    "The same in the open head's names, where it speaks FLAME's."
+    return motion if motion.basis == 'open' else replace(in_basis(replace(motion, translation=0*motion.translation), 'open'), translation=motion.translation)
+
+
 def wanted_openness(
     motion: Motion,    # relative to the portrait
     eyes: Tensor,      # the portrait's, [1,2]
@@ -185,7 +192,7 @@ class NetworkAnimator:
 
     def read_driving(self, frames, track) -> ExpressionBank:
         "The dictionary of expressions of a film."
-        return ExpressionBank(expression_features(relative(track.motion)), self.estimate(frames).expression)
+        return ExpressionBank(expression_features(named(relative(track.motion))), self.estimate(frames).expression)
 
     def moves(self, motion: Motion) -> tuple[Tensor, Tensor, Tensor]:
         "Rotations [T,3,3], shifts [T,3] and sizes [T] since the portrait, as this network means them."
@@ -198,7 +205,7 @@ class NetworkAnimator:
     def change(self, motion: Motion) -> Motion:
         "The motion's expression, jaw and gaze since the portrait."
         own = self.track.motion[:1]
-        return replace(motion, expression=motion.expression - own.expression, joints=motion.joints - own.joints)
+        return named(replace(motion, expression=motion.expression - own.expression, joints=motion.joints - own.joints))
 
     def expression(self, motion: Motion) -> Tensor:
         "Movements of the keypoints since the portrait, [T,K,3]."

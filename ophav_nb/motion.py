@@ -11,6 +11,7 @@ __all__ = ['NAMES', 'JAW', 'MOUTHS', 'BROWS_AND_LIDS', 'VISEMES', 'SCRIPTS', 'VI
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -21,7 +22,7 @@ from scipy.spatial.transform import Rotation
 from .run import InputError
 from .head import HeadModel, Motion
 from .flame import convert, flame_head, is_absolute
-from .weights import find_weight
+from .weights import find_weight, require
 
 # %% ../nbs/07_motion.ipynb #c005
 log = logging.getLogger(__name__)
@@ -355,6 +356,12 @@ def relative(
     return replace(motion, expression=motion.expression - neutral.expression, joints=joints, translation=shift)
 
 
+@lru_cache(maxsize=1)
+def _flame(path: Path, changed: int) -> HeadModel:
+    "FLAME's head, kept while its file is the same."
+    return flame_head()
+
+
 def in_basis(
     motion: Motion,
     basis: str,                # 'open' or 'flame'
@@ -362,7 +369,8 @@ def in_basis(
     "A motion in the words of this head, translated through FLAME's file where it has to be."
     if motion.basis == basis: return motion
     if {motion.basis, basis} != {"open", "flame"}: raise InputError(f"a motion in the basis '{motion.basis}' cannot be brought to '{basis}'; make or read it again for this head")
-    out, error = convert(motion, flame_head())
+    path = require("flame")
+    out, error = convert(motion, _flame(path, path.stat().st_mtime_ns))
     log.info("expressions of '%s' as '%s': the surface is met within %.2f mm (mean; worst %.2f)", motion.basis, basis, error["mean"], error["worst"])
     return out
 
