@@ -293,10 +293,11 @@ def memory_mb(device='cpu') -> float:
 
 class Trainer:
     "One call of `Avatar.fit`: optimiser, average, checkpoints, log."
-    def __init__(self, avatar: Avatar, data: HeadDataset, steps: int, folder, log, seed: int, lr_scale: float, every: float, log_every: int):
-        self.avatar, self.config, self.steps, self.seed, self.log, self.every, self.log_every = avatar, avatar.config, steps, seed, log, every, log_every
+    def __init__(self, avatar: Avatar, data: HeadDataset, steps: int, folder, log, seed: int, lr_scale: float, every: float, log_every: int, samples: int = None):
+        self.avatar, self.steps, self.seed, self.log, self.every, self.log_every = avatar, steps, seed, log, every, log_every
+        self.config = replace(avatar.config, samples=samples or avatar.config.samples)
         self.folder = None if folder is None else Path(folder)
-        self.pool = FramePool(data, avatar.deformer, avatar.widths, avatar.config, avatar.outer, seed)
+        self.pool = FramePool(data, avatar.deformer, avatar.widths, self.config, avatar.outer, seed)
         self.condition = torch.from_numpy(avatar.clamped(data.condition)).to(avatar.device)
         c, fused = self.config, avatar.device.type in ('cpu', 'cuda')
         self.rates = [c.table_rate*lr_scale, c.network_rate*lr_scale]
@@ -438,6 +439,7 @@ def fit(self,
     log: Callable = None,    # called with every row
     seed: int = 0,
     lr_scale: float = 1.,    # of the learning rates
+    samples: int = None,     # a ray; None: as configured
     every: float = 30.,      # seconds between checkpoints
     log_every: int = 25,     # steps between rows
 ) -> list:                   # rows: step, loss, psnr, samples_per_second, memory_mb
@@ -451,7 +453,7 @@ def fit(self,
         margin = .15*(high - low) + .05
         self.told_range = np.stack([low - margin, high + margin])
     else: self.told_range = np.stack([np.minimum(self.told_range[0], rows.min(0)), np.maximum(self.told_range[1], rows.max(0))])
-    trainer = Trainer(self, data, int(steps), folder, log, int(seed), float(lr_scale), every, log_every)
+    trainer = Trainer(self, data, int(steps), folder, log, int(seed), float(lr_scale), every, log_every, samples)
     trainer.before = before
     out = trainer.run()
     self.steps = before + int(steps)
