@@ -11,13 +11,13 @@ from scipy.spatial.transform import Rotation
 import golden_fill
 from ophav_nb import flame as module
 from ophav_nb.detect import Detector
-from ophav_nb.flame import FIVE, convert, flame_head, load_head, mica_shape, read_tracker, stand_in_flame
+from ophav_nb.flame import convert, flame_head, load_head, read_tracker, stand_in_flame
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import read_image
 from ophav_nb.motion import in_basis, read_motion, retarget, scripted
 from ophav_nb.nets.mica import Mica
 from ophav_nb.run import InputError
-from ophav_nb.track import fit_film, fit_portrait, track_portrait
+from ophav_nb.track import FIVE, fit_film, fit_portrait, mica_shape, track_portrait
 from ophav_nb.weights import add_weight, weight_row
 from test_track import posed
 
