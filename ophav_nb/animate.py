@@ -138,7 +138,7 @@ class NeckCut:
         px, py, pz = (z*(w[0]*u + w[1]*v + w[2]) + np.float32(o) for w, o in zip(ways, small.c2w[:3, 3]))
         metre = np.float32(small.focal)/z                                          # pixels of a metre
         level, slope, bend = self.surface.astype(np.float32)
-        above = (py - (level + slope*pz + bend*px*px))*metre
+        above = (py - (level + slope*pz + bend*px*px) - .025*tight)*metre           # a body's own neck takes over before the head's end, which is soft
         core = seen.mask & (above > 0)
         unit = np.linalg.norm(self.eyes[0] - self.eyes[1])
         wide = np.interp((py - self.eyes[:, 1].mean())/unit, self.HEIGHTS, self.TIGHT if tight else self.WIDTHS)*unit*metre

@@ -461,6 +461,12 @@ def _start(landmarks: np.ndarray, ok: np.ndarray, width: int, height: int, head:
     return fit
 
 
+def _full_shape(fit: _Fit) -> Tensor:
+    shape = fit.model.shape.clone()
+    shape[:len(fit.shape)] += fit.shape
+    return shape
+
+
 def _track_of(fit: _Fit, landmarks, ok, size, fps, bias=None, info=None) -> Track:
     "The fit as a `Track`."
     head, E, T = fit.model.head, fit.E, len(fit.z)
@@ -968,12 +974,6 @@ class _PoseSettler:
         self.doubt = np.maximum(doubt, ndi.gaussian_filter1d(ndi.maximum_filter1d(doubt, 5), 1.5))      # no single frame is let through
         back = Rotation.from_matrix(R @ self.R0.transpose(0, 2, 1)).as_rotvec()*self.doubt[:, None]
         return Rotation.from_rotvec(back).as_matrix().transpose(0, 2, 1) @ R, t + (self.t0 - t)*self.doubt[:, None]
-
-
-def _full_shape(fit: _Fit) -> Tensor:
-    shape = fit.model.shape.clone()
-    shape[:len(fit.shape)] += fit.shape
-    return shape
 
 
 def _full(fit: _Fit, i: int):

@@ -78,7 +78,9 @@ def test_slider_moves_the_picture(lab):
         image = page.locator('.jp-OutputArea img.widget-image').first
         image.wait_for(state='visible')
         wait(lambda: image.evaluate('i => i.complete && i.naturalWidth > 0'), 200)
-        read = lambda: image.evaluate("""async i => { const c = document.createElement('canvas'); c.width = i.naturalWidth; c.height = i.naturalHeight;
+        read = lambda: image.evaluate("""async i => {                   // a picture that is being replaced has no width: wait for the new one
+            for (let n = 0; n < 500 && !(i.complete && i.naturalWidth > 0); n++) await new Promise(done => setTimeout(done, 20));
+            const c = document.createElement('canvas'); c.width = i.naturalWidth; c.height = i.naturalHeight;
             const g = c.getContext('2d'); g.drawImage(i, 0, 0); return Array.from(g.getImageData(0, 0, c.width, c.height).data) }""")
         before = read()
         slider = page.locator('.jp-OutputArea .noUi-handle').first
