@@ -24,7 +24,7 @@ from scipy.spatial import cKDTree
 from skimage.draw import polygon as fill_polygon
 
 # %% ../nbs/08_animate.ipynb #c004
-from .detect import INNER_FACE, INNER_LIPS, OUTER_LIPS, OVAL
+from .detect import INNER_FACE, INNER_LIPS, INNER_LIPS_UPPER, OUTER_LIPS, OVAL
 from .geometry import (Camera, axis_angle_to_matrix, interpolate, kernel, matrix_to_axis_angle, push_pull, rasterize, sample_bilinear,
                                vertex_normals)
 from .head import HeadModel, Motion
@@ -532,7 +532,16 @@ class MeshAnimator:
         j = np.array(joints, np.float32)
         j[:, :2] = 0
         with torch.no_grad():
-            return self.head(self.shape[None].expand(len(j), -1), torch.as_tensor(np.asarray(expression, np.float32)), torch.from_numpy(j), None).numpy()
+            V = self.head(self.shape[None].expand(len(j), -1), torch.as_tensor(np.asarray(expression, np.float32)), torch.from_numpy(j), None).numpy()
+        return self._lift_tongue(V, j[:, 2])
+
+    def _lift_tongue(self, V, jaw, share: float = .4) -> np.ndarray:
+        "A tongue does not lie on the floor of an opened mouth: it gives back a share of the jaw's turn (in place), so that it is seen behind the lower teeth."
+        tongue = np.unique(self.head.faces[self._region('tongue')])
+        if len(tongue):
+            joint, back = self.joints3[2].astype(np.float32), axis_angle_to_matrix(-share*np.asarray(jaw, np.float64)).astype(np.float32)
+            V[:, tongue] = (V[:, tongue] - joint) @ np.swapaxes(back, -1, -2) + joint
+        return V
 
     def _transform(self, joints, translation) -> np.ndarray:
         "From the head's own space to the world: the root's pose, then the neck's."
@@ -809,8 +818,8 @@ class MeshAnimator:
         self.teeth_weight = np.zeros((h, w), np.float32)
         skin = self.skin_colour
         grey = float(skin.mean())
-        usual = np.array([1.24, .95, .81])                   # skin under white light, relative to its mean: what differs is the light's (or the varnish's) colour
-        self.tooth_colour = np.clip(grey*np.array([1.03, .97, .87])*(skin/grey/usual).clip(.4, 1.6)**.7 + .02, 0, .9)
+        warm = np.clip(skin[0]/max(skin[2], .05)/1.53, .6, 2.4)  # of the light (or the varnish): red over blue, against skin in white light; red cheeks say nothing
+        self.tooth_colour = np.clip(1.24*grey*np.array([1.08*warm**.5, .98, .91*warm**-.5]), 0, .95)     # lit teeth beside lit skin: 1.21-1.28 on films
         self.teeth_faces = None
         if gap > .06*wide and (inner > .8).sum() > 12:
             px = self.image[inner > .8]
@@ -820,13 +829,16 @@ class MeshAnimator:
             if high > .55*grey and (tooth*inner > .5).sum() > 8:
                 self.teeth_weight = (ndi.gaussian_filter(tooth, .4)*inner).astype(np.float32)
                 sure = self.teeth_weight > .8
-                if sure.any(): self.tooth_colour = np.median(self.image[sure], axis=0)
+                if sure.any():                               # their hue; as bright as they are in the open, not in the lips' shadow
+                    own = np.median(self.image[sure], axis=0)
+                    lit = max(np.percentile(light[sure], 90), .92*self.tooth_colour.mean())
+                    self.tooth_colour = np.clip(own*lit/max(own.mean(), .05), 0, .95)
                 self._teeth_surface(inner)
         dark = skin*[.40, .17, .16]
         if gap > .06*wide:
             px = self.image[inner > .8]
             if len(px) > 12: dark = .5*dark + .5*np.minimum(px[px.mean(-1) <= np.percentile(px.mean(-1), 10)].mean(0), dark*1.6)
-        self.cavity_colour, self.tongue_colour = dark, skin*[.80, .46, .44]
+        self.cavity_colour, self.tongue_colour = dark, skin*[.88, .61, .63]
         self._setup_inside()
 
     def _teeth_surface(self, inner):
@@ -864,6 +876,8 @@ class MeshAnimator:
         self.base = base.astype(np.float32)
         self.least = np.full(len(base), .38, np.float32)
         self.least[self.faces[self.kind == _TEETH]] = .85
+        self.reach = np.full(len(base), .024, np.float32)    # metres into the mouth to a third of the light
+        self.reach[self.faces[self._region('tongue')]] = .05
         self.least -= (.5*smoothstep(2.5, 5, np.abs(self._teeth_numbers()))).astype(np.float32)     # back teeth stand in the dark
         self.seen[self.inside] = 0
         self.seen[self.eye_vertices] = 1
@@ -907,6 +921,13 @@ class MeshAnimator:
             out[mine] = 1 - .42*np.exp(-np.maximum(below, 0)/.0016)
         return out
 
+    def _lip_shade(self, V) -> np.ndarray:
+        "The upper lip's shadow on what is inside the mouth."
+        upper = self._points(V, INNER_LIPS_UPPER)
+        upper = upper[np.argsort(upper[:, 0])]
+        v = V[self.inside]
+        return .72 + .28*smoothstep(0, .004, np.interp(v[:, 0], upper[:, 0], upper[:, 1]) - v[:, 1])
+
     def _moving(self, V, N, camera) -> np.ndarray:
         "What changes each frame for each vertex: lids' weight, colour, opacity, [V, 5]."
         out = np.empty((len(V), 5), np.float32)
@@ -922,8 +943,8 @@ class MeshAnimator:
         z = lambda p: (p - camera.c2w[:3, 3].astype(np.float32)) @ camera.c2w[:3, 2].astype(np.float32)
         behind = z(V[i]) - z(lips).mean()
         light = camera.c2w[:3, :3].astype(np.float32) @ np.array([.1, -.45, -.88], np.float32)
-        lit = .70 + .30*np.clip(N[i] @ light, 0, 1)
-        out[i, 1:4] *= np.maximum(lit*np.maximum(np.exp(-np.clip(behind - .008, 0, 1)/.024), self.least[i]), self.least[i]*.98)[:, None]
+        lit = (.70 + .30*np.clip(N[i] @ light, 0, 1))*self._lip_shade(V)
+        out[i, 1:4] *= np.maximum(lit*np.maximum(np.exp(-np.clip(behind - .008, 0, 1)/self.reach[i]), self.least[i]), self.least[i]*.98)[:, None]
         out[:, 4] = self.face_mask*np.maximum(smoothstep(.12, .34, self._facing(V, N, camera)), self.opening)
         return out
 
