@@ -535,7 +535,7 @@ class MeshAnimator:
             V = self.head(self.shape[None].expand(len(j), -1), torch.as_tensor(np.asarray(expression, np.float32)), torch.from_numpy(j), None).numpy()
         return self._lift_tongue(V, j[:, 2])
 
-    def _lift_tongue(self, V, jaw, share: float = .4) -> np.ndarray:
+    def _lift_tongue(self, V, jaw, share: float = .3) -> np.ndarray:
         "A tongue does not lie on the floor of an opened mouth: it gives back a share of the jaw's turn (in place), so that it is seen behind the lower teeth."
         tongue = np.unique(self.head.faces[self._region('tongue')])
         if len(tongue):
@@ -818,8 +818,9 @@ class MeshAnimator:
         self.teeth_weight = np.zeros((h, w), np.float32)
         skin = self.skin_colour
         grey = float(skin.mean())
-        warm = np.clip(skin[0]/max(skin[2], .05)/1.53, .6, 2.4)  # of the light (or the varnish): red over blue, against skin in white light; red cheeks say nothing
-        self.tooth_colour = np.clip(1.24*grey*np.array([1.08*warm**.5, .98, .91*warm**-.5]), 0, .95)     # lit teeth beside lit skin: 1.21-1.28 on films
+        warm = np.clip(skin[0]/max(skin[2], .05)/1.53, 1, 2.4)  # of the light (or the varnish): red over blue, against skin in white light; red cheeks say nothing
+        tooth = np.array([1.08*warm**.5, .98, .91*warm**-.5])
+        self.tooth_colour = tooth*min(1.24*grey, .95/tooth.max())          # lit teeth beside lit skin: 1.21-1.28 on films
         self.teeth_faces = None
         if gap > .06*wide and (inner > .8).sum() > 12:
             px = self.image[inner > .8]
@@ -832,7 +833,7 @@ class MeshAnimator:
                 if sure.any():                               # their hue; as bright as they are in the open, not in the lips' shadow
                     own = np.median(self.image[sure], axis=0)
                     lit = max(np.percentile(light[sure], 90), .92*self.tooth_colour.mean())
-                    self.tooth_colour = np.clip(own*lit/max(own.mean(), .05), 0, .95)
+                    self.tooth_colour = own*min(lit/max(own.mean(), .05), .95/max(own.max(), .05))
                 self._teeth_surface(inner)
         dark = skin*[.40, .17, .16]
         if gap > .06*wide:
@@ -877,7 +878,7 @@ class MeshAnimator:
         self.least = np.full(len(base), .38, np.float32)
         self.least[self.faces[self.kind == _TEETH]] = .85
         self.reach = np.full(len(base), .024, np.float32)    # metres into the mouth to a third of the light
-        self.reach[self.faces[self._region('tongue')]] = .05
+        self.reach[self.faces[self._region('tongue')]] = .035
         self.least -= (.5*smoothstep(2.5, 5, np.abs(self._teeth_numbers()))).astype(np.float32)     # back teeth stand in the dark
         self.seen[self.inside] = 0
         self.seen[self.eye_vertices] = 1
@@ -925,8 +926,9 @@ class MeshAnimator:
         "The upper lip's shadow on what is inside the mouth."
         upper = self._points(V, INNER_LIPS_UPPER)
         upper = upper[np.argsort(upper[:, 0])]
-        v = V[self.inside]
-        return .72 + .28*smoothstep(0, .004, np.interp(v[:, 0], upper[:, 0], upper[:, 1]) - v[:, 1])
+        v, teeth = V[self.inside], self.least[self.inside] > .4
+        below = np.interp(v[:, 0], upper[:, 0], upper[:, 1]) - v[:, 1]
+        return np.where(teeth, .72 + .28*smoothstep(0, .004, below), .4 + .6*smoothstep(-.002, .018, below))     # farther in, the shadow is longer
 
     def _moving(self, V, N, camera) -> np.ndarray:
         "What changes each frame for each vertex: lids' weight, colour, opacity, [V, 5]."
