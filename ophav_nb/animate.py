@@ -626,8 +626,10 @@ class MeshAnimator:
     def _setup_textures(self):
         "Colours of skin, shut lids and whole eyes, all in the portrait's own pixels."
         inside = self.cut.reserve(self.camera0, float(self.source[1][2, 0]))
-        margin = .02*self.size
-        self.alpha = (self.matte*np.clip((inside + margin)/margin + .5, 0, 1)).astype(np.float32)
+        margin, deep = .02*self.size, .14*self.size
+        neck = rasterize(self.P0, self.faces[self._region('neck') & (self.kind == _SKIN)], *self.matte.shape).mask
+        more = deep*ndi.gaussian_filter(neck.astype(np.float32), margin)           # a head tilted back shows more of its neck than the portrait does
+        self.alpha = (self.matte*np.clip((inside + more + margin)/margin + .5, 0, 1)).astype(np.float32)
         self.spread = bleed(self.image, self.matte)
         self.alpha *= self._bare_neck()
         self.alpha = np.clip(crisp(self.alpha[..., None])[..., 0], 0, 1)
@@ -724,6 +726,7 @@ class MeshAnimator:
         f = self.faces[self.kind == _SKIN]
         outer = rasterize(self.P0, f, h, w)
         scalp = (1 - self.face_mask)[:, None].astype(np.float32)
+        scalp[self.faces[self._region('neck') & (self.kind == _SKIN)]] = 0
         hairy = interpolate(scalp, f, outer)[..., 0] > .98          # hair hides the scalp: its depth says little
         depth = np.where(outer.mask & ~hairy, outer.depth, 0)
         self.shell = depth_shell(self.alpha, self.matte, depth, self.camera.focal)
