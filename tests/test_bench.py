@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from ophav_nb.bench import LEAN, OurStep, NaiveStep, Part, TorchHashGrid, bench, compare_benches, interleaved, measure
+from ophav_nb.bench import LEAN, NETWORKS, OurStep, NaiveStep, Part, TorchHashGrid, bench, compare_benches, interleaved, measure
 from ophav_nb.run import InputError
 
 
@@ -51,3 +51,18 @@ def test_command(tmp_path):
     with pytest.raises(InputError, match='no part'): bench(['everything'], out=None)
     (tmp_path/'bad.json').write_text('{')
     with pytest.raises(InputError, match='earlier'): bench('raster', compare=tmp_path/'bad.json', out=None)
+
+
+def test_parts_without_reference(tmp_path):
+    "Frames a second, work and memory are told, and the matrix product makes them comparable."
+    result = bench(['animator', 'network_arcface18'], out=None, quick=True, say=lambda line: None)['parts']
+    coarse, network = result['animator'], result['network_arcface18']
+    assert coarse['frames_per_second'] > 0 and coarse['ratio']['matrix'] > 0 and coarse['peak_mb'] > 100
+    assert network['gflop'] == pytest.approx(4.5, abs=.1) and 0 < network['matrix_share'] < 2
+    assert [r['reference'] for r in compare_benches(dict(parts=result), dict(parts=result))] == ['matrix', 'matrix']
+    assert len(NETWORKS) == len(bench.__globals__['_chosen']('networks')) < len(bench.__globals__['_chosen']('all'))
+
+
+def test_both_trainings_come_closer():
+    row = bench('fit', out=None, quick=True, say=lambda line: None)['parts']['fit']
+    assert all(d > 5 for d in row['decibels'].values()) and row['ratio']['naive'] > 0
