@@ -52,13 +52,17 @@ The same command again continues where it stopped; changed options redo only wha
     _option(p, "--rounds", "rounds of restoring and training on (default: 2)", type=_count, metavar="N")
     _option(p, "--preset", "size and length of everything: smoke, quick, standard, paper (default: quick)", choices=PRESETS, metavar="NAME")
     _option(p, "--head", "head model: open (default), flame (with FLAME's file, see ophav weights)")
-    _option(p, "--matte", "who cuts out the person: default, rvm")
-    _option(p, "--parser", "who names the regions of a face: default, bisenet")
-    _option(p, "--animator", "who makes the coarse film: mesh (default), facevid2vid, liveportrait")
+    _backends(p)
     _option(p, "--driving", "a film of anyone, whose expressions a network animator takes over", metavar="FILM")
     _option(p, "--restorer", "who sharpens the renders: detail (default), gfpgan, none")
     _option(p, "--backend", "kernels: auto (default), torch, numba, tcnn")
     _common(p)
+
+
+def _backends(p) -> None:
+    _option(p, "--matte", "who cuts out the person: default, rvm")
+    _option(p, "--parser", "who names the regions of a face: default, bisenet")
+    _option(p, "--animator", "who makes the coarse film: mesh (default), facevid2vid, liveportrait")
 
 
 def _count(text: str) -> int:
@@ -101,8 +105,12 @@ metrics.json holds a row for each stage; what cannot be measured here stands und
     p.add_argument("--motion", help="a film that drives RUN", metavar="FILM")
     p.add_argument("--out", required=True, help="folder of metrics.json and the comparison films")
     _option(p, "--protocol", "self (default) or monocular", choices=("self", "monocular"), metavar="NAME")
-    _option(p, "--head", "head model of --clip: open (default), flame (with FLAME's file)")
     _option(p, "--preset", "smoke, quick (default), standard, paper", choices=PRESETS, metavar="NAME")
+    _option(p, "--head", "head model of --clip: open (default), flame (with FLAME's file)")
+    _backends(p)
+    _option(p, "--restorer", "who sharpens the renders: detail (default), gfpgan, none")
+    _option(p, "--rounds", "rounds of restoring and training on (default: 2)", type=_count, metavar="N")
+    _option(p, "--backend", "kernels: auto (default), torch, numba, tcnn")
     _common(p)
 
 
@@ -183,7 +191,11 @@ def _evaluate(args) -> int:
     if args.folder and not args.motion: raise InputError("--motion FILM is missing: the film that drives the run")
     from ophav_nb import evaluate
     if args.clip: evaluate.evaluate_clip(**_options(args, "folder", "motion"))
-    else: evaluate.evaluate_run(args.folder, **_options(args, "folder", "clip", "protocol", "preset", "head"))
+    else:
+        options = _options(args, "folder", "clip", "seed")
+        if useless := set(options) - {"motion", "out", "preset", "device"}:
+            raise InputError(f"--{sorted(useless)[0]} goes with --clip; a finished run keeps what it was made with")
+        evaluate.evaluate_run(args.folder, **options)
     _say(f"measures: {Path(args.out)/'metrics.json'}")
     return 0
 

@@ -160,15 +160,50 @@ def test_other_network_measures():
     assert set(metrics.missing_metrics()) == {'lpips', 'fid', 'csim'}
 
 
+def short_film(base, n=3):
+    "The portrait, thrice, as a film that has been followed."
+    portrait, motion = load_portrait(Run.open(base)), Motion.load(base/'motion'/'train.npz')[:n]
+    still = portrait.track
+    track = Track(motion, still.shape, still.camera, np.repeat(still.landmarks, n, 0), np.zeros(n), np.ones(n, bool))
+    return SimpleNamespace(frames=np.repeat(portrait.image[None], n, 0), matte=np.repeat(portrait.matte[None], n, 0), track=track)
+
+
 @pytest.mark.slow
 def test_evaluation_through_a_network(base, tmp_path, animator):
     "The portrait moved as the film moves, expressions from the film itself."
-    portrait, motion = load_portrait(Run.open(base)), Motion.load(base/'motion'/'train.npz')[:3]
-    still = portrait.track
-    track = Track(motion, still.shape, still.camera, np.repeat(still.landmarks, 3, 0), np.zeros(3), np.ones(3, bool))
-    film = SimpleNamespace(frames=np.repeat(portrait.image[None], 3, 0), matte=np.repeat(portrait.matte[None], 3, 0), track=track)
     run = Run(tmp_path/'evaluation', {})
     with run:
         run.make('clip', lambda folder: None)
-        coarse = evaluate.add_coarse(run, film, SimpleNamespace(size=48), HeadModel.load(), animator)
+        coarse = evaluate.add_coarse(run, short_film(base), SimpleNamespace(size=48), HeadModel.load(), animator)
     assert len(coarse) == 3 and coarse.rgb.shape[1:] == (48, 48, 3) and not run.path('rounds', '0', 'dataset', 'film').exists()
+
+
+@pytest.mark.slow
+def test_evaluation_reads_regions_in_whole_pictures(base, tmp_path, monkeypatch):
+    "The parser sees the film's own frames, and for the mesh animator the head over the portrait's background; only what it touches is redone."
+    film, seen = short_film(base), []
+    def parser(frames):
+        seen.append(frames)
+        return np.full(frames.shape[:3], 90 if len(seen) == 1 else 250, np.uint8)
+    monkeypatch.setattr(evaluate, 'make_parser', lambda name, device: parser)
+    run, size, head = Run(tmp_path/'evaluation', {}), SimpleNamespace(size=48), HeadModel.load()
+    with run:
+        run.make('clip', lambda folder: None)
+        before = [make(run, film, size, head) for make in (evaluate.add_truth, evaluate.add_coarse)]
+        assert not seen and before[0].alpha.max() == 255
+        keys = [run.manifest(name)['key'] for name in ('clip', 'truth', 'rounds/0/dataset')]
+        truth, coarse = evaluate.add_truth(run, film, size, head, parser='bisenet'), evaluate.add_coarse(run, film, size, head, parser='bisenet')
+        again = [run.manifest(name)['key'] for name in ('clip', 'truth', 'rounds/0/dataset')]
+        evaluate.add_coarse(run, film, size, head, parser='bisenet')
+    assert [a == b for a, b in zip(keys, again)] == [True, False, False] and len(seen) == 2
+    np.testing.assert_array_equal(seen[0], film.frames)
+    assert not truth.alpha.any()                                     # all of it was called clothes
+    assert seen[1].shape == (3, 48, 48, 3) and seen[1][:, 0].std() > 5 and set(np.unique(coarse.parsing)) == {0, 250}
+
+
+@pytest.mark.parametrize('option, name', [('matte', 'rvm'), ('parser', 'bisenet'), ('restorer', 'gfpgan'), ('animator', 'liveportrait')])
+def test_evaluation_says_missing_weights_first(tmp_path, capsys, option, name):
+    (tmp_path/'film.mp4').write_bytes(b'no film')
+    assert main(['evaluate', '--clip', str(tmp_path/'film.mp4'), '--out', str(tmp_path/'out'), f'--{option}', name]) == 2
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and 'ophav weights add' in said and not (tmp_path/'out').exists()

@@ -47,6 +47,8 @@ def test_only_given_options_are_passed_on(calls):
     assert calls[-1] == ("evaluate_clip", (), {"clip": "c.mp4", "out": "e", "protocol": "monocular"})
     main(["evaluate", "r", "--motion", "c.mp4", "--out", "e"])
     assert calls[-1] == ("evaluate_run", ("r",), {"motion": "c.mp4", "out": "e"})
+    main(["evaluate", "--clip", "c.mp4", "--out", "e", "--matte", "rvm", "--parser", "bisenet", "--rounds", "1"])
+    assert calls[-1][2] == {"clip": "c.mp4", "out": "e", "matte": "rvm", "parser": "bisenet", "rounds": 1}
     assert main(["bench", "--parts", "encoder"]) == 1 and calls[-1] == ("bench", (), {"parts": "encoder", "quick": False})
 
 
@@ -67,7 +69,8 @@ def test_options_exist_in_the_functions():
     ([], "COMMAND"), (["creat"], "invalid choice"), (["create"], "--out"), (["create", "a", "--out", "o", "--preset", "fast"], "smoke"),
     (["create", "a", "--out", "o", "--rounds", "-1"], "number from 0 on"), (["create", "a", "--out", "o", "--seed", "x"], "--seed"),
     (["create", "a", "--out", "o", "--nonsense"], "--nonsense"), (["animate", "r", "--out", "a.avi"], ".mp4"), (["evaluate", "--out", "o"], "--clip"),
-    (["evaluate", "r", "--out", "o"], "--motion"), (["evaluate", "r", "--clip", "c", "--out", "o"], "either"), (["inspect", "nowhere"], "run folder"),
+    (["evaluate", "r", "--out", "o"], "--motion"), (["evaluate", "r", "--clip", "c", "--out", "o"], "either"),
+    (["evaluate", "r", "--motion", "m", "--out", "o", "--matte", "rvm"], "--matte goes with --clip"), (["inspect", "nowhere"], "run folder"),
     (["batch", "lost.yaml", "--out", "o"], "lost.yaml"), (["weights", "add"], "needs a file"), (["weights", "get", "x"], "lists"),
     (["weights", "add", "lost.pth"], "no such file")])
 def test_mistakes_are_one_line(capsys, argv, part, tmp_path, monkeypatch):
