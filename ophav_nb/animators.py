@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'FLIP', 'JAW_WEIGHT', 'GIGABYTES_A_FRAME', 'NETWORKS', 'head_matrices', 'head_moves', 'expression_features',
-           'ExpressionBank', 'named_expression', 'named', 'wanted_openness', 'frames_at_once', 'NetworkAnimator',
-           'FaceVid2VidAnimator', 'LivePortraitAnimator', 'calibration_motion', 'make_animator', 'write_film',
-           'StoredMatte', 'stored_pictures', 'asked_track', 'outline', 'film_heads']
+           'ExpressionBank', 'named_expression', 'named', 'wanted_openness', 'frames_at_once', 'sized',
+           'NetworkAnimator', 'FaceVid2VidAnimator', 'LivePortraitAnimator', 'Reenactment', 'FommReenactment',
+           'PIRendererReenactment', 'AnimatorReenactment', 'calibration_motion', 'make_animator', 'make_baseline',
+           'write_film', 'StoredMatte', 'stored_pictures', 'asked_track', 'outline', 'film_heads']
 
 # %% ../nbs/08b_animators.ipynb #c003
 import logging
@@ -23,16 +24,19 @@ from torch import Tensor
 # %% ../nbs/08b_animators.ipynb #c004
 from .animate import VideoAnimator
 from .animate import make_animator as make_mesh_animator
-from .detect import Detector
+from .detect import Detector, points_of_68
 from .geometry import rasterize
 from .head import HeadModel, Motion
 from .media import VideoWriter, resize, to_float, to_uint8
 from .motion import NAMES, head_rotation, in_basis, relative
+from .nets import deep3d, fomm, pirender
 from .nets import facevid2vid as fv
 from .nets import liveportrait as lp
+from .nets.arcface18 import five_points
 from .nets.blocks import as_frames, as_input, batches
 from .run import InputError, pick_device, progress
 from .track import Track, fit_film
+from .weights import check_backends
 
 # %% ../nbs/08b_animators.ipynb #c005
 log = logging.getLogger(__name__)
@@ -152,6 +156,14 @@ def frames_at_once(
     return int(np.clip(.5*free/(GIGABYTES_A_FRAME*(.6 if half else 1)), 1, most))
 
 
+def sized(
+    picture: np.ndarray,     # uint8 [S,S,3]
+    size: int,               # pixels
+) -> np.ndarray:             # uint8 [size,size,3]
+    "A picture at another size."
+    return picture if len(picture) == size else to_uint8(np.clip(resize(to_float(picture), size), 0, 1))
+
+
 class NetworkAnimator:
     "A portrait that a network moves: what both networks have in common."
     name, makes = 'network', 'film'   # whole pictures, to be matted and tracked; `MeshAnimator` makes heads
@@ -232,8 +244,7 @@ class NetworkAnimator:
         with torch.inference_mode():
             with self.precision(): pictures = self.render(driving)[0]
             pictures = as_frames(pictures)
-        wanted = size or self.size
-        for picture in pictures: yield picture if len(picture) == wanted else to_uint8(np.clip(resize(to_float(picture), wanted), 0, 1))
+        for picture in pictures: yield sized(picture, size or self.size)
 
     def frames(self,
         motion: Motion,            # as the portrait's camera sees it (`retarget`)
@@ -259,13 +270,14 @@ class NetworkAnimator:
         start: int = 0,              # the frame in which the driving face is most like the portrait (`best_start`)
         relative: bool = True,       # False: the driving face's own pose and place
         size: int|None = None,
+        begin: int = 0,              # first frame wanted
         **how,                       # see `driven`
     ) -> Iterator[np.ndarray]:       # RGB, uint8 [size,size,3]
         "The portrait does what the film's face does, seen by the network's own estimators."
         states = film if hasattr(film, 'expression') else self.estimate(film)
         if not 0 <= start < len(states): raise InputError(f'start={start}: the film has {len(states)} frames')
         first = states[start].to(self.device) if relative else None
-        for k in range(0, len(states), self.batch):
+        for k in range(begin, len(states), self.batch):
             with torch.inference_mode(): driving = self.driven(states[k:k + self.batch].to(self.device), first, **how)
             yield from self.show(driving, size)
 
@@ -373,6 +385,82 @@ class LivePortraitAnimator(NetworkAnimator):
         "A driving film as a motion template."
         return lp.Template(self.estimate(film), fps=fps)
 
+# %% ../nbs/08b_animators.ipynb #c017b
+class Reenactment:
+    "A portrait that does what a film does, as a network's authors drive it: a baseline of the tables."
+    name, makes = 'reenactment', 'film'
+
+    def __init__(self,
+        image,                      # the square crop, uint8 or float [H,W,3]: the film's first frame, or what looks like it
+        driving,                    # the film: (crops uint8 [T,H,W,3], their `Track`)
+        track=None,                 # the portrait's `Track`, for `film_heads`
+        head: HeadModel|None = None,
+        network=None,               # loaded; None: the weights in the cache
+        device: str = 'auto',
+        batch: int|None = None,     # frames at once; None: what fits
+        half: bool = False,         # half precision on CUDA
+    ):
+        self.image, self.track, self.head, self.half = to_uint8(np.asarray(image)), track, head, half
+        self.film, self.driver = driving
+        if not len(self.film): raise InputError('the driving film has no frames')
+        self.size, self.device = self.image.shape[0], pick_device(device)
+        self.batch = batch or frames_at_once(self.device, half)
+        self.network = self.load() if network is None else network
+
+    def frames(self,
+        motion=None,                # not used: the film moves it
+        size: int|None = None,      # pixels; None: the portrait's
+        start: int = 0,             # first frame wanted
+    ) -> Iterator[np.ndarray]:      # RGB, uint8 [size,size,3]
+        "Picture after picture, as many as the film has; a few frames are in memory at any time."
+        for picture in self.pictures(start): yield sized(picture, size or self.size)
+
+
+class FommReenactment(Reenactment):
+    "First-order motion (Siarohin et al., 2019), 256 pixels, relative to the film's first frame; code and weights MIT."
+    name = 'fomm'
+
+    def load(self): return fomm.load_fomm(device=self.device)
+
+    def pictures(self, start: int) -> Iterator[np.ndarray]:   # uint8 [256,256,3]
+        "The network's own pictures."
+        chunks = (np.asarray(self.film[k:k + self.batch]) for k in range(start, len(self.film), self.batch))
+        return fomm.animate(self.network, self.image, chunks, initial=np.asarray(self.film[0]), batch=self.batch, half=self.half)
+
+
+class PIRendererReenactment(Reenactment):
+    "PIRenderer (Ren et al., 2021), 256 pixels, told Deep3DFaceRecon's coefficients of the film; not for commercial use."
+    name, told = 'pirender', None
+
+    def load(self): return pirender.load_pirender(device=self.device), deep3d.load_deep3d(device=self.device)
+
+    def coefficients(self) -> np.ndarray:   # float32 [T,73]
+        "What the network is told of the film; made once."
+        if self.told is None:
+            points = points_of_68(self.driver.landmarks)
+            vectors = deep3d.coefficients(self.network[1], self.film, points, batch=max(4, self.batch), half=self.half)
+            five = five_points(torch.from_numpy(points)).numpy()*np.float32(256/np.shape(self.film[0])[0])
+            self.told = pirender.pick_coefficients(vectors, pirender.crop_parameters(five, 256))
+        return self.told
+
+    def pictures(self, start: int) -> Iterator[np.ndarray]:   # uint8 [256,256,3]
+        "The network's own pictures."
+        return pirender.animate(self.network[0], self.image, self.coefficients(), batch=self.batch, half=self.half, start=start)
+
+
+class AnimatorReenactment(Reenactment):
+    "face-vid2vid or LivePortrait with their own estimators, relative to the film's first frame."
+    def __init__(self, name: str, *args, **parts):
+        self.name, self.states = name, None
+        super().__init__(*args, **parts)
+
+    def load(self): return NETWORKS[self.name](image=self.image, track=self.track, head=self.head, device=self.device, batch=self.batch, half=self.half)
+
+    def pictures(self, start: int) -> Iterator[np.ndarray]:   # uint8 [S,S,3]
+        "The network's own pictures."
+        if self.states is None: self.states = self.network.estimate(self.film)   # some hundred numbers a frame
+        return self.network.reenact(self.states, begin=start)
+
 # %% ../nbs/08b_animators.ipynb #c019
 NETWORKS = dict(facevid2vid=FaceVid2VidAnimator, liveportrait=LivePortraitAnimator)
 
@@ -402,6 +490,16 @@ def make_animator(
         rows = zip(mesh.frames(motion), motion.expression, motion.joints, motion.translation)
         animator.calibrate([to_uint8(mesh.composite(rgba, e, j, t)) for rgba, e, j, t in rows], motion)
     return animator
+
+
+def make_baseline(
+    name: Literal['fomm', 'pirender', 'facevid2vid', 'liveportrait'],
+    **parts,    # image, driving, track, head; network, device, batch, half
+) -> Reenactment:
+    "A baseline of the tables by its name."
+    if 'network' not in parts: check_backends(baseline=name)
+    if name in NETWORKS: return AnimatorReenactment(name, **parts)
+    return dict(fomm=FommReenactment, pirender=PIRendererReenactment)[name](**parts)
 
 
 def write_film(
@@ -461,8 +559,8 @@ def outline(track: Track, head: HeadModel, i: int) -> np.ndarray:   # uint8 [H,W
 
 
 def film_heads(
-    animator: NetworkAnimator,
-    motion: Motion,
+    animator: NetworkAnimator|Reenactment,
+    motion: Motion,           # what it was asked for; of a baseline: the film's
     folder: str|Path,         # for pictures and mattes; may be deleted when the heads have been written
     detector: Detector,
     found: float = .5,        # share of pictures in which a face must be found

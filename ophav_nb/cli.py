@@ -98,6 +98,7 @@ def _add_evaluate(commands) -> None:
     p = _command(commands, "evaluate", "measure on a film of a real person, or on another's motion", """\
   ophav evaluate --clip film.mp4 --out eval                          first frame is the portrait, the film is the truth
   ophav evaluate --clip film.mp4 --out eval --protocol monocular     train on the first 80 %, test on the rest
+  ophav evaluate --clip film.mp4 --out eval --baselines all          beside the earlier methods whose weights are here
   ophav evaluate runs/me --motion other.mp4 --out eval               another person's motion: identity and landmarks
 metrics.json holds a row for each stage; what cannot be measured here stands under `missing`, with the reason.""", _evaluate)
     p.add_argument("folder", metavar="RUN", nargs="?", help="a finished run, for the cross-identity test")
@@ -110,6 +111,7 @@ metrics.json holds a row for each stage; what cannot be measured here stands und
     _backends(p)
     _option(p, "--restorer", "who sharpens the renders: detail (default), gfpgan, none")
     _option(p, "--rounds", "rounds of restoring and training on (default: 2)", type=_count, metavar="N")
+    _option(p, "--baselines", "earlier methods as rows, with commas: fomm, pirender, facevid2vid, liveportrait; or all whose weights are here", metavar="NAMES")
     _option(p, "--backend", "kernels: auto (default), torch, numba, tcnn")
     _common(p)
 

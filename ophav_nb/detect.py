@@ -6,9 +6,10 @@
 __all__ = ['INNER_LIPS_UPPER', 'INNER_LIPS_LOWER', 'INNER_LIPS', 'OUTER_LIPS', 'LEFT_LID_UPPER', 'LEFT_LID_LOWER',
            'RIGHT_LID_UPPER', 'RIGHT_LID_LOWER', 'LEFT_EYE', 'RIGHT_EYE', 'LEFT_IRIS', 'RIGHT_IRIS', 'IRIS',
            'LEFT_BROW', 'RIGHT_BROW', 'BROWS', 'OVAL', 'INNER_FACE', 'LID_PAIRS', 'LIP_PAIRS', 'LIPS', 'LEFT_REGION',
-           'RIGHT_REGION', 'CODES', 'NOSE', 'to_batch', 'cut', 'uncut', 'Face', 'overlap', 'merge', 'roi_of_landmarks',
-           'Networks', 'draw_landmarks', 'find_faces', 'is_human', 'yaw_of', 'one_face', 'Follower', 'fill_lost',
-           'guided_filter', 'foreground', 'Detector', 'head_crop', 'eye_opening', 'blink', 'parsing']
+           'RIGHT_REGION', 'FEW_OF_68', 'CODES', 'NOSE', 'to_batch', 'cut', 'uncut', 'Face', 'overlap', 'merge',
+           'roi_of_landmarks', 'Networks', 'draw_landmarks', 'find_faces', 'is_human', 'yaw_of', 'one_face', 'Follower',
+           'fill_lost', 'guided_filter', 'foreground', 'Detector', 'head_crop', 'eye_opening', 'blink', 'points_of_68',
+           'parsing']
 
 # %% ../nbs/05_detect.ipynb #c003
 import logging
@@ -583,6 +584,19 @@ def blink(
     gap = eye_opening(landmarks)
     if opened is None: opened = np.percentile(gap, 75, axis=0) if gap.ndim == 2 and len(gap) >= 25 else usual
     return np.clip(((opened - gap)/np.maximum(opened - shut, 1e-3) - .1)/.85, 0, 1)
+
+
+# of the 68 points, those that faces are aligned by: corners of the eyes, tip of the nose, corners of the mouth
+FEW_OF_68 = {36: 33, 39: 133, 42: 362, 45: 263, 30: 4, 48: 61, 54: 291}
+
+
+def points_of_68(
+    landmarks: np.ndarray,      # [N,478,3] px
+) -> np.ndarray:                # [N,68,2], zero but for `FEW_OF_68`
+    "Our landmarks where the networks look for theirs."
+    out = np.zeros((len(landmarks), 68, 2), np.float32)
+    out[:, list(FEW_OF_68)] = np.asarray(landmarks)[:, list(FEW_OF_68.values()), :2]
+    return out
 
 # %% ../nbs/05_detect.ipynb #c040
 CODES = {"background": 0, "cloth": 90, "hair": 80, "lower_lip": 120, "upper_lip": 130, "mouth": 140, "nose": 150, "right_eye": 200,

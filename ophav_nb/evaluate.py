@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'PRESETS', 'EvaluationPreset', 'pick_preset', 'others', 'with_regions', 'add_clip', 'add_truth', 'first_frame',
-           'add_coarse', 'compared_frames', 'shown_frames', 'Comparison', 'render_frames', 'compare', 'self_protocol',
-           'monocular_protocol', 'write_results', 'comparison', 'labelled', 'results_table', 'evaluate_clip',
-           'measure_driven', 'evaluate_run']
+           'add_coarse', 'compared_frames', 'shown_frames', 'Comparison', 'pick_baselines', 'add_baseline',
+           'render_frames', 'compare', 'self_protocol', 'monocular_protocol', 'write_results', 'comparison', 'labelled',
+           'results_table', 'evaluate_clip', 'measure_driven', 'evaluate_run']
 
 # %% ../nbs/20_evaluate.ipynb #c003
 import json
@@ -23,7 +23,7 @@ import numpy as np
 
 # %% ../nbs/20_evaluate.ipynb #c004
 from .animate import head_alpha
-from .animators import NETWORKS, film_heads, make_animator
+from .animators import NETWORKS, film_heads, make_animator, make_baseline
 from .avatar import Avatar, AvatarConfig
 from .dataset import HeadDataset
 from .dataset import film_heads as cut_heads
@@ -40,7 +40,7 @@ from .regions import make_parser, parsed_heads
 from .rounds import RoundsConfig, detect_like, mesh_landmarks, read_frames, render_plan, run_rounds, write_frames
 from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
 from .track import Track, track_film
-from .weights import check_backends
+from .weights import BACKENDS, check_backends
 
 # %% ../nbs/20_evaluate.ipynb #c006
 log = logging.getLogger(__name__)
@@ -250,6 +250,45 @@ class Comparison:
         self.rows[name] = read_frames(folder), json.loads((folder/'measures.json').read_text())
         return self.rows[name][1]
 
+# %% ../nbs/20_evaluate.ipynb #c014c
+def pick_baselines(
+    text: str,   # names with commas, or 'all'
+) -> tuple[list[str], dict[str, str]]:   # rows to make; those left out, with the reason and the command
+    "Which earlier methods to compare with; one whose weights are missing is an error, unless all are asked for."
+    names, missing = [n.strip() for n in text.split(',') if n.strip()], {}
+    if names != ['all']:
+        for name in names: check_backends(baseline=name)
+        return list(dict.fromkeys(names)), {}
+    for name in BACKENDS['baseline']:
+        try: check_backends(baseline=name)
+        except InputError as error: missing[name] = str(error)
+    return [n for n in BACKENDS['baseline'] if n not in missing], missing
+
+
+def add_baseline(
+    run: Run,
+    name: str,
+    film: SimpleNamespace,
+    preset: EvaluationPreset,
+    head: HeadModel,
+    table: Comparison,
+    device: str = 'cpu',
+    matte: str = 'default',
+    parser: str = 'default',
+) -> dict:
+    "Artifact `baselines/NAME` and its row: the first frame moved by the film as this method's authors do it; heads matted, tracked and cut out of its pictures by `film_heads`."
+    size, portrait = preset.size, first_frame(film)
+    def build(folder):
+        maker = make_baseline(name, image=portrait.image, driving=(film.frames, film.track), track=portrait.track, head=head, device=device)
+        made = film_heads(maker, film.track.motion, folder/'film', matting_detector(matte, device))
+        cut = (to_uint8(made.frame(i, size)) for i in table.numbers)
+        for k, one in enumerate(with_regions(cut, parser, lambda: (made.images[i] for i in table.numbers), device)):
+            write_image(folder/f'{k:05d}.png', one[0] if isinstance(one, tuple) else one)
+        del maker, made
+        shutil.rmtree(folder/'film', ignore_errors=True)
+    folder = run.make(f'baselines/{name}', build, ['clip'], dict(size=size, numbers=table.numbers) | others(matte=matte, parser=parser))
+    return table.add(name, lambda: on_background(read_frames(folder)), [f'baselines/{name}'])
+
 # %% ../nbs/20_evaluate.ipynb #c016
 def render_frames(
     avatar: Avatar,
@@ -283,6 +322,7 @@ def self_protocol(
     head: str = 'open',
     matte: str = 'default',
     parser: str = 'default',
+    baselines: Iterable[str] = (),   # see `add_baseline`
 ) -> tuple[Comparison, str]:   # the rows, and the chosen one
     "Portrait = first frame, motion = the clip's own, truth = its matted head."
     head, detector = load_head(head), Detector(device=device)
@@ -291,6 +331,7 @@ def self_protocol(
     table = compare(run, film, real, preset, detector)
     motion, camera = film.track.motion[table.numbers], film.track.camera.resized(preset.size, preset.size)
     table.add('source', lambda: np.repeat(table.portrait[None], len(table.numbers), 0))
+    for name in baselines: add_baseline(run, name, film, preset, head, table, device, matte, parser)
     table.add('coarse', lambda: shown_frames(coarse, table.numbers), ['rounds/0/dataset'])
     results, chosen = run_rounds(run, coarse, first_frame(film), head, config, seed, device, detector)
     for r in results:
@@ -337,13 +378,14 @@ def write_results(
     table: Comparison,
     chosen: str,
     fps: float = 8.,
+    missing: dict|None = None,   # other rows that could not be made, and why
 ) -> dict:
     "Write `metrics.json`, `strip.png` and `comparison.mp4`."
     choice = run.path('rounds', 'choice.json')
     truth = dict(sharpness=float(np.mean([sharpness(table.truth.white(i), table.truth.masks(i)['sharp']) for i in range(table.spread)])), flicker=1.)
     result = dict(protocol=protocol, frames=table.spread, rows={name: row for name, (_, row) in table.rows.items()}, chosen=chosen,
                   reason=json.loads(choice.read_text())['reason'] if protocol == 'self' and choice.exists() else '', truth=truth,
-                  missing=missing_metrics())
+                  missing=missing_metrics() | (missing or {}))
     write_atomic(run.path('metrics.json'), json.dumps(result, indent=1) + '\n')
     lines = {'truth': table.images, **{name: images for name, (images, _) in table.rows.items()}}
     write_image(run.path('strip.png'), comparison(lines, np.linspace(0, table.spread - 1, 6).round().astype(int)))
@@ -361,7 +403,7 @@ def comparison(
     "Rows of pictures under each other, the row's name at the left."
     cut = int(crop*next(iter(lines.values())).shape[2])
     parts = [np.concatenate([images[i][:, cut:-cut or None] for i in picked], 1) for images in lines.values()]
-    return np.concatenate([labelled(part, name) for name, part in zip(lines, parts)], 0)
+    return np.concatenate([labelled(part, name, max(70, 10 + 6*max(map(len, lines)))) for name, part in zip(lines, parts)], 0)
 
 
 def labelled(
@@ -403,25 +445,27 @@ def evaluate_clip(
     head: str = 'open',               # or 'flame', with FLAME's file
     matte: str = 'default',           # who cuts out the person, in the truth and in a network's film: or 'rvm'
     parser: str = 'default',          # who names the regions and finds clothes: or 'bisenet', which reads the film's own frames
+    baselines: str = '',              # earlier methods as further rows, with commas; or 'all' whose weights are here
 ) -> dict:                            # what metrics.json holds
     "Measure the whole way on a film of a real person."
     if protocol not in ('self', 'monocular'): raise InputError(f"unknown protocol {protocol!r}; use self or monocular")
     name, settings = preset if isinstance(preset, str) else 'own', pick_preset(preset)
     if not Path(clip).is_file(): raise InputError(f"{clip}: no such film; give a video of one person who speaks")
     check_backends(animator=animator, restorer=restorer, matte=matte, parser=parser)
-    if protocol == 'monocular' and (animator, restorer, rounds) != ('mesh', 'detail', None):
-        raise InputError("--animator, --restorer and --rounds have no part in --protocol monocular: its field learns from the film; leave them out")
+    if protocol == 'monocular' and (animator, restorer, rounds, baselines) != ('mesh', 'detail', None, ''):
+        raise InputError("--animator, --restorer, --rounds and --baselines have no part in --protocol monocular: its field learns from the film; leave them out")
+    earlier, missing = pick_baselines(baselines)
     load_head(head)                   # says what is missing, before anything is made
     rounds, device = (1 if name == 'smoke' else 2) if rounds is None else rounds, pick_device(device)
     field = AvatarConfig.preset(settings.field, backend=backend)
     config = RoundsConfig(rounds, settings.steps, settings.round_steps, restorer=restorer, render_frames=settings.round_frames, avatar=field)
     run = Run(out, dict(clip=str(clip), protocol=protocol, preset=name, settings=asdict(settings), rounds=rounds, seed=seed, restorer=restorer,
-                        animator=animator, backend=backend, device=device, head=head, matte=matte, parser=parser))
+                        animator=animator, backend=backend, device=device, head=head, matte=matte, parser=parser, baselines=earlier))
     with run:
         seed_all(seed)
-        if protocol == 'self': table, chosen = self_protocol(run, clip, settings, config, animator, seed, device, head, matte, parser)
+        if protocol == 'self': table, chosen = self_protocol(run, clip, settings, config, animator, seed, device, head, matte, parser, earlier)
         else: table, chosen = monocular_protocol(run, clip, settings, field, seed, device, head=head, matte=matte, parser=parser)
-        return write_results(run, protocol, table, chosen)
+        return write_results(run, protocol, table, chosen, missing=missing)
 
 # %% ../nbs/20_evaluate.ipynb #c021
 def measure_driven(

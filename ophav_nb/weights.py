@@ -113,11 +113,11 @@ WEIGHTS = [
            "MediaPipe's detector", "a33c6b73de24aad7", "ssh1.conv7x7_3.0.weight", network="nets.retinaface:RetinaFace",
            url=_FACEXLIB + "v0.1.0/detection_Resnet50_Final.pth", size=109497761,
            sha256="6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d", used=False),
-    Weight("fomm", "vox-cpk.pth.tar", "MIT", _GITHUB + "AliaksandrSiarohin/first-order-model", "--animator fomm, a baseline",
-           "--animator mesh", "c89940ee3a14676b", "kp_detector.jacobian.weight", keep=("generator.", "kp_detector."), network="nets.fomm:Fomm", used=False),
+    Weight("fomm", "vox-cpk.pth.tar", "MIT", _GITHUB + "AliaksandrSiarohin/first-order-model", "evaluate --baselines fomm",
+           "the table without this row", "c89940ee3a14676b", "kp_detector.jacobian.weight", keep=("generator.", "kp_detector."), network="nets.fomm:Fomm"),
     Weight("pirender", "epoch_00190_iteration_000400000_checkpoint.pt", "CC BY-NC 4.0: not for commercial use", _GITHUB + "RenYurui/PIRender",
-           "--animator pirender, a baseline", "--animator mesh", "192d6c59d3ed3ac8", "mapping_net.first.0.weight", "net_G_ema",
-           network="nets.pirender:PIRenderer", used=False),
+           "evaluate --baselines pirender, together with deep3d", "the table without this row", "192d6c59d3ed3ac8", "mapping_net.first.0.weight",
+           "net_G_ema", network="nets.pirender:PIRenderer"),
 ]
 
 
@@ -163,10 +163,11 @@ BACKENDS = {"matte": {"default": (), "rvm": ("rvm",)}, "parser": {"default": (),
             "restorer": {"detail": (), "gfpgan": ("gfpgan",), "none": ()},
             "animator": {"mesh": (), "facevid2vid": ("facevid2vid",),
                          "liveportrait": tuple(w.name for w in WEIGHTS if w.name.startswith("liveportrait_"))}}   # choices, and the weights that each needs
+BACKENDS["baseline"] = {"fomm": ("fomm",), "pirender": ("pirender", "deep3d"), **{k: v for k, v in BACKENDS["animator"].items() if v}}
 
 
 def check_backends(
-    **chosen: str,   # matte, parser, animator, restorer
+    **chosen: str,   # matte, parser, animator, restorer, baseline
 ) -> None:
     "Say what is unknown, or which weights are missing, before anything is made."
     for option, name in chosen.items():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ophav_nb.animators import (ExpressionBank, FaceVid2VidAnimator, LivePortraitAnimator, calibration_motion, expression_features,
+from ophav_nb.animators import (ExpressionBank, FaceVid2VidAnimator, FommReenactment, LivePortraitAnimator, calibration_motion, expression_features,
                                 film_heads, frames_at_once, head_moves, make_animator, named_expression, stored_pictures, wanted_openness, write_film)
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
@@ -17,6 +17,7 @@ from ophav_nb.motion import NAMES, head_rotation, retarget, scripted
 from ophav_nb.nets import facevid2vid as fv
 from ophav_nb.nets import liveportrait as lp
 from ophav_nb.nets.blocks import DenseMotion, Flow
+from ophav_nb.nets.fomm import Points
 from ophav_nb.run import InputError
 from ophav_nb.track import Track
 
@@ -329,3 +330,39 @@ def test_batches_and_kinds(track, head, monkeypatch, tmp_path):
     with pytest.raises(InputError): make_animator('puppet')
     blind = FaceVid2VidAnimator(image=picture(), network=small('facevid2vid'), side=SIDE)
     with pytest.raises(InputError, match='track'): next(blind.frames(track.motion))
+
+
+class FakeFomm(torch.nn.Module):
+    "In place of first-order motion's networks: the portrait, brighter by the first keypoint."
+    def __init__(self):
+        super().__init__()
+        self.generator, self.seen = self, 0
+        self.final = torch.nn.Conv2d(1, 1, 1)
+
+    def kp_detector(self, x):
+        self.seen += len(x)
+        return Points(x.mean((2, 3))[:, :2, None].expand(-1, -1, 2) + torch.tensor([[0., 1], [.5, -1]]), torch.eye(2).expand(len(x), 2, 2, 2))
+
+    def prepare(self, x): return x
+    def generate(self, prepared, source, driving): return prepared.expand(len(driving.value), -1, -1, -1)*.5 + driving.value[:, 0, 0, None, None, None]*.5, None
+
+
+def test_a_baseline_is_driven_by_the_film(track, head, monkeypatch):
+    "Batches and starts change nothing; sizes are the portrait's; the film comes in small parts."
+    monkeypatch.setattr('ophav_nb.nets.fomm.hull_area', lambda p: torch.ones(len(p)))
+    class Film:
+        "Frames that are made when asked for, and how many were asked for at once."
+        most = 0
+        def __len__(self): return 7
+        def __getitem__(self, i):
+            if isinstance(i, int): return picture(i)
+            some = [picture(k) for k in range(7)[i]]
+            Film.most = max(Film.most, len(some))
+            return np.stack(some)
+    make = lambda **more: FommReenactment(picture(), (Film(), track), track, head, network=FakeFomm(), device='cpu', **more)
+    frames = list(make(batch=2).frames())
+    assert len(frames) == 7 and frames[0].shape == (SIZE, SIZE, 3) and Film.most == 2
+    rest = list(make(batch=3).frames(start=3))
+    assert all(np.abs(a.astype(int) - b.astype(int)).max() <= 1 for a, b in zip(frames[3:], rest, strict=True))
+    assert next(make().frames(size=50)).shape == (50, 50, 3)
+    with pytest.raises(InputError, match='no frames'): FommReenactment(picture(), ([], track), network=FakeFomm())

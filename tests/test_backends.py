@@ -10,15 +10,18 @@ import safetensors.torch
 from test_animators import small
 
 from ophav_nb import evaluate, metrics, pipeline, weights
-from ophav_nb.animators import NETWORKS
+from ophav_nb.animators import NETWORKS, make_baseline
 from ophav_nb.cli import main
 from ophav_nb.dataset import HeadDataset
+from ophav_nb.detect import Detector
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import VideoWriter, read_image, read_video
 from ophav_nb.nets.arcface18 import ArcFace18
 from ophav_nb.nets.bisenet import BiSeNet
 from ophav_nb.nets.deep3d import Deep3D
 from ophav_nb.nets.fan import FAN
+from ophav_nb.nets.fomm import Fomm
+from ophav_nb.nets.pirender import PIRenderer
 from ophav_nb.nets.rvm import RobustVideoMatting
 from ophav_nb.pipeline import Preset, create, load_portrait
 from ophav_nb.run import InputError, Run
@@ -26,7 +29,8 @@ from ophav_nb.track import Track
 
 TINY = Preset(192, 48, 5, 12, 6, 3, .2, 64)
 GOLDEN = dict(rvm=(RobustVideoMatting, 'rvm_mobilenetv3'), bisenet=(BiSeNet, 'bisenet_19'),
-              arcface18=(ArcFace18, 'csim_otavatar'), fan=(FAN, 'fan4_2d'), deep3d=(Deep3D, 'deep3dfacerecon_resnet50'))
+              arcface18=(ArcFace18, 'csim_otavatar'), fan=(FAN, 'fan4_2d'), deep3d=(Deep3D, 'deep3dfacerecon_resnet50'),
+              fomm=(Fomm, 'fomm_vox256'), pirender=(PIRenderer, 'pirender_face'))
 
 
 def keep(name: str, tensors: dict):
@@ -40,8 +44,9 @@ def put(*names: str):
     "Drawn weights of these networks."
     for name in names:
         build, known = GOLDEN[name]
-        rules = golden_fill.manifest(known)['parts']['']
-        keep(name, golden_fill.fill(build(), rules['rules'], rules['gain']).state_dict())
+        net = build()
+        for part, rules in golden_fill.manifest(known)['parts'].items(): golden_fill.fill(net.get_submodule(part), rules['rules'], rules['gain'])
+        keep(name, net.state_dict())
 
 
 @pytest.fixture(params=['facevid2vid', 'liveportrait'])
@@ -207,3 +212,51 @@ def test_evaluation_says_missing_weights_first(tmp_path, capsys, option, name):
     assert main(['evaluate', '--clip', str(tmp_path/'film.mp4'), '--out', str(tmp_path/'out'), f'--{option}', name]) == 2
     said = capsys.readouterr().err
     assert said.count('\n') == 1 and 'ophav weights add' in said and not (tmp_path/'out').exists()
+
+
+def test_missing_baselines(tmp_path, capsys):
+    "One that is named is an error of one line; of all, those that are missing are listed."
+    (tmp_path/'film.mp4').write_bytes(b'no film')
+    for name, licence in (('fomm', 'MIT'), ('fomm,pirender', 'MIT'), ('pirender', 'CC BY-NC'), ('liveportrait', 'MIT')):
+        assert main(['evaluate', '--clip', str(tmp_path/'film.mp4'), '--out', str(tmp_path/'out'), '--baselines', name]) == 2
+        said = capsys.readouterr().err
+        assert said.count('\n') == 1 and licence in said and 'https://github.com' in said and 'ophav weights add' in said and not (tmp_path/'out').exists()
+    with pytest.raises(InputError, match="unknown baseline 'other'; choose one of fomm"): evaluate.pick_baselines('fomm, other'[6:])
+    names, missing = evaluate.pick_baselines('all')
+    assert names == [] and list(missing) == ['fomm', 'pirender', 'facevid2vid', 'liveportrait'] and 'vox-cpk.pth.tar' in missing['fomm']
+    keep('fomm', {}), keep('pirender', {})
+    assert evaluate.pick_baselines('all')[0] == ['fomm'] and 'epoch_20.pth' in evaluate.pick_baselines('all')[1]['pirender']
+    assert evaluate.pick_baselines(' fomm,fomm') == (['fomm'], {}) and evaluate.pick_baselines('') == ([], {})
+
+
+@pytest.mark.slow
+def test_baselines_are_rows(base, tmp_path):
+    "First-order motion and PIRenderer with drawn weights: heads as large as the truth's, rows, table, strip and film; made once."
+    put('fomm', 'pirender', 'deep3d')
+    film, size, head = short_film(base), SimpleNamespace(size=96, crop=192, every=1, in_a_row=2), HeadModel.load()
+    run, detector = Run(tmp_path/'evaluation', {}), Detector()
+    with run:
+        run.make('clip', lambda folder: None)
+        table = evaluate.compare(run, film, evaluate.add_truth(run, film, size, head), size, detector)
+        table.add('source', lambda: np.repeat(table.portrait[None], len(table.numbers), 0))
+        for name in ('fomm', 'pirender'): evaluate.add_baseline(run, name, film, size, head, table)
+        result = evaluate.write_results(run, 'self', table, 'source', missing={'liveportrait': 'why'})
+        made = run.path('baselines', 'fomm', '00000.png').stat().st_mtime_ns
+        evaluate.add_baseline(run, 'fomm', film, size, head, table)
+    assert made == run.path('baselines', 'fomm', '00000.png').stat().st_mtime_ns and not run.path('baselines', 'fomm', 'film').exists()
+    assert list(result['rows']) == ['source', 'fomm', 'pirender'] and result['missing']['liveportrait'] == 'why'
+    assert all(result['rows'][name]['psnr_head'] > 0 for name in result['rows'])
+    assert '| pirender |' in evaluate.results_table(result) and read_image(run.path('strip.png')).shape[0] == 4*96
+    assert read_video(run.path('comparison.mp4'))[0].shape[1:3] == (96, 4*96)
+    whites = [(images > 250).all(-1).mean() for images, _ in table.rows.values()]
+    assert all(abs(w - whites[0]) < .2 for w in whites)              # a head on white, not a whole picture
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('animator', ['liveportrait'], indirect=True)
+def test_animators_as_baselines(base, tmp_path, animator):
+    film, head = short_film(base), HeadModel.load()
+    maker = make_baseline(animator, image=film.frames[0], driving=(film.frames, film.track), track=film.track, head=head)
+    pictures = list(maker.frames())
+    assert len(pictures) == 3 and pictures[0].shape == film.frames[0].shape and maker.name == animator
+    assert np.abs(pictures[2].astype(int) - next(maker.frames(start=2))).max() <= 1

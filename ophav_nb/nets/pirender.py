@@ -289,12 +289,13 @@ def animate(
     batch: int = 4,
     size: int = 256,            # of the result; the checkpoint is for 256
     half: bool = False,         # mixed precision
+    start: int = 0,             # first frame wanted
 ) -> Iterator[np.ndarray]:      # uint8 [size,size,3]
     "The portrait as the coefficients say, frame by frame."
     device = net.mapping_net.first[0].weight.device
     x = torch.from_numpy(np.ascontiguousarray(source)).to(device).permute(2, 0, 1)[None].float()/127.5 - 1
     if x.shape[2:] != (size, size): x = F.interpolate(x, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp_(-1, 1)
     told = torch.from_numpy(np.asarray(coefficients, np.float32)).to(device)
-    for frames in torch.arange(len(told), device=device).split(batch):
+    for frames in torch.arange(start, len(told), device=device).split(batch):
         with torch.autocast(device.type, enabled=half): out = net(x.expand(len(frames), -1, -1, -1), windows(told, frames))["fake_image"]
         yield from ((out.float() + 1)*127.5).round_().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
