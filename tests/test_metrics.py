@@ -2,12 +2,15 @@
 from pathlib import Path
 
 import ophav_nb  # noqa: F401  (before torch: it sets how threads wait)
+import golden_fill
 import numpy as np
 import pytest
+import torch
 
 from ophav_nb import metrics as m
 from ophav_nb.detect import LEFT_IRIS, RIGHT_IRIS, Detector, head_crop
 from ophav_nb.media import read_image, read_video, resize
+from ophav_nb.weights import add_weight
 
 CLIPS = Path(__file__).parents[2]/"shared"/"data"/"clips"
 
@@ -130,6 +133,86 @@ def test_a_row_of_the_table(detector, head):
     worse = truth.score([np.roll(truth.white(0), 3, 1)]*3)
     assert worse["psnr_head"] < 30 and 3 < worse["landmark_distance"] < 12 and worse["identity_distance"] < .3
     assert set(m.missing_metrics()) == {"csim", "lpips", "fid", "aed", "apd", "akd"}
+
+
+def test_frechet_distance():
+    "By its definition: with more samples than numbers scipy's root of the product says the same."
+    from scipy.linalg import sqrtm
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(40, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(30, 5)) @ rng.normal(size=(5, 5)) + .5
+    A, B = np.cov(a.T), np.cov(b.T)
+    exact = ((a.mean(0) - b.mean(0))**2).sum() + np.trace(A + B - 2*sqrtm(A @ B).real)
+    assert m.frechet_distance(a, b) == pytest.approx(exact, rel=1e-9) and m.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    few = rng.normal(size=(4, 300))
+    assert m.frechet_distance(few, few + 1) == pytest.approx(300)
+
+
+def drawn_file(name: str, path: Path) -> Path:
+    "Drawn weights with a manifest's names and shapes, as their authors keep them."
+    known = golden_fill.manifest(name)["parts"][""]
+    shapes = known["state_dict"]
+    tensor = lambda k, shape, kind: golden_fill.filled(k, shape, known["rules"], known["gain"], shapes) if kind == "float32" else torch.zeros(shape, dtype=torch.int64)
+    torch.save({k: tensor(k, *entry) for k, entry in shapes.items() if not k.startswith("classifier.")}, path)   # what LPIPS does not read is left out
+    return path
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    "An empty cache, and no way out."
+    monkeypatch.setenv("OPHAV_HOME", str(tmp_path/"home"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path/"torch"))
+    def refuse(*_, **__): raise AssertionError("something wants to fetch")
+    for name in ("connect", "connect_ex"): monkeypatch.setattr("socket.socket." + name, refuse)
+    m.measuring_network.cache_clear()
+    yield tmp_path
+    m.measuring_network.cache_clear()
+    assert not (tmp_path/"torch").exists()
+
+
+def shots(n=3, size=64, seed=0): return (golden_fill.drawn_picture(f"shots{seed}", (n, 3, size, size))*255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def test_what_is_missing_is_said_with_its_command(offline, monkeypatch):
+    said = m.missing_metrics()
+    assert "ophav weights get lpips" in said["lpips"] and "epoch_20.pth" in said["aed"] and "ophav weights add FILE" in said["csim"]
+    add_weight(drawn_file("alexnet_torchvision", offline/"alexnet-owt-7be5be79.pth"))
+    monkeypatch.setattr(m.importlib.util, "find_spec", lambda name: None)
+    said = m.missing_metrics()
+    assert "weights" not in said["lpips"] and "pip install 'ophav-nb[pretrained]'" in said["lpips"] and "lpips" not in m.present_networks()
+    assert "ophav weights get fid" in said["fid"] and "the package torch_fidelity" in said["fid"]
+
+
+def test_lpips_from_a_local_file(offline):
+    "Nothing is fetched; equal pictures are 0 apart; the trunk is the file's, the layers on top the package's."
+    lpips = pytest.importorskip("lpips")
+    add_weight(drawn_file("alexnet_torchvision", offline/"alexnet-owt-7be5be79.pth"))
+    assert "lpips" in m.present_networks() and "lpips" not in m.missing_metrics()
+    a, b, points = shots(), shots(seed=1), np.zeros((3, 478, 3))
+    same, other = (m.network_metrics(a, points, truth, points) for truth in (a, b))
+    assert same == {"lpips": 0} and .01 < other["lpips"] < 3
+    assert m.network_metrics(a[:, :50, :50], points, b[:, :50, :50], points) == {}       # smaller than what AlexNet can see
+    net = m.load_lpips()
+    one = m.lpips_distance(net, a, b, batch=1)
+    np.testing.assert_allclose(one, m.lpips_distance(net, a, b), rtol=1e-4)
+    assert one.mean() == pytest.approx(other["lpips"], rel=1e-4)
+    torch.testing.assert_close(net.net.slice3[1].weight.detach(), golden_fill.filled("features.6.weight", (384, 192, 3, 3), (), 1.4))
+    ours = torch.load(Path(lpips.__file__).parent/"weights"/"v0.1"/"alex.pth", map_location="cpu", weights_only=True)
+    torch.testing.assert_close(net.lin2.model[1].weight.detach(), ours["lin2.model.1.weight"])
+
+
+@pytest.mark.slow
+def test_fid_from_a_local_file(offline):
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    name, _ = add_weight(drawn_file("inception_fid", offline/"weights-inception-2015-12-05-6726825d.pth"))
+    assert name == "fid" and m.present_networks() == ["fid"]
+    a, b, points = shots(4), shots(4, seed=1), np.zeros((4, 478, 3))
+    same, other = (m.network_metrics(a, points, truth, points) for truth in (a, b))
+    assert same["fid"] == pytest.approx(0, abs=1e-6) and other["fid"] > 1e-3 and m.network_metrics(a[:1], points, b[:1], points) == {}
+    net = m.measuring_network("fid", m.find_weight("fid"))
+    x, y = (m.inception_features(net, f, batch=3)[:, :64] for f in (a, b))               # the package's own root takes long for 2048
+    theirs = fid_statistics_to_metric(*(fid_features_to_statistics(torch.from_numpy(f)) for f in (x, y)), False)
+    assert m.frechet_distance(x, y) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.clips

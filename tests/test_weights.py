@@ -54,6 +54,7 @@ OFFICIAL = {   # row -> (manifest, how its authors wrap the parts in a file)
     "deep3d": ("deep3dfacerecon_resnet50", lambda t: {"net_recon": t[""], "opt_00": ADAM, "sched_00": {"milestones": collections.Counter([1])}}),
     "fan": ("fan4_2d", lambda t: {k: v for k, v in t[""].items() if not k.endswith("tracked")}),   # older than these counters
     "s3fd": ("s3fd", WHOLE), "retinaface": ("retinaface_r50", lambda t: DDP(t[""])),
+    "lpips": ("alexnet_torchvision", WHOLE), "fid": ("inception_fid", WHOLE),
     "fomm": ("fomm_vox256", lambda t: {**t, "discriminator": {"a": torch.zeros(2)}, "epoch_generator": 90}),
     "pirender": ("pirender_face", lambda t: {"net_G": {k: v + 1 for k, v in list(t[""].items())[:3]}, "net_G_ema": t[""], "net_G_optimizer": ADAM}),
 }
@@ -83,7 +84,7 @@ def test_every_row_is_complete():
     assert len({w.name for w in weights.WEIGHTS}) == len(weights.WEIGHTS)
     for row in weights.WEIGHTS:
         assert row.licence and row.page.startswith("https://") and row.enables and row.without
-        assert row.sha256 is None or len(row.sha256) == 64
+        assert row.sha256 is None or len(row.sha256) == 64 or len(row.sha256) == 8 and row.sha256 in row.file
         assert not row.url or row.sha256, "what is fetched must be compared with something"
         assert bool(row.shapes) == bool(row.mark) == (row.name in OFFICIAL)
     assert {r["name"] for r in weights_table()} == {w.name for w in weights.WEIGHTS}
