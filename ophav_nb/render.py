@@ -122,7 +122,10 @@ def surface_band(
     hit, shell = skin.mask, first.mask
     near = np.where(shell, first.depth, skin.depth - face)
     near = np.where(hit, np.minimum(near, skin.depth - .8*face), near)
-    far = np.where(hit, skin.depth + back, np.minimum(last.depth, first.depth + deepest))
+    edge = 2*max(1, round(2*H/256)) + 1                                   # past an edge (the jaw before the neck) a ray that just misses goes on to what lies behind
+    behind = ndi.maximum_filter(skin.depth, edge)
+    behind = np.where((behind > skin.depth + .015) & (behind < skin.depth + deepest), behind, skin.depth)
+    far = np.where(hit, behind + back, np.minimum(last.depth, first.depth + deepest))
     far = np.maximum(far, near + .004)
     room = interpolate(widths[:, None], faces, skin)[..., 0]*1.6 + .004   # what belongs to the skin that is hit; more in front is something else
     knee = np.where(hit & (skin.depth - room > near + .012), skin.depth - room, near)
@@ -476,6 +479,10 @@ def _view_scouted(field, deformer, poses, camera, band, samples, condition, appe
     if len(alone): depth[alone], step[alone] = sample_depths(start[alone], knee[alone], end[alone], np.full((len(alone), samples), .5, np.float32))
     out = np.zeros((H*W, 4), np.float32)
     out[pixels] = look(pixels, depth, step, count)[0]
+    again = (out[pixels, 3] < .97) & (count > 0) & ~(lonely | empty) & ((near > start) | (far < end))
+    if again.any():                                                        # where the neighbours' depths left a hole: the whole band
+        depth, step = sample_depths(start[again], knee[again], end[again], np.full((again.sum(), samples), .5, np.float32))
+        out[pixels[again]] = look(pixels[again], depth, step, np.full(again.sum(), samples))[0]
     return out.reshape(H, W, 4)
 
 # %% ../nbs/13_render.ipynb #c029
