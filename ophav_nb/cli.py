@@ -62,6 +62,7 @@ The same command again continues where it stopped; changed options redo only wha
 def _backends(p) -> None:
     _option(p, "--matte", "who cuts out the person: default, rvm")
     _option(p, "--parser", "who names the regions of a face: default, bisenet")
+    _option(p, "--detector", "who looks for faces: default, s3fd, retinaface")
     _option(p, "--animator", "who makes the coarse film: mesh (default), facevid2vid, liveportrait")
 
 

@@ -7,13 +7,13 @@ __all__ = ['INNER_LIPS_UPPER', 'INNER_LIPS_LOWER', 'INNER_LIPS', 'OUTER_LIPS', '
            'RIGHT_LID_UPPER', 'RIGHT_LID_LOWER', 'LEFT_EYE', 'RIGHT_EYE', 'LEFT_IRIS', 'RIGHT_IRIS', 'IRIS',
            'LEFT_BROW', 'RIGHT_BROW', 'BROWS', 'OVAL', 'INNER_FACE', 'LID_PAIRS', 'LIP_PAIRS', 'LIPS', 'LEFT_REGION',
            'RIGHT_REGION', 'FEW_OF_68', 'CODES', 'NOSE', 'to_batch', 'cut', 'uncut', 'Face', 'overlap', 'merge',
-           'roi_of_landmarks', 'Networks', 'draw_landmarks', 'find_faces', 'is_human', 'yaw_of', 'one_face', 'Follower',
-           'fill_lost', 'guided_filter', 'foreground', 'Detector', 'head_crop', 'eye_opening', 'blink', 'points_of_68',
-           'parsing']
+           'roi_of_landmarks', 'Networks', 'draw_landmarks', 'as_faces', 'make_finder', 'find_faces', 'is_human',
+           'yaw_of', 'one_face', 'Follower', 'fill_lost', 'guided_filter', 'foreground', 'Detector', 'head_crop',
+           'eye_opening', 'blink', 'points_of_68', 'parsing']
 
 # %% ../nbs/05_detect.ipynb #c003
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -21,7 +21,8 @@ from torch import Tensor
 
 # %% ../nbs/05_detect.ipynb #c004
 from .run import InputError, progress
-from .media import Crop, to_uint8
+from .media import Crop, resize, to_uint8
+from .nets import retinaface, s3fd
 from .nets.mediapipe import load_networks
 
 # %% ../nbs/05_detect.ipynb #c006
@@ -173,6 +174,8 @@ def roi_of_landmarks(
 # %% ../nbs/05_detect.ipynb #c019
 class Networks:
     "The four networks on a device; about two million numbers, loaded in a tenth of a second."
+    finder = None                   # another's detector in the place of the box networks, see `make_finder`
+
     def __init__(
         self,
         device: str|torch.device = "cpu",
@@ -254,6 +257,36 @@ def draw_landmarks(
             draw.ellipse([x - .5 - radius, y - .5 - radius, x - .5 + radius, y - .5 + radius], fill=tuple(int(c) for c in colour))
     return np.array(picture)
 
+# %% ../nbs/05_detect.ipynb #c024c
+def as_faces(
+    found: np.ndarray,     # [F,5 or 15]: left, top, right, bottom, likelihood; perhaps eyes, nose, corners of the mouth
+    scale: float = 1.,     # pixels of the answer for one of the network's
+) -> list[Face]:           # from left to right
+    "Another detector's answers; points that it does not give are put where an upright face has them."
+    faces = []
+    for box, score, five in zip(found[:, :4], found[:, 4], found[:, 5:].reshape(len(found), (found.shape[1] - 5)//2, 2)):
+        points = box[:2] + (box[2:] - box[:2])*np.float32([[.3, .4], [.7, .4], [.5, .6], [.5, .8], [.03, .45], [.97, .45]])
+        if len(five): points[:4] = [*five[:3], five[3:].mean(0)]
+        faces.append(Face(box*scale, points*scale, float(score)))
+    return sorted(faces, key=lambda f: f.box[0] + f.box[2])
+
+
+def make_finder(
+    name: str = "default",             # 'default', 's3fd' or 'retinaface'
+    device: str|torch.device = "cpu",
+    longest: int = 1024,               # px of the longer side that the network sees at most
+) -> Callable[[np.ndarray], list[Face]]|None:   # uint8 [H,W,3] -> faces; None: the package's own networks
+    "Who looks for faces' boxes; weights that are missing are named, with their licence and the command that adds them."
+    if name == "default": return None
+    known = {"s3fd": (s3fd, "load_s3fd"), "retinaface": (retinaface, "load_retinaface")}
+    if name not in known: raise InputError(f"unknown detector '{name}'; choose one of default, {', '.join(known)}")
+    module, load = known[name]
+    net = getattr(module, load)(device=device)
+    def find(image: np.ndarray) -> list[Face]:
+        small = resize(image, longest) if max(image.shape[:2]) > longest else image
+        return as_faces(module.find_faces(net, small), image.shape[1]/small.shape[1])
+    return find
+
 # %% ../nbs/05_detect.ipynb #c025
 def _tiles(
     height: int, width: int,
@@ -273,6 +306,7 @@ def find_faces(
     thorough: bool = True,      # look into parts of the picture too
 ) -> list[Face]:                # from left to right
     "All faces of a picture; small ones are looked for only where there are no large ones."
+    if networks.finder: return networks.finder(image)
     h, w = image.shape[:2]
     whole, fine = np.float32([[w/2, h/2, max(h, w), 0]]), [p for p in (2, 4) if thorough and max(h, w)/p >= 256]
     plans = [(("short", "full"), whole, least), (("short",), whole*np.float32([1, 1, 1.7, 1]), least)]
@@ -413,8 +447,9 @@ class Follower:
         "Each frame's square from the box networks; frames without a face take their neighbour's."
         h, w = frames.shape[2:]
         whole, rois, last = np.float32([[w/2, h/2, max(h, w), 0]]), [], self.last
-        for frame, found in zip(frames, self.networks.boxes(frames, whole.repeat(len(frames), 0))):
-            found = found or self.networks.boxes(frame[None], whole, "full")[0]
+        look = self.networks.finder
+        for frame, found in zip(frames, [None]*len(frames) if look else self.networks.boxes(frames, whole.repeat(len(frames), 0))):
+            found = look(_bytes(frame)) if look else found or self.networks.boxes(frame[None], whole, "full")[0]
             found.sort(key=lambda f: f.box[0] + f.box[2])
             if found:
                 if last is not None: best = min(found, key=lambda f: np.hypot(*(f.roi - last)[:2]))
@@ -424,6 +459,11 @@ class Follower:
             rois.append(last)
         first = next((r for r in rois if r is not None), None)
         return None if first is None else np.stack([first if r is None else r for r in rois])
+
+
+def _bytes(frame: Tensor) -> np.ndarray:
+    "A frame of a batch as the picture that it was."
+    return to_uint8(frame.permute(1, 2, 0).cpu().numpy())
 
 
 def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -500,6 +540,15 @@ def foreground(
 # %% ../nbs/05_detect.ipynb #c036
 class Detector(Networks):
     "Faces, landmarks and mattes of pictures and films."
+    def __init__(
+        self,
+        device: str|torch.device = "cpu",
+        batch: int = 8,             # squares a call of a network
+        finder: str = "default",    # who looks for faces' boxes, see `make_finder`
+    ):
+        super().__init__(device, batch)
+        self.finder = make_finder(finder, device)
+
     def faces(
         self,
         image: np.ndarray,          # uint8 [H,W,3]

@@ -8,7 +8,8 @@ __all__ = ['FIVE_POINTS', 'FIVE_PLACES', 'MISSING', 'NETWORKS', 'PACKAGES', 'gro
            'mouth_gap', 'correlation', 'sharpness_mask', 'sharpness', 'flicker', 'rigid_residual', 'face_network',
            'chip_roi', 'face_chips', 'identity_embedding', 'identity_distance', 'Truth', 'evaluate_frames',
            'why_missing', 'missing_metrics', 'present_networks', 'load_lpips', 'load_inception', 'lpips_distance',
-           'inception_features', 'frechet_distance', 'measuring_network', 'network_metrics']
+           'inception_features', 'frechet_distance', 'measuring_network', 'face_boxes', 'point_distances',
+           'network_metrics']
 
 # %% ../nbs/16_metrics.ipynb #c003
 import importlib.util, io, logging, warnings
@@ -25,8 +26,8 @@ from .run import InputError
 from .media import on_background, to_float, to_uint8
 from .detect import (INNER_FACE, INNER_LIPS, LEFT_EYE, LEFT_IRIS, LID_PAIRS, LIP_PAIRS, OUTER_LIPS, OVAL, RIGHT_EYE,
                              RIGHT_IRIS, Detector, cut, points_of_68, roi_of_landmarks, to_batch)
-from .nets import arcface18, deep3d, fan
-from .weights import find_weight, how_to_get, named_tensors
+from .nets import arcface18, deep3d, fan, retinaface, s3fd
+from .weights import find_weight, how_to_get, named_tensors, require
 
 # %% ../nbs/16_metrics.ipynb #c006
 log = logging.getLogger(__name__)
@@ -525,7 +526,36 @@ def frechet_distance(
 @lru_cache(6)
 def measuring_network(name: str, path: Path, device: str = "cpu"):
     "A network that measures, loaded once."
-    return {"arcface18": arcface18.load_arcface18, "fan": fan.load_fan, "deep3d": deep3d.load_deep3d, "lpips": load_lpips, "fid": load_inception}[name](path, device)
+    return {"arcface18": arcface18.load_arcface18, "fan": fan.load_fan, "deep3d": deep3d.load_deep3d, "lpips": load_lpips, "fid": load_inception,
+            "s3fd": s3fd.load_s3fd, "retinaface": retinaface.load_retinaface}[name](path, device)
+
+
+def face_boxes(
+    name: str,                  # 's3fd' or 'retinaface'
+    images: np.ndarray,         # uint8 [N,H,W,3]
+    device: str = "cpu",
+) -> np.ndarray:                # [N,4] left, top, right, bottom; NaN where there is none
+    "The surest face of each picture."
+    net, find = measuring_network(name, require(name), device), {"s3fd": s3fd, "retinaface": retinaface}[name].find_faces
+    found = [find(net, image) for image in images]
+    return np.stack([f[0, :4] if len(f) else np.full(4, np.nan) for f in found])
+
+
+def point_distances(
+    net,                        # FAN
+    images: np.ndarray,         # uint8 [N,H,W,3]
+    truths: np.ndarray,         # uint8 [N,H,W,3]
+    seen: np.ndarray,           # our landmarks of the truths, [N,478,3]
+    detector: str = "default",  # whose boxes: around `seen` for both; or of each picture by 's3fd' (as FAN's authors and the papers), 'retinaface'
+    device: str = "cpu",
+) -> np.ndarray:                # [N] px; NaN where this detector finds no face in one of both
+    "Mean absolute difference of x and y over FAN's 68 points."
+    if detector == "default": boxes = [np.concatenate([seen[:, :468, :2].min(1), seen[:, :468, :2].max(1)], 1)]*2
+    else: boxes = [face_boxes(detector, film, device) for film in (images, truths)]
+    ok, out = np.isfinite(boxes[0] + boxes[1]).all(1), np.full(len(images), np.nan)
+    a, b = (fan.landmarks(net, film[ok], box[ok])[0] for film, box in zip((images, truths), boxes))
+    out[ok] = np.abs(a - b).mean((1, 2))
+    return out
 
 
 def network_metrics(
@@ -536,6 +566,7 @@ def network_metrics(
     names: Sequence[str] = tuple(NETWORKS),
     same: bool = True,          # the same frames of a film: CSIM aligns both by the truth's points; False: each by its own
     device: str = "cpu",
+    detector: str = "default",  # who finds the faces for AKD, see `point_distances`
 ) -> dict[str, float]:          # only those whose weights are here
     "CSIM, AED and APD as OTAvatar measures them, AKD as FOMM (pixels of 256), LPIPS (AlexNet): means over pairs of frames; FID of both sets."
     todo, out = set(names) & set(present_networks()), {}
@@ -545,9 +576,9 @@ def network_metrics(
         a, b = arcface18.embed(net("arcface18"), images, theirs if same else own), arcface18.embed(net("arcface18"), truths, theirs)
         out["csim"] = _mean((a*b).sum(1))
     if "akd" in todo:
-        boxes = np.concatenate([seen[:, :468, :2].min(1), seen[:, :468, :2].max(1)], 1)
-        a, b = (fan.landmarks(net("fan"), film, boxes)[0] for film in (images, truths))
-        out["akd"] = _mean(np.abs(a - b))*256/images.shape[1]
+        distances = point_distances(net("fan"), images, truths, seen, detector, device)*256/images.shape[1]
+        out["akd"] = _mean(distances)
+        if detector != "default": out["akd_lost"] = int(np.isnan(distances).sum())
     if todo & {"aed", "apd"}:
         distances = deep3d.coefficient_distances(*(deep3d.coefficients(net("deep3d"), *film) for film in ((images, own), (truths, theirs))))
         out |= {k: _mean(v) for k, v in distances.items() if k.split("_")[0] in todo}

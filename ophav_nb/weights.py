@@ -105,14 +105,14 @@ WEIGHTS = [
            "MediaPipe's landmarks", "ba6e859ea97a4f2b", "m3.b3_4.conv3.weight", network="nets.fan:FAN",
            url="https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar",
            sha256="11f355bf0693120222f5955ce3f9dc8fb5763ebb30a47d7906e509490d32e4aa"),
-    Weight("s3fd", "s3fd-619a316812.pth", "BSD-3-Clause", _GITHUB + "1adrianb/face-alignment", "faces as FAN's authors find them",
+    Weight("s3fd", "s3fd-619a316812.pth", "BSD-3-Clause", _GITHUB + "1adrianb/face-alignment", "--detector s3fd: faces, and the boxes of AKD, as FAN's authors find them",
            "MediaPipe's detector", "397a8a7988504a85", "conv3_3_norm_mbox_conf.weight", network="nets.s3fd:S3FD",
            url="https://www.adrianbulat.com/downloads/python-fan/s3fd-619a316812.pth", size=89843225,
-           sha256="619a31681264d3f7f7fc7a16a42cbbe8b23f31a256f75a366e5a1bcd59b33543", used=False),
-    Weight("retinaface", "detection_Resnet50_Final.pth", "code MIT", _GITHUB + "xinntao/facexlib", "faces as GFPGAN's own tool finds them",
+           sha256="619a31681264d3f7f7fc7a16a42cbbe8b23f31a256f75a366e5a1bcd59b33543"),
+    Weight("retinaface", "detection_Resnet50_Final.pth", "code MIT", _GITHUB + "xinntao/facexlib", "--detector retinaface: faces as GFPGAN's own tool finds them",
            "MediaPipe's detector", "a33c6b73de24aad7", "ssh1.conv7x7_3.0.weight", network="nets.retinaface:RetinaFace",
            url=_FACEXLIB + "v0.1.0/detection_Resnet50_Final.pth", size=109497761,
-           sha256="6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d", used=False),
+           sha256="6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d"),
     Weight("lpips", "alexnet-owt-7be5be79.pth", "code BSD-3-Clause; trained on ImageNet, whose pictures are for non-commercial research",
            _GITHUB + "pytorch/vision", "LPIPS, with the package lpips, which holds its small layers on top (BSD-2-Clause)", "PSNR and SSIM", "e68f380d754f72ab",
            "features.10.weight", keep=("features.",), url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", sha256="7be5be79"),
@@ -175,6 +175,7 @@ def how_to_get(
 
 
 BACKENDS = {"matte": {"default": (), "rvm": ("rvm",)}, "parser": {"default": (), "bisenet": ("bisenet",)},
+            "detector": {"default": (), "s3fd": ("s3fd",), "retinaface": ("retinaface",)},
             "restorer": {"detail": (), "gfpgan": ("gfpgan",), "none": ()},
             "animator": {"mesh": (), "facevid2vid": ("facevid2vid",),
                          "liveportrait": tuple(w.name for w in WEIGHTS if w.name.startswith("liveportrait_"))}}   # choices, and the weights that each needs
@@ -182,7 +183,7 @@ BACKENDS["baseline"] = {"fomm": ("fomm",), "pirender": ("pirender", "deep3d"), *
 
 
 def check_backends(
-    **chosen: str,   # matte, parser, animator, restorer, baseline
+    **chosen: str,   # matte, parser, detector, animator, restorer, baseline
 ) -> None:
     "Say what is unknown, or which weights are missing, before anything is made."
     for option, name in chosen.items():

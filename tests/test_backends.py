@@ -22,7 +22,9 @@ from ophav_nb.nets.deep3d import Deep3D
 from ophav_nb.nets.fan import FAN
 from ophav_nb.nets.fomm import Fomm
 from ophav_nb.nets.pirender import PIRenderer
+from ophav_nb.nets.retinaface import RetinaFace
 from ophav_nb.nets.rvm import RobustVideoMatting
+from ophav_nb.nets.s3fd import S3FD
 from ophav_nb.pipeline import Preset, create, load_portrait
 from ophav_nb.run import InputError, Run
 from ophav_nb.track import Track
@@ -30,7 +32,8 @@ from ophav_nb.track import Track
 TINY = Preset(192, 48, 5, 12, 6, 3, .2, 64)
 GOLDEN = dict(rvm=(RobustVideoMatting, 'rvm_mobilenetv3'), bisenet=(BiSeNet, 'bisenet_19'),
               arcface18=(ArcFace18, 'csim_otavatar'), fan=(FAN, 'fan4_2d'), deep3d=(Deep3D, 'deep3dfacerecon_resnet50'),
-              fomm=(Fomm, 'fomm_vox256'), pirender=(PIRenderer, 'pirender_face'))
+              fomm=(Fomm, 'fomm_vox256'), pirender=(PIRenderer, 'pirender_face'),
+              s3fd=(S3FD, 's3fd'), retinaface=(RetinaFace, 'retinaface_r50'))
 
 
 def keep(name: str, tensors: dict):
@@ -80,7 +83,7 @@ def again(base, tmp_path, make=up_to_dataset, **options):
     return make(tmp_path/'run', **options)
 
 
-@pytest.mark.parametrize('option, name, licence', [('matte', 'rvm', 'GPL-3.0'), ('parser', 'bisenet', 'CelebAMask-HQ'), ('restorer', 'gfpgan', 'Apache-2.0'),
+@pytest.mark.parametrize('option, name, licence', [('detector', 's3fd', 'BSD-3'), ('detector', 'retinaface', 'MIT'), ('matte', 'rvm', 'GPL-3.0'), ('parser', 'bisenet', 'CelebAMask-HQ'), ('restorer', 'gfpgan', 'Apache-2.0'),
                                                    ('animator', 'facevid2vid', 'CC BY-NC'), ('animator', 'liveportrait', 'MIT')])
 def test_missing_weights_are_said_first(tmp_path, capsys, option, name, licence):
     out = tmp_path/'run'
@@ -91,7 +94,7 @@ def test_missing_weights_are_said_first(tmp_path, capsys, option, name, licence)
 
 
 def test_unknown_and_useless_options(tmp_path):
-    for option in ('matte', 'parser', 'animator', 'restorer'):
+    for option in ('matte', 'parser', 'detector', 'animator', 'restorer'):
         with pytest.raises(InputError, match=f'unknown {option}.*choose one of'): create('astronaut', tmp_path/'run', **{option: 'other'})
     with pytest.raises(InputError, match='--driving'): create('astronaut', tmp_path/'run', driving='film.mp4')
     assert not (tmp_path/'run').exists()
@@ -206,7 +209,7 @@ def test_evaluation_reads_regions_in_whole_pictures(base, tmp_path, monkeypatch)
     assert seen[1].shape == (3, 48, 48, 3) and seen[1][:, 0].std() > 5 and set(np.unique(coarse.parsing)) == {0, 250}
 
 
-@pytest.mark.parametrize('option, name', [('matte', 'rvm'), ('parser', 'bisenet'), ('restorer', 'gfpgan'), ('animator', 'liveportrait')])
+@pytest.mark.parametrize('option, name', [('detector', 's3fd'), ('matte', 'rvm'), ('parser', 'bisenet'), ('restorer', 'gfpgan'), ('animator', 'liveportrait')])
 def test_evaluation_says_missing_weights_first(tmp_path, capsys, option, name):
     (tmp_path/'film.mp4').write_bytes(b'no film')
     assert main(['evaluate', '--clip', str(tmp_path/'film.mp4'), '--out', str(tmp_path/'out'), f'--{option}', name]) == 2
@@ -227,6 +230,29 @@ def test_missing_baselines(tmp_path, capsys):
     keep('fomm', {}), keep('pirender', {})
     assert evaluate.pick_baselines('all')[0] == ['fomm'] and 'epoch_20.pth' in evaluate.pick_baselines('all')[1]['pirender']
     assert evaluate.pick_baselines(' fomm,fomm') == (['fomm'], {}) and evaluate.pick_baselines('') == ([], {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['s3fd', 'retinaface'])
+def test_detectors_with_drawn_weights(name, monkeypatch):
+    "The whole way from the cache: what they find means nothing, but is found; AKD takes the boxes of both pictures."
+    put(name, 'fan')
+    metrics.measuring_network.cache_clear()
+    picture = read_image('astronaut')[:200, 130:330]
+    assert all(len(f.box) == 4 and f.keypoints.shape == (6, 2) for f in Detector(finder=name).faces(picture))
+    images, points = np.stack([picture[::2, ::2]]*3), faces(3)[1]
+    found = iter([1, 0, 1, 1, 1, 0])                                   # the second has no face in the picture, the third none in the truth
+    box = np.float32([[20, 20, 80, 80, .9]])
+    module = getattr(metrics, name)
+    find, seen = module.find_faces, []
+    def faces_of(net, image):
+        seen.append(len(find(net, image)))
+        return box[:next(found)]
+    monkeypatch.setattr(module, 'find_faces', faces_of)
+    row = metrics.network_metrics(images, points, images[:, :, ::-1], points, detector=name)
+    assert row['akd'] > 0 and row['akd_lost'] == 2 and len(seen) == 6
+    plain = metrics.network_metrics(images[:1], points[:1], images[:1, :, ::-1], points[:1])
+    assert 'akd_lost' not in plain and plain['akd'] != row['akd']
 
 
 @pytest.mark.slow

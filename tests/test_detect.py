@@ -157,3 +157,36 @@ def test_crop_blink_and_parsing(image, face):
     label = parsing(face.landmarks, np.ones(image.shape[:2], np.float32))
     x, y = face.landmarks[INNER_LIPS, :2].mean(0).astype(int)
     assert label[y, x] == 140 and label[0, 0] == 80
+
+
+@pytest.mark.parametrize("name", ["s3fd", "retinaface"])
+def test_others_detectors(name, image, face, tmp_path, monkeypatch):
+    "Boxes (and points) of another network lead to the same landmarks, in pictures and films; large pictures are shown to it smaller."
+    from ophav_nb.nets import retinaface, s3fd
+    module, seen = dict(s3fd=s3fd, retinaface=retinaface)[name], []
+    eyes, nose, mouth = face.keypoints[:2], face.keypoints[2], face.keypoints[3]
+    five = np.concatenate([eyes, [nose, mouth - [10, 0], mouth + [10, 0]]]).ravel() if name == "retinaface" else []
+    def found(net, picture):
+        seen.append(picture.shape[:2])
+        scale = picture.shape[1]/512
+        return np.float32([[*(np.r_[face.box - [0, 25, 0, 0]]*scale), .99, *(np.array(five)*scale)]])       # reaches higher than ours
+    monkeypatch.setattr(module, f"load_{name}", lambda device: None)
+    monkeypatch.setattr(module, "find_faces", found)
+    detector = Detector(finder=name)
+    monkeypatch.setattr(detector, "boxes", lambda images, rois, net="short", least=.5: [[face]]*len(rois))     # the second look of `is_human`
+    one = detector.one(image)
+    assert np.abs(one.landmarks - face.landmarks)[:, :2].mean() < .5
+    large = detector.faces(resize(image, 1536))[0]
+    assert seen[-1] == (1024, 1024) and np.abs(large.box/3 - one.box).max() < .1
+    points, ok = detector.film(np.stack([image]*3))
+    assert ok.all() and np.abs(points[0] - face.landmarks)[:, :2].mean() < 1
+    monkeypatch.setattr(module, "find_faces", lambda net, picture: np.zeros((0, 15 if name == "retinaface" else 5), np.float32))
+    with pytest.raises(InputError, match="no face"): Detector(finder=name).one(image)
+    with pytest.raises(InputError, match="no face"): Detector(finder=name).film(np.stack([image]*2))
+
+
+def test_a_detector_that_is_not_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPHAV_HOME", str(tmp_path))
+    for name in ("s3fd", "retinaface"):
+        with pytest.raises(InputError, match="ophav weights get " + name): Detector(finder=name)
+    with pytest.raises(InputError, match="unknown detector"): Detector(finder="other")
