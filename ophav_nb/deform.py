@@ -194,27 +194,27 @@ def _refit_many(V, F, child, leaf, tri, L, B):
 
 # %% ../nbs/12_deform.ipynb #c020
 @kernel
-def _leaf_distances(px, py, pz, M, out):
-    "Squared distances and weights of corners b and c for the triangles of a leaf, one after the other in `out`; returns the least distance."
+def _leaf_distances(px, py, pz, L, i, out):
+    "Squared distances and weights of corners b and c for the triangles of leaf i, one after the other in `out`; returns the least distance."
     zero, one = float32(0), float32(1)
     for q in range(LANES):
-        ax, ay, az = px - M[q], py - M[LANES + q], pz - M[2*LANES + q]
-        bx, by, bz = M[3*LANES + q], M[4*LANES + q], M[5*LANES + q]
-        cx, cy, cz = M[6*LANES + q], M[7*LANES + q], M[8*LANES + q]
-        e11, e12, e22, inverse = M[9*LANES + q], M[10*LANES + q], M[11*LANES + q], M[12*LANES + q]
+        ax, ay, az = px - L[i, q], py - L[i, LANES + q], pz - L[i, 2*LANES + q]
+        bx, by, bz = L[i, 3*LANES + q], L[i, 4*LANES + q], L[i, 5*LANES + q]
+        cx, cy, cz = L[i, 6*LANES + q], L[i, 7*LANES + q], L[i, 8*LANES + q]
+        e11, e12, e22, inverse = L[i, 9*LANES + q], L[i, 10*LANES + q], L[i, 11*LANES + q], L[i, 12*LANES + q]
         d1, d2 = bx*ax + by*ay + bz*az, cx*ax + cy*ay + cz*az
-        s = d1*M[13*LANES + q]                                  # on ab
+        s = d1*L[i, 13*LANES + q]                                  # on ab
         s = zero if s < zero else s
         s = one if s > one else s
         x, y, z = ax - s*bx, ay - s*by, az - s*bz
         best, bv, bw = x*x + y*y + z*z, s, zero
-        t = d2*M[14*LANES + q]                                  # on ac
+        t = d2*L[i, 14*LANES + q]                                  # on ac
         t = zero if t < zero else t
         t = one if t > one else t
         x, y, z = ax - t*cx, ay - t*cy, az - t*cz
         e = x*x + y*y + z*z
         bv, bw, best = zero if e < best else bv, t if e < best else bw, e if e < best else best
-        u = (d2 - d1 + e11 - e12)*M[15*LANES + q]               # on bc
+        u = (d2 - d1 + e11 - e12)*L[i, 15*LANES + q]               # on bc
         u = zero if u < zero else u
         u = one if u > one else u
         r = one - u
@@ -252,7 +252,7 @@ def _nearest_wide(px, py, pz, L, B, child, leaf, tri, guess, stack, stack_d, out
     pending = guess
     while True:
         if pending >= 0:
-            m = _leaf_distances(px, py, pz, L[pending], out)
+            m = _leaf_distances(px, py, pz, L, pending, out)
             if m < best:
                 best, where = m, pending
                 for q in range(LANES):
