@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'EYES', 'LIDS', 'GFPGAN', 'TEMPLATE', 'BORDER', 'FrameContext', 'Restorer', 'frame_context', 'no_restoration',
            'Look', 'Sheet', 'face_mask', 'laplacian', 'gain_to_sharpness', 'DetailConfig', 'DetailRestorer',
-           'gfpgan_network', 'load_gfpgan', 'five_points', 'similarity', 'GfpganRestorer', 'make_restorer']
+           'gfpgan_network', 'load_gfpgan', 'five_points', 'GfpganRestorer', 'make_restorer']
 
 # %% ../nbs/15_restore.ipynb #c002
 import importlib
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 from skimage.draw import polygon2mask
+from skimage.transform import estimate_transform
 
 # %% ../nbs/15_restore.ipynb #c003
 from .animate import depth_shell
@@ -401,19 +402,6 @@ def five_points(
     return np.stack([landmarks[EYES['right']].mean(0), landmarks[EYES['left']].mean(0), landmarks[4], landmarks[61], landmarks[291]])
 
 
-def similarity(
-    source: np.ndarray,   # [N, 2]
-    target: np.ndarray,   # [N, 2]
-) -> np.ndarray:          # [2, 3]
-    "Least-squares rotation, scale and shift (Umeyama, 1991)."
-    a, b = source - source.mean(0), target - target.mean(0)
-    U, S, Vt = np.linalg.svd(b.T @ a)
-    flip = np.diag([1, np.sign(np.linalg.det(U @ Vt))])
-    scale = (S*np.diag(flip)).sum()/(a**2).sum()
-    A = scale*U @ flip @ Vt
-    return np.column_stack([A, target.mean(0) - A @ source.mean(0)])
-
-
 def _sample_affine(image, A, size, outside):
     "The picture [H, W, C] at A applied to each pixel centre of a picture of another size, `outside` beyond its edge."
     x, y = np.meshgrid(np.arange(size[1]) + .5, np.arange(size[0]) + .5)
@@ -464,7 +452,7 @@ class GfpganRestorer:
         image = to_float(render)
         shape, shown = image.shape[:2], on_background(image, BORDER)
         template = (TEMPLATE + .5)*self.size/512
-        to_face = similarity(five_points(context.landmarks), template)
+        to_face = estimate_transform('similarity', five_points(context.landmarks), template).params[:2]   # least squares (Umeyama, 1991)
         face = _sample_affine(shown, _inverse(to_face), (self.size, self.size), BORDER)
         restored = self.restore_face(face)
         shrink = max(1, int(round(np.sqrt(np.linalg.det(to_face[:, :2])))))          # face px to a render px
