@@ -272,12 +272,12 @@ def add_baseline(
     parser: str = 'default',
     finder: str = 'default',
 ) -> dict:
-    "Artifact `baselines/NAME` and its row: the first frame moved by the film as this method's authors do it; heads matted, tracked and cut out of its pictures by `film_heads`."
+    "Artifact `baselines/NAME` and its row: the first frame moved by the film as this method's authors do it; its pictures are matted and tracked by `film_heads`, and their heads cut out as the truth's are."
     size, portrait = preset.size, first_frame(film)
     def build(folder):
         maker = make_baseline(name, image=portrait.image, driving=(film.frames, film.track), track=portrait.track, head=head, device=device)
         made = film_heads(maker, film.track.motion, folder/'film', matting_detector(matte, device, finder))
-        cut = (to_uint8(made.frame(i, size)) for i in table.numbers)
+        cut = (next(cut_heads(made.images, made.track, made.matte, head, size, i)) for i in map(int, table.numbers))   # as the truth
         for k, one in enumerate(with_regions(cut, parser, lambda: (made.images[i] for i in table.numbers), device)):
             write_image(folder/f'{k:05d}.png', one[0] if isinstance(one, tuple) else one)
         del maker, made
