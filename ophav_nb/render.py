@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'KNEE', 'TILE', 'CELL', 'HAZE', 'RIM', 'FINE', 'LATE', 'STRIDE', 'RAY', 'AT', 'START', 'GUESS', 'LAST',
-           'NEXT', 'smoothstep', 'band_widths', 'mouth_amount', 'Band', 'sample_depths', 'surface_band',
-           'studio_camera', 'widen_band', 'Rendered', 'composite', 'shade', 'packed_networks', 'render_view']
+           'NEXT', 'band_widths', 'mouth_amount', 'Band', 'sample_depths', 'surface_band', 'studio_camera',
+           'widen_band', 'Rendered', 'composite', 'shade', 'packed_networks', 'render_view']
 
 # %% ../nbs/13_render.ipynb #c004
 import logging
@@ -23,17 +23,12 @@ from scipy.spatial import cKDTree
 from .deform import LANES, Deformer, Poses, Samples, _map_smooth, _map_triangle, _nearest_wide
 from .encoding import _cell
 from .field import Field, told
-from .geometry import STACK, Camera, interpolate, kernel, rasterize, vertex_normals
+from .geometry import STACK, Camera, interpolate, kernel, rasterize, smoothstep, vertex_normals
 
 # %% ../nbs/13_render.ipynb #c006
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/13_render.ipynb #c008
-def smoothstep(low, high, x):
-    "0 below, 1 above, and a smooth way between."
-    t = np.clip((x - low)/(high - low), 0, 1)
-    return t*t*(3 - 2*t)
-
 def band_widths(
     head,               # `HeadModel`
     vertices,           # at rest, metres, [V, 3]
