@@ -2,8 +2,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage as ndi
 
 import ophav_nb  # noqa: F401
+from ophav_nb import render
 from ophav_nb.deform import Deformer
 from ophav_nb.field import Field, field_config
 from ophav_nb.head import HeadModel
@@ -117,3 +119,21 @@ def test_interpolated_way_to_canonical_space(scene):
     late, _ = _view_fast(field, deformer, deformer.poses(open_mouth), o, d, band.at(pixels), 24, np.full(len(o), 14), np.full(len(o), 16), condition=np.zeros(16))
     solid = a[:, 3] > .99
     assert (late[solid, 3] > .9).mean() > .9                # who begins inside matter goes back, who ends inside goes on
+
+
+def test_holes_are_looked_at_again(scene, monkeypatch):
+    "Scouts that saw lips do not know how deep the mouth behind them is: what they misjudge inside the head is found nevertheless."
+    head, rest, _, widths = scene
+    torch.manual_seed(0)
+    field = Field(field_config(levels=4, log2_size=10, surface=60.))
+    with torch.no_grad(): field.density_network[-1].bias[0] = 6.
+    deformer, search = Deformer(head.canonical().numpy(), head.faces, mouth_amount(head, rest)), render._search
+    see = lambda: render_view(field, deformer, rest, studio_camera(192, width=.2), widths, np.zeros(16))
+    right, region = see(), (slice(90, 100), slice(80, 100))
+    assert right[region][..., 3].min() > .95
+    def misjudged(scout, mask, far):
+        near, end, *others = search(scout, mask, far)
+        near[region], end[region] = far[region] - .0225, far[region] - .0205      # in the band, but before the face
+        return near, end, *others
+    monkeypatch.setattr(render, '_search', misjudged)
+    assert np.abs(see() - right).max() < .02
