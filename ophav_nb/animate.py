@@ -516,6 +516,7 @@ class MeshAnimator:
         self._setup_sheet()
         self._setup_teeth()
         self._setup_back()
+        self._setup_body()
         self._ground, self._state = None, (self.V0, self.A0, float(self.source[1][2, 0]))
 
     # --- geometry -----------------------------------------------------------------------------------------------------------
@@ -755,7 +756,8 @@ class MeshAnimator:
         near = ((near + near.T) > 0).astype(np.float64) + 2*sparse.eye(n)
         near = sparse.diags(1/np.asarray(near.sum(1)).ravel()) @ near
         self.binding = (near @ (near @ binding)).astype(np.float32).tocsr()       # neighbours move alike
-        self.follows = sample_bilinear(self._following()[..., None], *self.sheet_source.T)[..., 0]
+        self.following = self._following()
+        self.follows = sample_bilinear(self.following[..., None], *self.sheet_source.T)[..., 0]
 
     def _flesh(self):
         "The person without clothes on the neck (they stay where they are, over it): colours and matte."
@@ -765,10 +767,20 @@ class MeshAnimator:
         under = blurred(self.skin[i, j], .012*self.size)
         soft = ndi.gaussian_filter((ndi.maximum_filter(cloth, 5) > .1).astype(np.float32), 1.5)[..., None]
         self.flesh = (under*soft + self.skin*(1 - soft)).astype(np.float32)
-        reach = .065*self.size
-        self.flesh_alpha = (self.person*np.where(cloth > .1, np.clip(2 - away/reach, 0, 1), 1)).astype(np.float32)
-        a = (self.person*ndi.gaussian_filter(self.cloth, .7))[..., None]
-        self.clothes = np.concatenate([self.spread, a], -1)
+        self.bare_away = away
+
+    def _setup_body(self):
+        "What stays still: clothes and all that does not follow the head. Under it there is a neck, and no more."
+        h, w = self.image.shape[:2]
+        reach, px = .065*self.size, h/512
+        below = self.back_faces[self.neck[self.back_faces, 4].min(1) > .1]
+        neck = rasterize(self.camera0.project((self.V0 + self.hair).astype(np.float64)), below, h, w).mask
+        neck = ndi.gaussian_filter(ndi.binary_dilation(neck, iterations=max(1, int(7*px))).astype(np.float32), 2*px)
+        still = np.maximum(ndi.gaussian_filter(self.cloth, .7*px), (1 - smoothstep(.002, .03, self.following))*(1 - neck))
+        covered = ndi.maximum_filter(self.cloth, 2*int(5*px) + 1) > .1
+        piece = ndi.binary_dilation(ndi.binary_erosion(covered, iterations=int(12*px)), iterations=int(18*px))       # specks are no clothes
+        self.flesh_alpha = (self.person*np.where(covered, np.where(piece, neck, 1)*np.clip(2 - self.bare_away/reach, 0, 1), 1)).astype(np.float32)
+        self.clothes = np.concatenate([bleed(self.spread, still, .97, max(1, int(2*px))), (self.person*still)[..., None]], -1).astype(np.float32)
 
     def _following(self) -> np.ndarray:
         "How much each pixel of the person follows the head: all inside the cut, less and less down neck and hair, the rest stays."
@@ -785,7 +797,7 @@ class MeshAnimator:
         return ndi.gaussian_filter(out, .05*unit).astype(np.float32)
 
     def _setup_back(self):
-        "The hair's thickness over the scalp, where it shows, spread to where it does not; what of the back may be drawn."
+        "The hair's thickness over the scalp, where it shows, spread to where it does not; what of the back, and of the neck behind the jaw, may be drawn."
         n, P = len(self.rest), self.P0
         scalp = np.zeros(n, bool)
         scalp[self.faces[self._region('scalp')]] = True
@@ -795,14 +807,34 @@ class MeshAnimator:
         weight = self.seen*smoothstep(.3, .6, facing) + ~scalp*1.
         thick = self._spread(thick[:, None], weight)
         self.hair = (self.normals0*np.clip(thick, 0, .04)).astype(np.float32)
-        Q = self.camera0.project((self.V0 + self.hair).astype(np.float64))
         attached = 1 - self.head.weights.numpy()[:, 0]
+        below = smoothstep(.2, .4, attached)
+        solid = ndi.minimum_filter(self.matte, 3)
+        bared = ndi.minimum_filter(self.matte*(1 - np.clip(self.cloth, 0, 1)), 3)
+        self.hair[:, 0] += self._slimmer(bared, (below > 0) & ~(scalp & (self.rest[:, 1] > self.joints3[3, 1] - .045)))
         self.back = np.zeros((n, 5), np.float32)
-        self.back[:, 1:4] = self.own
-        self.back[:, 4] = smoothstep(.4, .9, at(ndi.minimum_filter(self.matte, 3), Q))*smoothstep(.5, .9, attached)*smoothstep(-.045, -.02, self.rest[:, 1] - self.joints3[3, 1])
-        keep = (self.kind == _SKIN) & ~self._region('neck') & ~self._region('left_ear') & ~self._region('right_ear')
+        skin = sample_bilinear(self.skin, P[:, 0].astype(np.float32), P[:, 1].astype(np.float32))
+        bare = self.seen*~scalp*(at(self.alpha, P) > .9)*(at(ndi.maximum_filter(np.maximum(self.cloth, self.hanging), 5), P) < .1)
+        hairy = smoothstep(.2, .8, self._spread(scalp[:, None]*1., np.full(n, .01)))          # no teeth where hair meets the neck
+        self.back[:, 1:4] = self.own*hairy + np.clip(self._spread(skin, bare), 0, 1)*(1 - hairy)
+        upper = smoothstep(.5, .9, attached)*smoothstep(-.045, -.02, self.rest[:, 1] - self.joints3[3, 1])
+        Q = self.camera0.project((self.V0 + self.hair).astype(np.float64))
+        self.back[:, 4] = smoothstep(.4, .9, at(solid, Q))*np.maximum(upper, below)
+        self.neck = self.back.copy()
+        self.neck[:, 4] = smoothstep(.4, .9, at(solid, Q))*(1 - smoothstep(-.05, -.02, self.rest[:, 1] - self.joints3[3, 1]))
+        keep = (self.kind == _SKIN) & ~self._region('left_ear') & ~self._region('right_ear')
         self.back_faces = np.ascontiguousarray(self.faces[keep])
+        self.attached = attached.astype(np.float32)
         self.full = np.ones((2, 2), np.float32)
+
+    def _slimmer(self, solid, which) -> np.ndarray:
+        "How far the sides of the neck move inwards, so that the portrait's jaw and collar hide them as they do, metres along x [V]."
+        x = self.V0[:, 0] - np.median(self.V0[which, 0])
+        at = lambda q: sample_bilinear(solid[..., None], q[:, 0].astype(np.float32), q[:, 1].astype(np.float32))[:, 0]
+        moved = lambda s: self.camera0.project((self.V0 + np.outer((s - 1)*x, [1, 0, 0])).astype(np.float64))
+        share, told = np.full(len(x), .4), at(moved(0.)) > .5                     # a row whose middle is covered by clothes says nothing
+        for s in np.linspace(.45, 1.1, 14): share[at(moved(s)) > .95] = s
+        return self._spread(((share - 1)*x*which)[:, None], np.where(which & ~told, 0, 1.))[:, 0].astype(np.float32)*which
 
     # --- the mouth -------------------------------------------------------------------------------------------------------------
     def _setup_teeth(self):
@@ -1043,7 +1075,18 @@ class MeshAnimator:
         y, x = np.mgrid[:h, :w]
         grain = grain[np.clip(2*i - y, 0, h - 1), np.clip(2*j - x, 0, w - 1)]
         edge = np.clip(ndi.distance_transform_edt(clear)/(4*px), 0, 1)[..., None]
-        return (self.image*edge + np.clip(smooth + grain, 0, 1)*(1 - edge)).astype(np.float32)
+        ground = (self.image*edge + np.clip(smooth + grain, 0, 1)*(1 - edge)).astype(np.float32)
+        return self._clothes_behind(ground)
+
+    def _clothes_behind(self, ground) -> np.ndarray:
+        "The clothes go on behind jaw and neck, where the portrait shows them on either side."
+        cloth = ndi.binary_erosion((self.clothes[..., 3] > .9) & (self.cloth > .5), iterations=max(1, int(4*self.size/512)))
+        if not cloth.any(): return ground
+        known = cloth | (self.matte < .1)
+        share = push_pull(np.where(cloth, 1, 0)[..., None].astype(np.float32).repeat(3, -1), known.astype(np.float32))[..., 0]
+        colour = blurred(push_pull(self.image, cloth.astype(np.float32)), .004*self.size)
+        a = (smoothstep(.25, .45, share)*(self.matte > .1))[..., None]
+        return (ground*(1 - a) + .55*colour*a).astype(np.float32)                  # in the head's shadow
 
     @property
     def ground(self) -> np.ndarray:
@@ -1060,10 +1103,18 @@ class MeshAnimator:
         w = self.follows[:, None]
         r = rasterize(moved*w + still*(1 - w), self.body_faces, size*s, size*s)
         fine = np.zeros((size*s, size*s, 4), np.float32)
+        self._paint_neck(V, camera, A, fine)
         _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.flesh, self.flesh_alpha, fine)
         out = np.zeros((size, size, 4), np.float32)
         _shrink(fine, s, 0, 0, np.ones((size, size), np.float32), out)
         return out
+
+    def _paint_neck(self, V, camera, A, fine):
+        "Under the body: a neck that goes up behind the jaw, its upper end turning with the head."
+        moved, still = camera.moved(A).project(V + self.hair), camera.moved(self.A0).project(self.V0 + self.hair)
+        w = self.attached[:, None]
+        r = rasterize(moved*w + still*(1 - w), self.back_faces, *fine.shape[:2])
+        _paint_mesh(r.face, r.bary, self.back_faces, np.zeros(len(self.back_faces), np.int8), self.fixed, self.neck, self.skin, self.skin, self.skin, self.full, fine)
 
     def composite(self,
         rgba,              # a frame of this head (ours or an avatar's), uint8 or float [H, W, 4]
