@@ -16,6 +16,7 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from scipy.ndimage import gaussian_filter1d
 
 from .run import InputError, explain_os_errors, write_atomic
 
@@ -221,6 +222,17 @@ def resize(
     return _resample(image, *size, None, _FILTERS[filter])
 
 # %% ../nbs/01_media.ipynb #c023
+def _soften_border(image: np.ndarray, rows: tuple, columns: tuple) -> np.ndarray:
+    "Repeated borders without their streaks: blurred along the edge, the more the farther out."
+    image, kind = image.astype(np.float32), image.dtype
+    for turned, (before, after), (lo, hi) in ((image, rows, columns), (image.swapaxes(0, 1), columns, (0, 0))):
+        n = len(turned)
+        line = slice(lo, turned.shape[1] - hi)
+        for at, source, distance in [(before - d, before, d) for d in range(1, before + 1)] + [(n - 1 - after + d, n - 1 - after, d) for d in range(1, after + 1)]:
+            turned[at, line] = gaussian_filter1d(turned[source, line], .6*distance, axis=0, mode="nearest", truncate=2.5)
+    return image.astype(kind) if np.issubdtype(kind, np.floating) else np.clip(image + .5, 0, 255).astype(kind)
+
+
 @dataclass(frozen=True)
 class Crop:
     "A square window of an image, resampled to a fixed size."
@@ -242,7 +254,7 @@ class Crop:
     def apply(
         self,
         image: np.ndarray,       # [H,W], [H,W,C] or [N,H,W,C]
-        fill: str|float = "edge",   # outside the image: 'edge' repeats its border, a number is the value
+        fill: str|float = "edge",   # outside the image: 'edge' repeats its border, 'soft' blurs it more and more, a number is the value
         filter: str = "cubic",   # see `resize`
     ) -> np.ndarray:             # [size,size,C] (and N)
         "Cut the window out, with an area-correct filter."
@@ -255,9 +267,12 @@ class Crop:
         right, bottom = (max(0, int(np.ceil(v + reach))) for v in (x1 - width, y1 - height))
         if left or top or right or bottom:
             pads = [(top, bottom), (left, right)] + [(0, 0)]*(image.ndim - 2)
-            image = np.pad(image, pads, "edge") if fill == "edge" else np.pad(image, pads, constant_values=fill)
+            image = np.pad(image, pads, constant_values=fill) if not isinstance(fill, str) else np.pad(image, pads, "edge")
         box = (float(x0) + left, float(y0) + top, float(x1) + left, float(y1) + top)
-        return _resample(image, self.size, self.size, box, _FILTERS[filter])
+        out = _resample(image, self.size, self.size, box, _FILTERS[filter])
+        if fill != "soft": return out
+        beyond = [int(np.clip(np.ceil(v*self.scale), 0, self.size - 1)) for v in (-y0, y1 - height, -x0, x1 - width)]
+        return _soften_border(out, beyond[:2], beyond[2:])
 
     def points(self, xy):
         "Image pixels -> crop pixels, [...,2] numpy or torch."

@@ -103,7 +103,7 @@ def add_portrait(
 
     def build(folder: Path) -> None:
         crop = head_crop(found.landmarks[None], size=size)
-        square = crop.apply(image)
+        square = crop.apply(image, "soft")
         write_image(folder / "crop.png", square)
         write_image(folder / "matte.png", to_uint8(detector.matte(square[None])[0]))
         np.save(folder / "landmarks.npy", in_crop(crop, found.landmarks).astype(np.float32))

@@ -599,7 +599,7 @@ def track_portrait(
     "From a picture as it comes to the fitted head."
     found = detector.one(image, face)
     crop = head_crop(found.landmarks, size)
-    square = crop.apply(image)
+    square = crop.apply(image, "soft")
     return crop, square, detector.matte(square)[0], fit_portrait(square, in_crop(crop, found.landmarks), head, focal)
 
 # %% ../nbs/06_track.ipynb #c023
