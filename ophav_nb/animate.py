@@ -224,18 +224,20 @@ def closed_lids(
         hole = polygon_mask(o, h, w, grow=.10*wide)
         lashes = polygon_mask(o + [0, -.05*wide], h, w, grow=.13*wide)          # the portrait's own lashes lie above the opening
         hole = np.maximum(hole, lashes)
-        ring = (polygon_mask(o, h, w, grow=.45*wide) > .5) & (hole < .02)
+        ring = (polygon_mask(o, h, w, grow=.5*wide) > .5) & (hole < .02)
+        light = out.mean(-1)
+        bare = ring*smoothstep(.62, .82, light/np.percentile(light[ring], 70))    # neither brow nor lashes nor their shadow
         dark = np.percentile(out[polygon_mask(o, h, w, grow=.06*wide) > .5], 8, axis=0)
-        filled = push_pull(out, ring.astype(np.float32))
-        filled = blurred(filled, .06*wide)
+        filled = blurred(push_pull(out, bare.astype(np.float32)), .08*wide)
         soft = ndi.gaussian_filter(hole, .02*wide)[..., None]
         out = out*(1 - soft) + filled*soft
         e = np.asarray(edges[side], np.float64)
-        thick = np.interp(np.linspace(0, 1, len(e)), [0, .2, .7, 1], [.035, .055, .04, .02])*wide
-        shade = ndi.gaussian_filter(draw_curve(e + [0, -.02*wide], h, w, thick*2.2), .04*wide)[..., None]*.35
-        line = ndi.gaussian_filter(draw_curve(e, h, w, thick), .012*wide)[..., None]*.8
-        out = out*(1 - shade) + out*.62*shade
-        out = out*(1 - line) + (.75*dark + .25*out*.5)*line
+        along = np.linspace(0, 1, len(e))
+        thick = np.interp(along, [0, .15, .6, 1], [.05, .10, .085, .03])*wide
+        shade = ndi.gaussian_filter(draw_curve(e + [0, -.03*wide], h, w, thick*1.8), .05*wide)[..., None]*.3
+        line = ndi.gaussian_filter(draw_curve(e + np.outer(np.interp(along, [0, .5, 1], [-.01, -.025, 0])*wide, [0, 1]), h, w, thick), .018*wide)[..., None]*.85
+        out = out*(1 - shade) + out*.66*shade
+        out = out*(1 - line) + (.8*dark + .2*out*.5)*line
     return out.astype(np.float32)
 
 def whole_eyes(
@@ -680,13 +682,15 @@ class MeshAnimator:
         self.P_shut = self.camera0.project(V.astype(np.float64))
         self.P_shut[:, :2] += self.T0 - self.P0[:, :2]
         edges = {}
-        self.lids_of = {}
+        self.lids_of, self.rims_of = {}, {}
         fall = np.maximum((self.V0 - V)[:, 1], 0)
         for side, eye in EYES.items():
             edges[side] = self._points(self.P_shut, eye['outline'][:9])[:, :2]
             sign = 1 if side == 'left' else -1
             mine = fall*(self.rest[:, 0]*sign > 0)
             self.lids_of[side] = smoothstep(.08, .3, mine/max(mine.max(), 1e-6)).astype(np.float32)   # the upper lid alone falls
+            rim = cKDTree(self._points(self.rest, eye['outline'][8:])).query(self.rest)[0]             # and covers the lower one's wet rim
+            self.rims_of[side] = (1 - smoothstep(.0008, .0025, rim)).astype(np.float32)
             eye_open, eye_shut = self._lid_gap(self.V0, eye), self._lid_gap(V, eye)
             setattr(self, f'gap_{side}', (eye_open, min(eye_shut, .8*eye_open)))
         self.lids = closed_lids(self.skin, self.landmarks, edges)
@@ -967,7 +971,7 @@ class MeshAnimator:
         for side, eye in EYES.items():
             start, end = getattr(self, f'gap_{side}')
             closed = (start - self._lid_gap(V, eye))/max(start - end, 1e-5)
-            out[:, 0] += self.lids_of[side]*smoothstep(.06, .4, closed)
+            out[:, 0] += np.maximum(self.lids_of[side]*smoothstep(.06, .4, closed), self.rims_of[side]*smoothstep(.7, .95, closed))
         out[:, 1:4] = self.base
         out[self.eye_vertices, 1:4] = self._lid_shade(V)[:, None]
         i = self.inside
