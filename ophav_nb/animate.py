@@ -308,6 +308,7 @@ def depth_shell(
     person,        # matte of the whole person, [H, W]
     depth,         # of the mesh where it may be trusted, 0 elsewhere, metres, [H, W]
     focal: float,  # pixels
+    trust=1.,      # how much of that depth is taken, 0..1, [H, W]
     roundness: float = .8,  # exponent that keeps the rim from falling away too steeply
 ) -> np.ndarray:   # float32 [H, W], metres, everywhere
     "Depth for hair and all else the mesh misses: the head's silhouette inflated, pulled onto the mesh where there is one."
@@ -330,7 +331,7 @@ def depth_shell(
     shell = np.where(inside, shell, ndi.maximum_filter(shell, 3))
     i, j = ndi.distance_transform_edt(~inside, return_distances=False, return_indices=True)
     full = resize_field(ndi.gaussian_filter(shell[i, j], .7), h, w)
-    weight = ndi.gaussian_filter(ndi.binary_erosion(depth > 0, iterations=2).astype(np.float32), 2)
+    weight = ndi.gaussian_filter(ndi.binary_erosion(depth > 0, iterations=2).astype(np.float32), 2)*trust
     blend = np.where(depth > 0, depth, full)
     low, high = np.quantile(mesh[trusted], [0, 1])
     return np.clip(blend*weight + full*(1 - weight), low - .04, high + .12).astype(np.float32)
@@ -358,7 +359,19 @@ def _look1(image, x, y):
     return image[i, j]*(1-u)*(1-v) + image[i, j+1]*u*(1-v) + image[i+1, j]*(1-u)*v + image[i+1, j+1]*u*v
 
 @kernel(parallel=True)
-def _paint_sheet(face, bary, faces, source, image, alpha, out):
+def _stretched(screen, faces, unit, out):
+    "How much of each triangle of the sheet may be seen: less where it is drawn out to many times its size (what it hides is better)."
+    for k in prange(faces.shape[0]):
+        most = np.float32(0)
+        for i in range(3):
+            a, b = faces[k, i], faces[k, (i+1) % 3]
+            x, y = screen[a, 0] - screen[b, 0], screen[a, 1] - screen[b, 1]
+            most = max(most, np.float32(x*x + y*y))
+        t = (np.sqrt(most)/unit - np.float32(2.2))/np.float32(1.6)
+        out[k] = np.float32(1) - min(max(t, np.float32(0)), np.float32(1))
+
+@kernel(parallel=True)
+def _paint_sheet(face, bary, faces, source, image, alpha, keep, out):
     "The portrait's pixels carried along, over what is there, premultiplied."
     h, w = face.shape
     for y in prange(h):
@@ -370,7 +383,7 @@ def _paint_sheet(face, bary, faces, source, image, alpha, out):
             sx = a*source[p, 0] + b*source[q, 0] + c*source[r, 0]
             sy = a*source[p, 1] + b*source[q, 1] + c*source[r, 1]
             cr, cg, cb = _look(image, sx, sy)
-            t = _look1(alpha, sx, sy)
+            t = _look1(alpha, sx, sy)*keep[f]
             out[y, x, 0] = out[y, x, 0]*(1-t) + cr*t
             out[y, x, 1] = out[y, x, 1]*(1-t) + cg*t
             out[y, x, 2] = out[y, x, 2]*(1-t) + cb*t
@@ -515,6 +528,7 @@ class MeshAnimator:
         self._setup_textures()
         self._setup_lids()
         self._setup_own_colours()
+        self._setup_hair()
         self._setup_sheet()
         self._setup_teeth()
         self._setup_back()
@@ -723,13 +737,20 @@ class MeshAnimator:
     def _setup_sheet(self, step: int = 2):
         "A dense grid over the portrait, with depth, bound to the mesh."
         h, w = self.image.shape[:2]
+        self.step = step
         f = self.faces[self.kind == _SKIN]
         outer = rasterize(self.P0, f, h, w)
         scalp = (1 - self.face_mask)[:, None].astype(np.float32)
         scalp[self.faces[self._region('neck') & (self.kind == _SKIN)]] = 0
         hairy = interpolate(scalp, f, outer)[..., 0] > .98          # hair hides the scalp: its depth says little
-        depth = np.where(outer.mask & ~hairy, outer.depth, 0)
-        self.shell = depth_shell(self.alpha, self.matte, depth, self.camera.focal)
+        hull = rasterize(self.camera0.project((self.V0 + self.hair).astype(np.float64)), f, h, w)
+        self.hairy = ndi.gaussian_filter(ndi.binary_erosion((hairy | ~outer.mask) & (self.matte > .9), iterations=max(1, int(4*h/512))).astype(np.float32), 2*h/512)
+        depth = np.where(outer.mask & ~hairy, outer.depth, np.where(hull.mask, hull.depth, 0))
+        away, (i, j) = ndi.distance_transform_edt(depth == 0, return_indices=True)
+        depth = np.where(away < 8*h/512, depth[i, j], 0)                          # strands beside the hull are as deep as its rim
+        beyond = (self.matte > .5) & (depth == 0)                                 # hair or cloth that hangs farther than the hull: no step between the two
+        trust = np.where(hairy | ~outer.mask, np.clip(ndi.distance_transform_edt(~beyond)/(30*h/512), 0, 1), 1)
+        self.shell = depth_shell(self.alpha, self.matte, depth, self.camera.focal, trust)
         self.person = np.maximum(self.matte, self.alpha)
         gx, gy = np.meshgrid(np.arange(0, w + 1, step), np.arange(0, h + 1, step))
         i = np.arange(gx.size).reshape(gx.shape)
@@ -800,32 +821,48 @@ class MeshAnimator:
         out = np.where(inside > .1*unit, 1, out)
         return ndi.gaussian_filter(out, .05*unit).astype(np.float32)
 
-    def _setup_back(self):
-        "The hair's thickness over the scalp, where it shows, spread to where it does not; what of the back, and of the neck behind the jaw, may be drawn."
-        n, P = len(self.rest), self.P0
-        scalp = np.zeros(n, bool)
+    def _setup_hair(self, most: float = .12):
+        "The hair's thickness: from the scalp's outline to the person's, spread over the scalp (nothing at the hairline)."
+        P, n = self.P0, len(self.rest)
+        scalp = self.scalp = np.zeros(n, bool)
         scalp[self.faces[self._region('scalp')]] = True
+        facing = self._facing(self.V0, self.normals0, self.camera0)
+        out = self.camera0.project((self.V0 + .01*self.normals0).astype(np.float64))[:, :2] - P[:, :2]
+        way = out/np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)
+        metre = P[:, 2]/self.camera.focal
+        reach = np.arange(0, most, .001)
+        q = P[:, None, :2] + way[:, None]*(reach[None]/metre[:, None])[..., None]
+        inside = sample_bilinear(self.matte[..., None], q[..., 0].ravel().astype(np.float32), q[..., 1].ravel().astype(np.float32)).reshape(n, -1) > .5
+        thick = reach[np.minimum(np.argmin(inside, 1) + len(reach)*inside.all(1), len(reach) - 1)]
+        thick = np.maximum(thick - 4*self.size/512*metre, 0)                       # the edge itself is soft, and the sheet's
+        rim = scalp*(1 - smoothstep(.1, .25, np.abs(facing)))*smoothstep(-.02, .02, self.rest[:, 1] - self.joints3[3, 1])*~inside.all(1)
+        skin = ~scalp
+        self.hair = (self.normals0*np.clip(self._spread((thick*rim)[:, None], np.maximum(rim, skin*1.)), 0, most)).astype(np.float32)
+
+    def _setup_back(self):
+        "What of the back, and of the neck behind the jaw, may be drawn, and its colours."
+        n, P, scalp = len(self.rest), self.P0, self.scalp
         at = lambda image, p: sample_bilinear(image[..., None], p[:, 0].astype(np.float32), p[:, 1].astype(np.float32))[..., 0]
-        facing = np.clip(self._facing(self.V0, self.normals0, self.camera0), 0, 1)
-        thick = np.clip(P[:, 2] - at(self.shell, P), 0, .05)*facing*scalp
-        weight = self.seen*smoothstep(.3, .6, facing) + ~scalp*1.
-        thick = self._spread(thick[:, None], weight)
-        self.hair = (self.normals0*np.clip(thick, 0, .04)).astype(np.float32)
         attached = 1 - self.head.weights.numpy()[:, 0]
         below = smoothstep(.2, .4, attached)
         solid = ndi.minimum_filter(self.matte, 3)
         bared = ndi.minimum_filter(self.matte*(1 - np.clip(self.cloth, 0, 1)), 3)
         self.hair[:, 0] += self._slimmer(bared, (below > 0) & ~(scalp & (self.rest[:, 1] > self.joints3[3, 1] - .045)))
-        self.back = np.zeros((n, 5), np.float32)
+        self.back, Q = np.zeros((n, 5), np.float32), self.camera0.project((self.V0 + self.hair).astype(np.float64))
         skin = sample_bilinear(self.skin, P[:, 0].astype(np.float32), P[:, 1].astype(np.float32))
         bare = self.seen*~scalp*(at(self.alpha, P) > .9)*(at(ndi.maximum_filter(np.maximum(self.cloth, self.hanging), 5), P) < .1)
         hairy = smoothstep(.2, .8, self._spread(scalp[:, None]*1., np.full(n, .01)))          # no teeth where hair meets the neck
-        self.back[:, 1:4] = self.own*hairy + np.clip(self._spread(skin, bare), 0, 1)*(1 - hairy)
-        upper = smoothstep(.5, .9, attached)*smoothstep(-.045, -.02, self.rest[:, 1] - self.joints3[3, 1])
-        Q = self.camera0.project((self.V0 + self.hair).astype(np.float64))
-        self.back[:, 4] = smoothstep(.4, .9, at(solid, Q))*np.maximum(upper, below)
+        covered = scalp*smoothstep(.15, .4, self._facing(self.V0, self.normals0, self.camera0))*(at(solid, Q) > .95)
+        hair = sample_bilinear(self.spread, Q[:, 0].astype(np.float32), Q[:, 1].astype(np.float32))
+        self.back[:, 1:4] = np.clip(self._spread(hair, covered)*hairy + self._spread(skin, bare)*(1 - hairy), 0, 1)
+        level = self.rest[:, 1] - self.joints3[3, 1]                                 # above the eyes, metres
+        self.behind = self.fixed.copy()
+        self.behind[scalp] = 0                                                       # beyond its edge the hair goes on as it came: mirrored
+        self.behind[scalp, :2], self.behind[scalp, 4] = Q[scalp, :2], smoothstep(.5, .9, at(self.hairy, Q))[scalp]
+        upper = smoothstep(.5, .9, attached)*np.where(scalp, smoothstep(-.10, -.02, level), smoothstep(-.045, -.02, level))
+        self.back[:, 4] = np.where(scalp, 1, smoothstep(.4, .9, at(solid, Q)))*np.maximum(upper, below)
         self.neck = self.back.copy()
-        self.neck[:, 4] = smoothstep(.4, .9, at(solid, Q))*(1 - smoothstep(-.05, -.02, self.rest[:, 1] - self.joints3[3, 1]))
+        self.neck[:, 4] = smoothstep(.4, .9, at(solid, Q))*(1 - smoothstep(-.05, -.02, level))
         keep = (self.kind == _SKIN) & ~self._region('left_ear') & ~self._region('right_ear')
         self.back_faces = np.ascontiguousarray(self.faces[keep])
         self.attached = attached.astype(np.float32)
@@ -1001,7 +1038,9 @@ class MeshAnimator:
         fine = np.zeros((h, w, 4), np.float32)
         self._paint_back(V, camera, offset, fine)
         cloth = rasterize(screen - offset, self.sheet_faces, h, w)
-        _paint_sheet(cloth.face, cloth.bary, self.sheet_faces, self.sheet_source, self.flesh, self.alpha, fine)   # no edge of a collar
+        keep = np.empty(len(self.sheet_faces), np.float32)
+        _stretched(screen, self.sheet_faces, 2**.5*self.step*size*s/self.size, keep)
+        _paint_sheet(cloth.face, cloth.bary, self.sheet_faces, self.sheet_source, self.flesh, self.alpha, keep, fine)   # no edge of a collar
         N = vertex_normals(V, self.faces)
         mesh_screen = camera.project(V) - offset
         mesh = rasterize(mesh_screen, self.faces, h, w)
@@ -1014,7 +1053,7 @@ class MeshAnimator:
     def _paint_back(self, V, camera, offset, fine):
         "Under all: the sides and back of the head that the portrait does not show, as far out as its hair."
         r = rasterize(camera.project(V + self.hair) - offset, self.back_faces, *fine.shape[:2])
-        _paint_mesh(r.face, r.bary, self.back_faces, np.zeros(len(self.back_faces), np.int8), self.fixed, self.back, self.skin, self.skin, self.skin, self.full, fine)
+        _paint_mesh(r.face, r.bary, self.back_faces, np.zeros(len(self.back_faces), np.int8), self.behind, self.back, self.skin, self.skin, self.skin, self.full, fine)
 
     def _paint_teeth(self, V, camera, offset, mesh, fine):
         "The portrait's teeth, in a window of their own."
@@ -1084,11 +1123,12 @@ class MeshAnimator:
 
     def _clothes_behind(self, ground) -> np.ndarray:
         "The clothes go on behind jaw and neck, where the portrait shows them on either side."
-        cloth = ndi.binary_erosion((self.clothes[..., 3] > .9) & (self.cloth > .5), iterations=max(1, int(4*self.size/512)))
+        cloth = ndi.binary_erosion(self.clothes[..., 3] > .9, iterations=max(1, int(4*self.size/512)))
         if not cloth.any(): return ground
         known = cloth | (self.matte < .1)
         share = push_pull(np.where(cloth, 1, 0)[..., None].astype(np.float32).repeat(3, -1), known.astype(np.float32))[..., 0]
-        colour = blurred(push_pull(self.image, cloth.astype(np.float32)), .004*self.size)
+        i, j = ndi.distance_transform_edt(~cloth, return_distances=False, return_indices=True)
+        colour = blurred(self.image[i, j], .008*self.size)
         a = (smoothstep(.25, .45, share)*(self.matte > .1))[..., None]
         return (ground*(1 - a) + .55*colour*a).astype(np.float32)                  # in the head's shadow
 
@@ -1108,7 +1148,7 @@ class MeshAnimator:
         r = rasterize(moved*w + still*(1 - w), self.body_faces, size*s, size*s)
         fine = np.zeros((size*s, size*s, 4), np.float32)
         self._paint_neck(V, camera, A, fine)
-        _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.flesh, self.flesh_alpha, fine)
+        _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.flesh, self.flesh_alpha, np.ones(len(self.body_faces), np.float32), fine)
         out = np.zeros((size, size, 4), np.float32)
         _shrink(fine, s, 0, 0, np.ones((size, size), np.float32), out)
         return out
@@ -1118,7 +1158,7 @@ class MeshAnimator:
         moved, still = camera.moved(A).project(V + self.hair), camera.moved(self.A0).project(self.V0 + self.hair)
         w = self.attached[:, None]
         r = rasterize(moved*w + still*(1 - w), self.back_faces, *fine.shape[:2])
-        _paint_mesh(r.face, r.bary, self.back_faces, np.zeros(len(self.back_faces), np.int8), self.fixed, self.neck, self.skin, self.skin, self.skin, self.full, fine)
+        _paint_mesh(r.face, r.bary, self.back_faces, np.zeros(len(self.back_faces), np.int8), self.behind, self.neck, self.skin, self.skin, self.skin, self.full, fine)
 
     def composite(self,
         rgba,              # a frame of this head (ours or an avatar's), uint8 or float [H, W, 4]
