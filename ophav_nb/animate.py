@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['logger', 'EYES', 'blurred', 'crisp', 'polygon_mask', 'bleed', 'NeckCut', 'resize_field', 'head_alpha', 'pose_of',
            'without_mouth', 'draw_curve', 'closed_lids', 'whole_eyes', 'radial_profile', 'inflate', 'depth_shell',
-           'MeshAnimator', 'VideoAnimator', 'make_animator']
+           'MeshAnimator', 'VideoAnimator', 'make_animator', 'echo']
 
 # %% ../nbs/08_animate.ipynb #c003
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Iterator, Literal
 
@@ -24,12 +25,13 @@ from scipy.spatial import cKDTree
 from skimage.draw import polygon as fill_polygon
 
 # %% ../nbs/08_animate.ipynb #c004
-from .detect import INNER_FACE, INNER_LIPS, INNER_LIPS_UPPER, OUTER_LIPS, OVAL
+from .detect import INNER_FACE, INNER_LIPS, INNER_LIPS_UPPER, OUTER_LIPS, OVAL, detect_like
 from .geometry import (Camera, axis_angle_to_matrix, interpolate, kernel, matrix_to_axis_angle, push_pull, rasterize, sample_bilinear, smoothstep,
-                               vertex_normals)
-from .head import HeadModel, Motion
-from .media import resize, to_float, to_uint8
-from .run import InputError
+                               spread_over, vertex_normals)
+from .head import HeadModel, Motion, hair_thickness
+from .media import on_background, resize, to_float, to_uint8
+from .run import InputError, progress
+from .track import refit
 
 # %% ../nbs/08_animate.ipynb #c005
 logger = logging.getLogger(__name__)
@@ -528,7 +530,8 @@ class MeshAnimator:
         self._setup_textures()
         self._setup_lids()
         self._setup_own_colours()
-        self._setup_hair()
+        self.scalp = head.region_vertices('scalp')
+        self.hair = self.normals0*hair_thickness(head, self.V0, self.camera0, self.matte)[:, None]
         self._setup_sheet()
         self._setup_teeth()
         self._setup_back()
@@ -717,11 +720,6 @@ class MeshAnimator:
         w = self.seen*(at(self.matte[..., None], P)[:, 0] > .9)
         twin = self.skin_vertices[cKDTree(V[self.skin_vertices]).query(V*[-1, 1, 1])[1]]
         self.mirror, self.mirror_seen = P[twin], (w[twin]*smoothstep(.2, .8, w[twin])).astype(np.float32)
-        f = self.faces[self.kind == _SKIN]
-        e = np.concatenate([f[:, [0, 1]], f[:, [1, 2]], f[:, [2, 0]]])
-        A = sparse.coo_matrix((np.ones(len(e)), (e[:, 0], e[:, 1])), shape=(len(V),)*2)
-        A = ((A + A.T) > 0).astype(np.float64)
-        self._laplacian = sparse.diags(np.asarray(A.sum(1)).ravel() + 1e-9) - A
         spread = self._spread
         self.own = np.clip(spread(colour, w), 0, 1).astype(np.float32)
         self.twin_light = spread(colour, w)[twin].sum(1)
@@ -730,8 +728,7 @@ class MeshAnimator:
 
     def _spread(self, data, weight) -> np.ndarray:
         "Values known at some vertices, smoothly over the skin, [V, C]."
-        weight = np.asarray(weight, np.float64)*20 + 1e-7
-        return spsolve((sparse.diags(weight) + self._laplacian).tocsc(), data*weight[:, None]).reshape(len(weight), -1)
+        return spread_over(self.faces[self.kind == _SKIN], data, weight)
 
     # --- the sheet -------------------------------------------------------------------------------------------------------------
     def _setup_sheet(self, step: int = 2):
@@ -820,24 +817,6 @@ class MeshAnimator:
         out *= 1 - smoothstep(0, .8*unit, np.arange(h) - low)[:, None]
         out = np.where(inside > .1*unit, 1, out)
         return ndi.gaussian_filter(out, .05*unit).astype(np.float32)
-
-    def _setup_hair(self, most: float = .12):
-        "The hair's thickness: from the scalp's outline to the person's, spread over the scalp (nothing at the hairline)."
-        P, n = self.P0, len(self.rest)
-        scalp = self.scalp = np.zeros(n, bool)
-        scalp[self.faces[self._region('scalp')]] = True
-        facing = self._facing(self.V0, self.normals0, self.camera0)
-        out = self.camera0.project((self.V0 + .01*self.normals0).astype(np.float64))[:, :2] - P[:, :2]
-        way = out/np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)
-        metre = P[:, 2]/self.camera.focal
-        reach = np.arange(0, most, .001)
-        q = P[:, None, :2] + way[:, None]*(reach[None]/metre[:, None])[..., None]
-        inside = sample_bilinear(self.matte[..., None], q[..., 0].ravel().astype(np.float32), q[..., 1].ravel().astype(np.float32)).reshape(n, -1) > .5
-        thick = reach[np.minimum(np.argmin(inside, 1) + len(reach)*inside.all(1), len(reach) - 1)]
-        thick = np.maximum(thick - 4*self.size/512*metre, 0)                       # the edge itself is soft, and the sheet's
-        rim = scalp*(1 - smoothstep(.1, .25, np.abs(facing)))*smoothstep(-.02, .02, self.rest[:, 1] - self.joints3[3, 1])*~inside.all(1)
-        skin = ~scalp
-        self.hair = (self.normals0*np.clip(self._spread((thick*rim)[:, None], np.maximum(rim, skin*1.)), 0, most)).astype(np.float32)
 
     def _setup_back(self):
         "What of the back, and of the neck behind the jaw, may be drawn, and its colours."
@@ -1233,3 +1212,32 @@ def make_animator(
     if kind == 'mesh': return MeshAnimator(**parts)
     if kind == 'video': return VideoAnimator(**parts)
     raise InputError(f"there is no animator '{kind}' here; choose one of mesh, video, or ask `animators.make_animator` for those that need weights")
+
+# %% ../nbs/08_animate.ipynb #c023b
+def echo(
+    frames,               # of the film, square crops, uint8 [T, S, S, 3]
+    matte,                # of the person, [T, S, S], 0..1
+    track,                # `Track` of this film
+    head: HeadModel,
+    detector,             # the `Detector` that found the landmarks
+    rounds: int = 2,
+    size: int = 256,      # of the pictures that are made and looked at, pixels
+    gain: float = .7,     # share of the difference that the aim is moved by
+    chunk: int = 32,      # frames at once
+):                        # `Track`
+    "A film's track, corrected by how its re-enactment looks to the same detector."
+    size = min(size, int(np.asarray(frames[0]).shape[0]))
+    scale, first = np.float32(size/track.camera.width), int(np.flatnonzero(track.ok)[0])
+    aim, seen = track.landmarks.copy(), track.landmarks*scale
+    for k in range(rounds):
+        still = replace(track, motion=track.motion[first], landmarks=track.landmarks[first:first + 1], error=track.error[first:first + 1], ok=track.ok[first:first + 1])
+        animator = MeshAnimator(frames[first], still, head, matte[first])
+        missed = np.zeros((len(track), seen.shape[1], 2), np.float32)
+        for at in progress(range(0, len(track), chunk), desc=f'echo {k + 1} of {rounds}'):
+            shown = np.stack([on_background(f) for f in animator.frames(track.motion[at:at + chunk], size)])
+            missed[at:at + chunk] = (seen[at:at + chunk] - detect_like(detector, shown, seen[at:at + chunk]))[..., :2]/scale
+        missed[~track.ok] = 0
+        step = gain*ndi.gaussian_filter1d(missed, .7*track.motion.fps/25, axis=0)
+        aim[..., :2] += step
+        track = refit(track, head, aim, step)
+    return track

@@ -8,8 +8,8 @@ __all__ = ['INNER_LIPS_UPPER', 'INNER_LIPS_LOWER', 'INNER_LIPS', 'OUTER_LIPS', '
            'LEFT_BROW', 'RIGHT_BROW', 'BROWS', 'OVAL', 'INNER_FACE', 'LID_PAIRS', 'LIP_PAIRS', 'LIPS', 'LEFT_REGION',
            'RIGHT_REGION', 'FEW_OF_68', 'CODES', 'NOSE', 'to_batch', 'cut', 'uncut', 'Face', 'overlap', 'merge',
            'roi_of_landmarks', 'Networks', 'draw_landmarks', 'as_faces', 'make_finder', 'find_faces', 'is_human',
-           'yaw_of', 'one_face', 'Follower', 'fill_lost', 'guided_filter', 'foreground', 'Detector', 'head_crop',
-           'eye_opening', 'blink', 'points_of_68', 'parsing']
+           'yaw_of', 'one_face', 'Follower', 'fill_lost', 'guided_filter', 'foreground', 'Detector', 'detect_like',
+           'head_crop', 'eye_opening', 'blink', 'points_of_68', 'parsing']
 
 # %% ../nbs/05_detect.ipynb #c003
 import logging
@@ -595,6 +595,19 @@ class Detector(Networks):
             else: full = F.interpolate(mask, some.shape[2:], mode="bilinear", align_corners=False)
             out.append(full[:, 0].cpu().numpy())
         return np.concatenate(out)
+
+# %% ../nbs/05_detect.ipynb #c036b
+def detect_like(
+    detector: Detector,
+    images: np.ndarray,      # [N, H, W, 3]
+    near: np.ndarray,        # landmarks to begin from, of one picture or of each, [478, 3] or [N, 478, 3]
+    passes: int = 2,
+) -> np.ndarray:             # [N, 478, 3]
+    "Landmarks in pictures whose face is known to be near given ones."
+    points = np.broadcast_to(near, (len(images), *near.shape[-2:]))
+    images = to_uint8(images)
+    for _ in range(passes): points, _ = detector.landmarks(images, roi_of_landmarks(points))
+    return points
 
 # %% ../nbs/05_detect.ipynb #c039
 def head_crop(

@@ -22,12 +22,12 @@ from typing import Literal
 import numpy as np
 
 # %% ../nbs/20_evaluate.ipynb #c004
-from .animate import head_alpha
+from .animate import echo, head_alpha
 from .animators import NETWORKS, film_heads, make_animator, make_baseline
 from .avatar import Avatar, AvatarConfig
 from .dataset import HeadDataset
 from .dataset import film_heads as cut_heads
-from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector
+from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector, detect_like
 from .geometry import Camera
 from .flame import load_head
 from .head import HeadModel, Motion
@@ -37,7 +37,7 @@ from .metrics import (Truth, correlation, flicker, head_mask, identity_distance,
 from .motion import retarget
 from .pipeline import frame_pose, load_portrait, matting_detector, unusual
 from .regions import make_parser, parsed_heads
-from .rounds import RoundsConfig, detect_like, mesh_landmarks, read_frames, render_plan, run_rounds, write_frames
+from .rounds import RoundsConfig, mesh_landmarks, read_frames, render_plan, run_rounds, write_frames
 from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
 from .track import Track, track_film
 from .weights import BACKENDS, check_backends
@@ -100,7 +100,9 @@ def add_clip(
     def build(folder):
         frames, fps = read_video(clip, max_frames=preset.frames)
         if len(frames) < 5: raise InputError(f"{clip} has only {len(frames)} frames; an evaluation needs some seconds of film")
-        crop, square, alpha, track = track_film(frames, matting_detector(matte, device, finder), head, size=preset.crop, fps=fps)
+        detector = matting_detector(matte, device, finder)
+        crop, square, alpha, track = track_film(frames, detector, head, size=preset.crop, fps=fps)
+        track = echo(square, alpha, track, head, detector)
         np.save(folder/'frames.npy', square)
         np.save(folder/'matte.npy', np.asarray(alpha, np.float16))
         track.save(folder/'track.npz')

@@ -5,19 +5,22 @@
 # %% auto #0
 __all__ = ['logger', 'STACK', 'kernel', 'smoothstep', 'axis_angle_to_matrix', 'matrix_to_axis_angle', 'Camera', 'pixel_centres',
            'facing_camera', 'vertex_normals', 'triangle_frames', 'Raster', 'rasterize', 'interpolate',
-           'sample_bilinear', 'push_pull', 'nearest_reference', 'TriangleTree']
+           'sample_bilinear', 'push_pull', 'spread_over', 'nearest_reference', 'TriangleTree']
 
 # %% ../nbs/02_geometry.ipynb #c004
 import logging
 import math
 from dataclasses import dataclass
 from dataclasses import replace as _replace
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numba
 import numpy as np
 import torch
 from numba import float32, prange
+from scipy import sparse
+from scipy.sparse.linalg import spsolve
 
 # %% ../nbs/02_geometry.ipynb #c005
 logger = logging.getLogger(__name__)
@@ -415,6 +418,26 @@ def _doubled(t, shape):
     H, W = shape
     y, x = np.meshgrid((np.arange(H, dtype=np.float32)+.5)/2, (np.arange(W, dtype=np.float32)+.5)/2, indexing='ij')
     return sample_bilinear(t, x, y)
+
+# %% ../nbs/02_geometry.ipynb #c033c
+@lru_cache(maxsize=8)
+def _laplacian(key: bytes, count: int):
+    "Graph Laplacian of a mesh, sparse [V, V]."
+    f = np.frombuffer(key, np.int32).reshape(-1, 3)
+    e = np.concatenate([f[:, [0, 1]], f[:, [1, 2]], f[:, [2, 0]]])
+    A = sparse.coo_matrix((np.ones(len(e)), (e[:, 0], e[:, 1])), shape=(count, count))
+    A = ((A + A.T) > 0).astype(np.float64)
+    return sparse.diags(np.asarray(A.sum(1)).ravel() + 1e-9) - A
+
+def spread_over(
+    faces,        # of the mesh, [F, 3]
+    values,       # at the vertices, [V, C]
+    weight,       # how well each is known, 0..1, [V]
+) -> np.ndarray:  # float64 [V, C]
+    "Values known at some vertices, smoothly over the whole mesh (a membrane through them)."
+    weight = np.asarray(weight, np.float64)*20 + 1e-7
+    L = _laplacian(np.ascontiguousarray(faces, np.int32).tobytes(), len(weight))
+    return spsolve((sparse.diags(weight) + L).tocsc(), np.asarray(values)*weight[:, None]).reshape(len(weight), -1)
 
 # %% ../nbs/02_geometry.ipynb #c035
 @kernel

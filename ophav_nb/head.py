@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JOINTS', 'SKIN', 'TEETH', 'TONGUE', 'SCLERA', 'IRIS', 'PUPIL', 'BACK', 'MissingPart', 'read_head', 'HeadModel',
-           'Motion']
+           'hair_thickness', 'Motion']
 
 # %% ../nbs/03_head.ipynb #c004
 import copy
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy.spatial.transform import Rotation, Slerp
 
-from .geometry import axis_angle_to_matrix, facing_camera, interpolate, rasterize, vertex_normals
+from .geometry import Camera, axis_angle_to_matrix, facing_camera, interpolate, rasterize, sample_bilinear, smoothstep, spread_over, vertex_normals
 from .run import InputError, asset, write_atomic
 
 # %% ../nbs/03_head.ipynb #c006
@@ -337,6 +337,33 @@ def picture(self,
     image[~raster.mask] = 1
     image = image.reshape(size, supersample, size, supersample, 3).mean((1, 3))
     return (np.clip(image, 0, 1)*255 + .5).astype(np.uint8)
+
+# %% ../nbs/03_head.ipynb #c032b
+def hair_thickness(
+    head: HeadModel,
+    vertices,            # posed, in the camera's world, metres, [V, 3]
+    camera: Camera,
+    matte,               # of the person, 0..1, [H, W]
+    most: float = .12,   # metres
+    margin: float = .008,# kept free inside the person's soft edge, of the picture's width
+) -> np.ndarray:         # along the normals, metres, float32 [V]
+    "How far hair (or a hat) stands off the scalp: from the scalp's outline to the person's, spread over the scalp, nothing at the hairline."
+    vertices, matte = np.asarray(vertices, np.float32), np.asarray(matte, np.float32)
+    if 'scalp' not in head.regions: return np.zeros(len(vertices), np.float32)
+    scalp = head.region_vertices('scalp')
+    camera = camera.resized(matte.shape[1], matte.shape[0])
+    normals, P = vertex_normals(vertices, head.faces), camera.project(vertices.astype(np.float64))
+    sight = camera.c2w[:3, 3].astype(np.float32) - vertices
+    facing = (normals*sight).sum(-1)/np.maximum(np.linalg.norm(sight, axis=-1), 1e-9)
+    outwards = camera.project((vertices + .01*normals).astype(np.float64))[:, :2] - P[:, :2]
+    outwards /= np.maximum(np.linalg.norm(outwards, axis=1, keepdims=True), 1e-9)
+    metre, reach = P[:, 2]/camera.focal, np.arange(0, most, .001)             # of a pixel
+    q = P[:, None, :2] + outwards[:, None]*(reach/metre[:, None])[..., None]
+    inside = sample_bilinear(matte[..., None], *q.reshape(-1, 2).T.astype(np.float32))[..., 0].reshape(len(q), -1) > .5
+    thick = np.maximum(reach[np.argmin(inside, 1)] - margin*camera.width*metre, 0)
+    level = head.v_template.cpu().numpy()[:, 1] - float(head.joint_positions()[3:5, 1].mean())          # above the eyes
+    known = scalp*(1 - smoothstep(.1, .25, np.abs(facing)))*smoothstep(-.02, .02, level)*~inside.all(1)     # below them, shoulders and hair are one outline
+    return spread_over(head.faces, (thick*known)[:, None], np.maximum(known, ~scalp))[:, 0].clip(0, most).astype(np.float32)
 
 # %% ../nbs/03_head.ipynb #c034
 @dataclass

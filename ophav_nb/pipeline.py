@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 # %% ../nbs/19_pipeline.ipynb #c003
+from .animate import echo
 from .animators import NETWORKS, film_heads, make_animator
 from .avatar import Avatar, AvatarConfig
 from .dataset import HeadDataset, film_dataset
@@ -30,7 +31,7 @@ from .flame import load_head
 from .geometry import axis_angle_to_matrix, matrix_to_axis_angle
 from .head import HeadModel, Motion
 from .media import (VideoWriter, iter_video, on_background, read_image, read_video, resize, strip, to_float, to_uint8, write_image)
-from .motion import limit, read_motion, retarget, scripted
+from .motion import VIDEO, limit, read_motion, relative, retarget, scripted
 from .regions import make_matte, make_parser, parsed_heads
 from .rounds import RoundsConfig, run_rounds
 from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
@@ -174,8 +175,21 @@ def resolve_motion(
     basis: str | None = None,  # of the head it is for, see `read_motion`
 ) -> Motion:
     "A motion by its name or file."
+    if Path(motion).suffix.lower() in VIDEO: return film_motion(motion, basis)
     if Path(motion).suffix: return read_motion(motion, basis=basis)
     return scripted(motion, seconds, fps=fps, seed=seed)
+
+
+def film_motion(
+    film: str | Path,
+    basis: str | None = None,  # of the head it is for; None: the open head's
+    size: int = 256,           # side of the crops, pixels
+) -> Motion:                   # relative
+    "What the person in a film does, as an avatar can follow it: tracked, and corrected by its echo."
+    frames, fps = read_video(film, size=720)
+    detector, head = Detector(), load_head(basis or "open")
+    _, square, matte, track = track_film(frames, detector, head, size=size, fps=fps)
+    return relative(echo(square, matte, track, head, detector).motion)
 
 # %% ../nbs/19_pipeline.ipynb #c012
 FILM_NOTE = "Synthetic film: a computer-made animation by ophav, not a recording. Made from: "

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'RoundsConfig', 'Plan', 'film_camera', 'plan_round', 'write_frames', 'read_frames', 'render_plan',
-           'finish_alpha', 'detect_like', 'mesh_landmarks', 'Check', 'make_check', 'measure_round', 'choose_round',
-           'RoundResult', 'Rounds', 'append_row', 'read_log', 'run_rounds']
+           'finish_alpha', 'mesh_landmarks', 'Check', 'make_check', 'measure_round', 'choose_round', 'RoundResult',
+           'Rounds', 'append_row', 'read_log', 'run_rounds']
 
 # %% ../nbs/17_rounds.ipynb #c003
 import json
@@ -26,7 +26,7 @@ from scipy import ndimage
 from .animate import head_alpha
 from .avatar import Avatar, AvatarConfig
 from .dataset import HeadDataset
-from .detect import Detector, roi_of_landmarks
+from .detect import Detector, detect_like
 from .geometry import Camera, push_pull
 from .head import HeadModel, Motion
 from .media import on_background, resize, strip, to_float, to_uint8, write_image
@@ -142,19 +142,6 @@ def finish_alpha(
     return to_uint8(np.concatenate([image[..., :3], new[..., None]], -1))
 
 # %% ../nbs/17_rounds.ipynb #c012
-def detect_like(
-    detector: Detector,
-    images: np.ndarray,      # [N, H, W, 3]
-    near: np.ndarray,        # landmarks to begin from, of one picture or of each, [478, 3] or [N, 478, 3]
-    passes: int = 2,
-) -> np.ndarray:             # [N, 478, 3]
-    "Landmarks in pictures whose face is known to be near given ones."
-    points = np.broadcast_to(near, (len(images), *near.shape[-2:]))
-    images = to_uint8(images)
-    for _ in range(passes): points, _ = detector.landmarks(images, roi_of_landmarks(points))
-    return points
-
-
 def mesh_landmarks(
     head: HeadModel,
     shape: np.ndarray,   # [S]

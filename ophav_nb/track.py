@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'PAIRS', 'FIVE', 'FOCAL', 'Track', 'LandmarkModel', 'Person', 'FitSettings', 'landmark_error', 'mica_shape',
-           'shape_prior', 'fit_portrait', 'draw_track', 'in_crop', 'track_portrait', 'fit_film', 'track_film']
+           'shape_prior', 'fit_portrait', 'draw_track', 'in_crop', 'track_portrait', 'fit_film', 'track_film', 'refit']
 
 # %% ../nbs/06_track.ipynb #c002
 import json, logging, math
@@ -20,8 +20,8 @@ from torch import Tensor
 from .run import InputError, progress, write_atomic
 from .weights import find_weight
 from .media import Crop, resize
-from .geometry import Camera, axis_angle_to_matrix, facing_camera, interpolate, kernel, matrix_to_axis_angle, rasterize, sample_bilinear
-from .head import HeadModel, Motion
+from .geometry import Camera, axis_angle_to_matrix, facing_camera, kernel, matrix_to_axis_angle, rasterize, sample_bilinear, vertex_normals
+from .head import HeadModel, Motion, hair_thickness
 from .detect import INNER_FACE, LEFT_EYE, LID_PAIRS, LIP_PAIRS, LIPS, OVAL, RIGHT_EYE, Detector, fill_lost, head_crop
 
 # %% ../nbs/06_track.ipynb #c005
@@ -38,6 +38,7 @@ class Track:
     error: np.ndarray          # [T] mean over the inner face, % of the inter-ocular distance
     ok: np.ndarray             # bool [T]: frames where the face was seen
     bias: np.ndarray|None = None   # [478,3] offset of the person's landmarks in head space, metres
+    doubt: np.ndarray|None = None  # [T] how little the picture settled the head's pose, 0..1
     info: dict = field(default_factory=dict)   # diagnostics: numbers and short lists
 
     def __len__(self): return len(self.motion)
@@ -73,6 +74,7 @@ class Track:
         arrays = dict(expression=m.expression, joints=m.joints, translation=m.translation, fps=m.fps, basis=m.basis, shape=self.shape,
                       K=self.camera.K, c2w=self.camera.c2w, size=[self.camera.width, self.camera.height], landmarks=self.landmarks,
                       error=self.error, ok=self.ok, bias=np.zeros((0, 3), np.float32) if self.bias is None else self.bias,
+                      doubt=np.zeros(0, np.float32) if self.doubt is None else self.doubt,
                       info=json.dumps(self.info))
         def writer(temporary):
             with open(temporary, "wb") as file: np.savez_compressed(file, **arrays)
@@ -89,7 +91,7 @@ class Track:
                 motion = Motion(z["expression"], z["joints"], z["translation"], z["fps"], str(z["basis"]))
                 camera = Camera(z["K"], z["c2w"], *(int(n) for n in z["size"]))
                 return cls(motion, z["shape"], camera, z["landmarks"], z["error"], z["ok"], z["bias"] if len(z["bias"]) else None,
-                           json.loads(str(z["info"])))
+                           z["doubt"] if "doubt" in z and len(z["doubt"]) else None, json.loads(str(z["info"])))
         except (KeyError, ValueError, OSError) as cause: raise InputError(f"{path}: not a track ({cause})") from cause
 
 # %% ../nbs/06_track.ipynb #c009
@@ -467,7 +469,7 @@ def _full_shape(fit: _Fit) -> Tensor:
     return shape
 
 
-def _track_of(fit: _Fit, landmarks, ok, size, fps, bias=None, info=None) -> Track:
+def _track_of(fit: _Fit, landmarks, ok, size, fps, bias=None, info=None, doubt=None) -> Track:
     "The fit as a `Track`."
     head, E, T = fit.model.head, fit.E, len(fit.z)
     shape = _full_shape(fit)
@@ -480,7 +482,7 @@ def _track_of(fit: _Fit, landmarks, ok, size, fps, bias=None, info=None) -> Trac
     translation = fit.tau - J + fit.R @ J
     motion = Motion(expression, joints, translation, fps, head.name)
     track = Track(motion, shape.numpy(), facing_camera(float(fit.logf.exp()), *size), landmarks.astype(np.float32), np.zeros(T, np.float32), ok,
-                  bias, info or {})
+                  bias, doubt, info or {})
     track.error = landmark_error(track.fitted(head), landmarks)
     return track
 
@@ -832,16 +834,15 @@ def _reference_points(fit: _Fit, i: int, R, tau, levels, matte, verts: np.ndarra
     "The rigid region of frame i as points with colours; None where there is too little of it."
     focal = float(fit.logf.exp())*scale
     camera = facing_camera(focal, size, size)
-    screen = camera.project((verts @ R.T + tau).astype(np.float32))
+    posed = (verts @ R.T + tau).astype(np.float32)
     outer = fit.model.head.faces[~np.any([m for n, m in fit.model.head.regions.items() if n in ("mouth_interior", "upper_teeth", "lower_teeth", "tongue")], 0)]
-    raster = rasterize(screen, outer, size, size)
+    thick = np.full(len(posed), .015, np.float32)*fit.model.head.region_vertices("scalp") if matte is None else hair_thickness(fit.model.head, posed, camera, matte)
+    raster = rasterize(camera.project(posed + vertex_normals(posed, fit.model.head.faces)*thick[:, None]), outer, size, size)
     depth, covered = raster.depth, raster.mask
     if not covered.any(): return None
     away, (ny, nx) = ndi.distance_transform_edt(~covered, return_indices=True)
     depth = ndi.gaussian_filter(depth[ny, nx] + .0005*np.minimum(away, 40)*256/size, 1.)
     yy, xx = np.mgrid[:size, :size].astype(np.float32) + .5
-    hairy = interpolate(fit.model.head.region_vertices("scalp").astype(np.float32)[:, None], outer, raster)[..., 0]
-    depth -= .015*ndi.gaussian_filter(np.where(covered, hairy, 1), 3*size/256)               # hair lies about 15 mm above the scalp
     X = (camera.unproject(np.stack([xx, yy, depth], -1)) - tau) @ R
     near = ndi.binary_erosion(covered if matte is None else (matte > .8) & (away < .25*size), iterations=3)   # the matte's rim flickers
     inner = near & _rigid_mask(X, eyes)
@@ -989,9 +990,9 @@ def _full(fit: _Fit, i: int):
     return expression, joints
 
 
-def _settle_pose(fit: _Fit, frames: np.ndarray, matte, fps: float) -> dict:
-    "Photometric poses into the fit, or the landmarks' own, lightly smoothed, where the picture does not help; what was measured."
-    info, ok, width = dict(pose="landmarks"), fit.seen.numpy() > 0, .7*fps/25
+def _settle_pose(fit: _Fit, frames: np.ndarray, matte, fps: float) -> tuple[dict, np.ndarray]:
+    "Photometric poses into the fit, or the landmarks' own, lightly smoothed, where the picture does not help; what was measured, and the doubt."
+    info, ok, width, doubt = dict(pose="landmarks"), fit.seen.numpy() > 0, .7*fps/25, np.ones(len(fit.z), np.float32)
     if frames is not None and min(frames.shape[1:3]) >= 96:
         settler = _PoseSettler(fit, frames, matte)
         if settler.run():
@@ -1000,13 +1001,13 @@ def _settle_pose(fit: _Fit, frames: np.ndarray, matte, fps: float) -> dict:
             if after.mean() < .97*before.mean():
                 info["pose"] = "photometric"
                 R, t = settler.guarded(*_recentre(settler.R, settler.t, settler.R0, settler.t0, ok))
-                info["guarded"] = int((settler.doubt > .5).sum())
+                info["guarded"], doubt = int((settler.doubt > .5).sum()), settler.doubt.astype(np.float32)
                 fit.R, fit.tau = torch.from_numpy(R).float(), torch.from_numpy(t).float()
     else: info["reason"] = "pictures under 96 px"
     if info["pose"] == "landmarks": width = 1.5*fps/25
     _interpolate_lost(fit)
     fit.R, fit.tau = (torch.from_numpy(a).float() for a in _smooth_pose(fit.R.double().numpy(), fit.tau.numpy(), width))
-    return info
+    return info, doubt
 
 
 def _smooth_pose(R: np.ndarray, tau: np.ndarray, sigma: float, turn: float = .004, shift: float = .0008):
@@ -1046,6 +1047,13 @@ def _person_bias(fit: _Fit, rounds: int = 6) -> Tensor:
         H = H + .03*torch.diagonal(H, dim1=1, dim2=2).mean(1)[:, None, None]*torch.eye(3)
         offset = torch.linalg.solve(H, torch.einsum("tl,tlki,tlk->li", w, A, e))
     return offset
+
+
+def _fit_faces(fit: _Fit):
+    "Expression, jaw and eyes of every frame with the pose fixed, the person's own offsets taken out."
+    for share in fit.settings.bias:
+        fit.offset = share*_person_bias(fit)
+        _fit_frames(fit, 4, pose=False, smooth=True)
 
 
 def gap_correlation(
@@ -1094,13 +1102,11 @@ def fit_film(
         _fit_frames(fit, 5, pose=True, smooth=False)
         _interpolate_lost(fit)
         fit.offset = .8*_person_bias(fit)
-        info = _settle_pose(fit, frames, matte, fps)
+        info, doubt = _settle_pose(fit, frames, matte, fps)
         fit.settings = replace(settings, shape=fit.settings.shape)
-        for share in settings.bias:
-            fit.offset = share*_person_bias(fit)
-            _fit_frames(fit, 4, pose=False, smooth=True)
+        _fit_faces(fit)
         bias = _person_bias(fit)
-    track = _track_of(fit, landmarks, ok, (width, width), fps, bias.numpy(), info)
+    track = _track_of(fit, landmarks, ok, (width, width), fps, bias.numpy(), info, doubt)
     track.info |= _summary(track, head)
     return track
 
@@ -1120,3 +1126,50 @@ def track_film(
     squares = np.stack([crop.apply(f) for f in frames])
     mattes = detector.matte(squares) if matte else None
     return crop, squares, mattes, fit_film(squares, in_crop(crop, landmarks), ok, head, mattes, fps)
+
+# %% ../nbs/06_track.ipynb #c035
+def _fit_of(track: Track, head: HeadModel, settings: FitSettings) -> _Fit:
+    "The problem that a track solves, at its solution."
+    T, (w, h), m = torch.from_numpy, (track.camera.width, track.camera.height), track.motion
+    model = LandmarkModel(head, settings.n_shape, track.shape)
+    R, J, logf = axis_angle_to_matrix(T(m.joints[:, 0].copy())), head.joint_positions(torch.as_tensor(track.shape)).reshape(-1, 5, 3)[0, 0], torch.tensor(math.log(track.camera.focal))
+    z = torch.cat([T(m.expression[:, model.fitted].copy()), T(m.joints[:, 2:, :2].reshape(len(m), 6).copy())], 1)
+    iod = float(np.median(np.linalg.norm(track.landmarks[track.ok][:, 468, :2] - track.landmarks[track.ok][:, 473, :2], axis=1)))
+    return _Fit(model, settings, T(track.landmarks[..., :2] - np.float32([w/2, h/2])), T(track.ok.astype(np.float32)), iod, logf.float(), torch.zeros(model.n_shape), R,
+                T(m.translation.copy()) + J - R @ J, z, torch.zeros(len(head.landmark_faces), 3), logf.float())
+
+
+def _turn_along(fit: _Fit, step: Tensor, share: Tensor, slack: float = .03):
+    "Move the head so that its solid landmarks go a step [T,L,2] px, as far as `share` [T] allows."
+    X = fit.model.person(fit.shape).points(fit.z, False) + fit.offset
+    Y = torch.einsum("tij,tlj->tli", fit.R, X) + fit.tau[:, None]
+    rate, arm = _pixel_rate(Y, fit.logf.exp()), Y - fit.tau[:, None]
+    cross = torch.stack([torch.linalg.cross(axis.expand_as(arm), arm) for axis in torch.eye(3)], -1)
+    solid = [i for i in INNER_FACE if i not in LIPS]
+    J, e = torch.cat([rate @ cross, rate], -1)[:, solid].flatten(1, 2).double(), step[:, solid].flatten(1).double()
+    w = 1/torch.sqrt(1 + (e/(slack*fit.iod))**2)
+    H = (J*w[..., None]).mT @ J
+    d = torch.linalg.solve(H + .01*torch.diag_embed(torch.diagonal(H, dim1=1, dim2=2)), (J*w[..., None]).mT @ e[..., None])[..., 0]
+    d = torch.from_numpy(ndi.gaussian_filter1d((d*share[:, None]).numpy(), .7, axis=0)).float()
+    fit.R, fit.tau = axis_angle_to_matrix(d[:, :3]) @ fit.R, fit.tau + d[:, 3:]
+
+# %% ../nbs/06_track.ipynb #c036
+def refit(
+    track: Track,
+    head: HeadModel,
+    aim: np.ndarray,             # landmarks to reach, px of the crop, [T,478,>=2]
+    step: np.ndarray|None = None,   # how far they moved since the last fit, px, [T,478,2]: the pose follows where it is in doubt
+    settings: FitSettings|None = None,
+) -> Track:                      # the same landmarks, another motion
+    "Faces fitted to other landmarks than those that were seen."
+    (w, h), T = (track.camera.width, track.camera.height), torch.from_numpy
+    with torch.no_grad():
+        fit = _fit_of(track, head, settings or FitSettings())
+        fit.offset = T(np.zeros_like(track.landmarks[0]) if track.bias is None else track.bias)
+        if step is not None and track.doubt is not None: _turn_along(fit, T(np.ascontiguousarray(step, np.float32)), T(track.doubt))
+        fit.target = T(np.asarray(aim, np.float32)[..., :2] - np.float32([w/2, h/2]))
+        _fit_faces(fit)
+        bias = _person_bias(fit)
+    out = _track_of(fit, track.landmarks, track.ok, (w, h), track.motion.fps, bias.numpy(), track.info, track.doubt)
+    out.info = out.info | _summary(out, head)
+    return out
