@@ -885,11 +885,11 @@ class MeshAnimator:
                     lit = max(np.percentile(light[sure], 90), .92*self.tooth_colour.mean())
                     self.tooth_colour = own*min(lit/max(own.mean(), .05), .95/max(own.max(), .05))
                 self._teeth_surface(inner)
-        dark = skin*[.40, .17, .16]
+        dark = .5*skin*[.36, .14, .13] + .5*grey*np.array([.34, .12, .11])           # flesh is red whatever the skin (or the varnish) is
         if gap > .06*wide:
             px = self.image[inner > .8]
             if len(px) > 12: dark = .5*dark + .5*np.minimum(px[px.mean(-1) <= np.percentile(px.mean(-1), 10)].mean(0), dark*1.6)
-        self.cavity_colour, self.tongue_colour = dark, skin*[.88, .61, .63]
+        self.cavity_colour, self.tongue_colour = dark, .5*skin*[.86, .54, .55] + .5*grey*np.array([.95, .53, .52])
         self._setup_inside()
 
     def _teeth_surface(self, inner):
@@ -925,10 +925,10 @@ class MeshAnimator:
                 base[v] += rim*.5*(self.own[v] - base[v])
             self.inside |= v
         self.base = base.astype(np.float32)
-        self.least = np.full(len(base), .38, np.float32)
+        self.least = np.full(len(base), .22, np.float32)
         self.least[self.faces[self.kind == _TEETH]] = .85
         self.reach = np.full(len(base), .024, np.float32)    # metres into the mouth to a third of the light
-        self.reach[self.faces[self._region('tongue')]] = .035
+        self.reach[self.faces[self._region('tongue')]] = .026
         self.least -= (.5*smoothstep(2.5, 5, np.abs(self._teeth_numbers()))).astype(np.float32)     # back teeth stand in the dark
         self.seen[self.inside] = 0
         self.seen[self.eye_vertices] = 1
