@@ -23,7 +23,7 @@ from numba import prange
 from PIL import Image
 
 # %% ../nbs/09_dataset.ipynb #c004
-from .animate import NeckCut, bleed, head_alpha
+from .layers import NeckCut, bleed, head_alpha
 from .geometry import Camera, kernel, rasterize
 from .flame import flame_head, load_head, read_tracker
 from .head import HeadModel, Motion

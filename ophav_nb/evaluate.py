@@ -22,7 +22,8 @@ from typing import Literal
 import numpy as np
 
 # %% ../nbs/20_evaluate.ipynb #c004
-from .animate import echo, head_alpha
+from .animate import echo
+from .layers import head_alpha
 from .animators import NETWORKS, film_heads, make_animator, make_baseline
 from .avatar import Avatar, AvatarConfig
 from .dataset import HeadDataset

@@ -16,7 +16,7 @@ import torch
 from scipy.spatial.transform import Rotation, Slerp
 
 from .geometry import Camera, axis_angle_to_matrix, facing_camera, interpolate, rasterize, sample_bilinear, smoothstep, spread_over, vertex_normals
-from .run import InputError, asset, write_atomic
+from .run import InputError, asset, patch_to, write_atomic
 
 # %% ../nbs/03_head.ipynb #c006
 JOINTS = ('root', 'neck', 'jaw', 'left_eye', 'right_eye')
@@ -129,14 +129,6 @@ class HeadModel:
     def __repr__(self):
         return (f'HeadModel({self.name}: {self.n_vertices} vertices, {len(self.faces)} triangles, '
                 f'{self.n_shape} shape, {self.n_expression} expression components)')
-
-# %% ../nbs/03_head.ipynb #c011
-def patch_to(cls):
-    "Add a function to a class as a method, so that a notebook can explain one method at a time."
-    def add(function):
-        setattr(cls, function.__name__, function)
-        return function
-    return add
 
 # %% ../nbs/03_head.ipynb #c012
 @patch_to(HeadModel)

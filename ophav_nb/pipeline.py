@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'FILM_NOTE', 'Preset', 'get_preset', 'matting_detector', 'unusual', 'add_portrait', 'add_track', 'run_head',
-           'load_portrait', 'add_motion', 'resolve_motion', 'add_coarse', 'add_coarse_network', 'driving_film',
-           'write_video', 'add_coarse_film', 'write_coarse', 'frame_pose', 'film_metadata', 'add_dataset', 'read_rgba',
-           'shrink', 'add_film', 'publish', 'play', 'create', 'train_rounds', 'copy_folder', 'write_run_report',
-           'animate', 'turned']
+           'load_portrait', 'add_motion', 'resolve_motion', 'film_motion', 'add_coarse', 'add_coarse_network',
+           'driving_film', 'write_video', 'add_coarse_film', 'write_coarse', 'frame_pose', 'film_metadata',
+           'add_dataset', 'read_rgba', 'shrink', 'add_film', 'publish', 'play', 'create', 'train_rounds', 'copy_folder',
+           'write_run_report', 'animate', 'turned']
 
 # %% ../nbs/19_pipeline.ipynb #c002
 import json

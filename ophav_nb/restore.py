@@ -24,7 +24,7 @@ from skimage.draw import polygon2mask
 from skimage.transform import estimate_transform
 
 # %% ../nbs/15_restore.ipynb #c003
-from .animate import depth_shell
+from .layers import depth_shell
 from .detect import INNER_LIPS, LEFT_EYE, OUTER_LIPS, OVAL, RIGHT_EYE
 from .geometry import Camera, interpolate, rasterize, sample_bilinear, vertex_normals
 from .media import on_background, resize, to_float, to_uint8

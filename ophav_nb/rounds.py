@@ -23,7 +23,7 @@ from PIL import Image
 from scipy import ndimage
 
 # %% ../nbs/17_rounds.ipynb #c004
-from .animate import head_alpha
+from .layers import head_alpha
 from .avatar import Avatar, AvatarConfig
 from .dataset import HeadDataset
 from .detect import Detector, detect_like

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'FORMAT', 'InputError', 'explain_os_errors', 'asset', 'write_atomic', 'progress', 'seed_all', 'pick_device',
-           'file_hash', 'versions', 'missing_requirements', 'complete_install', 'plain', 'make_key', 'FolderLock',
-           'Run']
+           'file_hash', 'versions', 'patch_to', 'missing_requirements', 'complete_install', 'plain', 'make_key',
+           'FolderLock', 'Run']
 
 # %% ../nbs/00_run.ipynb #c002
 import contextlib, dataclasses, errno, hashlib, importlib.metadata, importlib.resources, importlib.util, json, logging
@@ -129,6 +129,14 @@ def versions(
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): found[name] = importlib.metadata.version(name)
     return found
+
+# %% ../nbs/00_run.ipynb #c019c
+def patch_to(cls: type):
+    "Add a function (or a property) to a class as a method, so that a notebook can explain one method at a time."
+    def add(member):
+        setattr(cls, (member.fget if isinstance(member, property) else member).__name__, member)
+        return member
+    return add
 
 # %% ../nbs/00_run.ipynb #c022
 def missing_requirements(

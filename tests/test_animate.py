@@ -7,9 +7,9 @@ import pytest
 
 import ophav_nb  # noqa: F401  (before torch: it decides about threads)
 import torch
-from ophav_nb.animate import (EYES, MeshAnimator, NeckCut, VideoAnimator, bleed, head_alpha, inflate, make_animator, polygon_mask,
-                              smoothstep, without_mouth)
-from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, vertex_normals
+from ophav_nb.animate import MeshAnimator, VideoAnimator, make_animator
+from ophav_nb.layers import EYES, NeckCut, bleed, head_alpha, inflate, polygon_mask, without_mouth
+from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.run import InputError
 
