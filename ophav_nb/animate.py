@@ -137,7 +137,7 @@ def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, alpha,
             out[y, x, 3] = out[y, x, 3]*(1-t) + t
 
 @kernel(parallel=True)
-def _paint_teeth(face, bary, faces, source, image, weight, inner, stay, mesh_face, kind, x0, y0, out):
+def _paint_own_teeth(face, bary, faces, source, image, weight, inner, stay, mesh_face, kind, x0, y0, out):
     "The portrait's teeth wherever the mouth's inside is seen."
     h, w = face.shape
     for y in prange(h):
@@ -773,7 +773,7 @@ def _paint_teeth(self, V, camera, offset, mesh, fine):
     hi = np.clip(np.ceil(q[:, :2].max(0)).astype(int), 0, [w, h])
     if (hi <= lo).any(): return
     r = rasterize(q - [lo[0], lo[1], 0], self.teeth_faces, hi[1] - lo[1], hi[0] - lo[0])
-    _paint_teeth(r.face, r.bary, self.teeth_faces, self.teeth_source, self.image, self.teeth_weight, self.inner,
+    _paint_own_teeth(r.face, r.bary, self.teeth_faces, self.teeth_source, self.image, self.teeth_weight, self.inner,
                  np.float32(self._like_source(V)), mesh.face, self.kind, lo[0], lo[1], fine)
 
 @patch_to(MeshAnimator)
