@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'CURVES', 'MEASURES', 'STYLE', 'RunView', 'check_numbers', 'rgb', 'overlay', 'dots', 'posed', 'png', 'jpeg',
            'Panel', 'example_run', 'inspect_coarse', 'inspect_fit', 'Curves', 'joined', 'draw_curves',
-           'training_curves', 'rounds_strip', 'inspect_drift', 'draw_measures', 'drift_picture', 'inspect_run',
-           'write_report']
+           'training_curves', 'rounds_strip', 'inspect_drift', 'draw_measures', 'drift_picture', 'draw_views',
+           'inspect_run', 'write_report']
 
 # %% ../nbs/18_inspect.ipynb #c004
 import base64
@@ -551,6 +551,30 @@ def drift_picture(view: RunView, frames: int = 2) -> np.ndarray|None:
     width = max(r.shape[1] for r in rows)
     return _fit_width(np.concatenate([np.pad(r, ((0, 6), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows]))
 
+# %% ../nbs/18_inspect.ipynb #c027b
+def draw_views(
+    picture: np.ndarray,   # the grid of views, uint8 [H, W, 3]
+    data: dict,            # of `views.json`
+) -> np.ndarray:
+    "The grid, and how far each view's landmarks and identity are off."
+    figure = Figure(figsize=(8.6, 8.4), dpi=90)
+    rows = figure.subplots(3, 1, height_ratios=[4.4, 1, 1])
+    yaw, pitch = data['yaw'], data['pitch']
+    cell = picture.shape[1]/len(yaw), picture.shape[0]/len(pitch)
+    rows[0].imshow(picture)
+    rows[0].set_xticks([cell[0]*(k + .5) for k in range(len(yaw))], [f'{y}°' for y in yaw], fontsize=7)
+    rows[0].set_yticks([cell[1]*(k + .5) for k in range(len(pitch))], [f'{p}°' for p in pitch], fontsize=7)
+    for axis, (name, title, worst) in zip(rows[1:], (('landmark', 'landmarks off, % of the inter-ocular distance', 10.), ('identity', 'identity distance to the portrait (over .6: another person)', .6))):
+        values = np.asarray(data[name])
+        axis.imshow(values, cmap='RdYlGn_r', vmin=0, vmax=worst, aspect='auto')
+        for i, j in np.ndindex(values.shape): axis.text(j, i, f'{values[i, j]:.2g}', ha='center', va='center', fontsize=7)
+        axis.set_title(title, fontsize=8)
+        axis.set_xticks(range(len(yaw)), [f'{y}°' for y in yaw], fontsize=7)
+        axis.set_yticks(range(len(pitch)), [f'{p}°' for p in pitch], fontsize=7)
+    low, high = data['trained']
+    rows[0].set_title(f'yaw across, pitch down; trained from {low[0]:.0f}° to {high[0]:.0f}° and {low[1]:.0f}° to {high[1]:.0f}° (as the camera sees the head)', fontsize=8)
+    return _drawn(figure)
+
 # %% ../nbs/18_inspect.ipynb #c029
 def inspect_run(
     run,  # a run, or its folder
@@ -629,7 +653,7 @@ def write_report(
     sections = [('The film', _video(view.path('video.mp4'))), ('Portrait and fit', _portrait_section(view)), ('Rounds', _strip_section(view)),
                 ('Drift', _img(draw_measures(metrics, choice.get('chosen')), 'measures over the rounds; red: the chosen one', 'png')
                  + (f'<p>{_reason(view)}</p>' if choice else '') + (_table(metrics, choice.get('chosen')) if metrics else '')),
-                ('Training', _img(draw_curves({k: view.log(k) for k in view.rounds}), 'all rounds, one after the other', 'png'))]
+                ('Views', _views_section(view)), ('Training', _img(draw_curves({k: view.log(k) for k in view.rounds}), 'all rounds, one after the other', 'png'))]
     body = ''.join(f'<h2>{title}</h2>{content}' for title, content in sections if content)
     details = html.escape(json.dumps(_public(info), indent=1, ensure_ascii=False))
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -638,6 +662,13 @@ def write_report(
             f'<title>{html.escape(source)}: avatar</title><style>{STYLE}</style></head><body><h1>Avatar of {html.escape(source)}</h1>'
             f'<p class="notice">{html.escape(notice)}</p>{body}<details><summary>Parameters, seed, versions</summary><pre>{details}</pre></details></body></html>\n')
     return write_atomic(Path(path) if path else view.path('report.html'), page)
+
+def _views_section(view):
+    "The avatar from a grid of views."
+    data = view.path('views', 'views.json')
+    if not data.is_file(): return ''
+    return _img(draw_views(rgb(np.asarray(Image.open(view.path('views', 'views.jpg')))), json.loads(data.read_text())),
+                "the neutral face from other directions than the portrait's; landmarks without what is off in all views alike")
 
 def _public(value):
     "Parameters without the folders of whoever made the run: of paths only the last name."
