@@ -31,6 +31,7 @@ from .geometry import Camera, facing_camera, interpolate, rasterize, vertex_norm
 from .head import HeadModel, Motion
 from .render import band_widths, mouth_amount, render_view, shade, surface_band, widen_band
 from .run import InputError, progress, write_atomic
+from .training import AveragedAdam, OnePass, Truth, one_pass_serves
 
 # %% ../nbs/14_avatar.ipynb #c005
 logger = logging.getLogger(__name__)
@@ -202,11 +203,10 @@ class Batch:
         n = [len(p[2]) for p in parts]
         self.slot, self.frame = (np.repeat([p[k] for p in parts], n).astype(np.int32) for k in (0, 1))
         self.limits = np.concatenate([p[3] for p in parts], 1)
-        self._look_up(data, parts)
-        self.jitter = rng.random((len(self.slot), c.samples), np.float32)
-        self.background = rng.random((len(self.slot), 3), np.float32)
+        self.jitter, background = rng.random((len(self.slot), c.samples), np.float32), rng.random((len(self.slot), 3), np.float32)
+        self.truth = self._truth(data, parts, background, c.mouth_weight)
 
-    def _look_up(self, data, parts):
+    def _truth(self, data, parts, background, mouth_weight) -> Truth:
         "Rays and truth of the pixels."
         w, o, d, rgb, alpha, label, depth = data.width, [], [], [], [], [], []
         for _, i, p, _ in parts:
@@ -214,32 +214,27 @@ class Batch:
             a, b = data.camera(i).rays(np.stack([x + .5, y + .5], 1).astype(np.float32))
             for store, value in ((o, a), (d, b), (rgb, data.rgb[i][y, x]), (alpha, data.alpha[i][y, x]), (label, data.parsing[i][y, x]), (depth, data.depth[i][y, x])): store.append(value)
         self.o, self.d = np.concatenate(o), np.concatenate(d)
-        self.rgb, self.alpha = np.concatenate(rgb).astype(np.float32)/255, np.concatenate(alpha).astype(np.float32)/255
-        self.label, self.depth = np.concatenate(label), np.concatenate(depth).astype(np.float32)
+        rgb, alpha, label, depth = np.concatenate(rgb).astype(np.float32)/255, np.concatenate(alpha).astype(np.float32)/255, np.concatenate(label), np.concatenate(depth).astype(np.float32)
+        weight = np.where((label >= 120) & (label <= 140), np.float32(mouth_weight), np.float32(1))
+        known = (label > 90) & (label <= 250) & (alpha > .5) & (depth > 0)
+        return Truth(rgb, alpha, background, weight, known.astype(np.float32), depth)
 
 # %% ../nbs/14_avatar.ipynb #c019
 def losses(
     rendered, t,            # what `render.shade` gives
-    batch: Batch,
+    truth: Truth,
     config: AvatarConfig,
 ):                          # the loss, and the mean squared error of colour
-    "Huber on colour over a random background, and the depth prior."
-    device = rendered.rgb.device
-    to = lambda a: torch.from_numpy(a).to(device)
-    alpha, background = to(batch.alpha), to(batch.background)
-    shown = rendered.rgb + background*(1 - rendered.alpha)[:, None]
-    truth = to(batch.rgb)*alpha[:, None] + background*(1 - alpha)[:, None]
-    error = torch.nn.functional.huber_loss(shown, truth, delta=config.huber, reduction='none').mean(1)
-    if config.mouth_weight != 1:
-        inside = to((batch.label >= 120) & (batch.label <= 140))
-        error = torch.where(inside, config.mouth_weight*error, error)
-    loss = 10*error.mean()
-    if config.alpha_weight: loss = loss + config.alpha_weight*torch.nn.functional.huber_loss(rendered.alpha, alpha, delta=config.huber)
+    "Huber on colour over a random background, and the depth prior: the reference of `training.OnePass`."
+    rgb, alpha, background, weight, known, depth = (torch.from_numpy(a).to(rendered.rgb.device) for a in truth)
+    huber = lambda a, b: torch.nn.functional.huber_loss(a, b, delta=config.huber, reduction='none')
+    shown, wanted = rendered.rgb + background*(1 - rendered.alpha)[:, None], rgb*alpha[:, None] + background*(1 - alpha)[:, None]
+    loss = 10*(weight*huber(shown, wanted).mean(1)).mean()
+    if config.alpha_weight: loss = loss + config.alpha_weight*huber(rendered.alpha, alpha).mean()
     if config.depth_weight:
-        known = to(((batch.label > 90) & (batch.label <= 250) & (batch.alpha > .5) & (batch.depth > 0)).astype(np.float32))
-        away = (rendered.weights*(t - to(batch.depth)[:, None])).sum(1).abs()
+        away = (rendered.weights*(t - depth[:, None])).sum(1).abs()
         loss = loss + config.depth_weight*100*(known*away).mean()     # centimetres
-    return loss, (shown.detach() - truth).square().mean()
+    return loss, (shown.detach() - wanted).square().mean()
 
 # %% ../nbs/14_avatar.ipynb #c021
 class Avatar:
@@ -299,9 +294,10 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.pool = FramePool(data, avatar.deformer, avatar.widths, self.config, avatar.outer, seed)
         self.condition = torch.from_numpy(avatar.clamped(data.condition)).to(avatar.device)
-        c, fused = self.config, avatar.device.type in ('cpu', 'cuda')
+        c, field = self.config, avatar.field
         self.rates = [c.table_rate*lr_scale, c.network_rate*lr_scale]
-        self.optimiser = torch.optim.Adam([dict(params=[avatar.field.grid.params]), dict(params=avatar.field.networks)], lr=1e-3, eps=1e-15, betas=(.9, .99), fused=fused)
+        self.optimiser = AveragedAdam([dict(params=[field.grid.params]), dict(params=field.networks)], [avatar.shown.grid.params, *avatar.shown.networks], lr=1e-3, eps=1e-15, betas=(.9, .99))
+        self.one_pass = OnePass(field, avatar.deformer, c.huber, c.alpha_weight, c.depth_weight) if one_pass_serves(field) else None
         self.step, self.rows, self.halved, self.seconds = 0, [], 0, 0.
         self.sums = np.zeros(3)
 
@@ -310,30 +306,27 @@ class Trainer:
         factor = self.config.decay**(self.step/max(1, self.steps))*.5**self.halved
         for group, rate in zip(self.optimiser.param_groups, self.rates): group['lr'] = rate*factor
 
+    def gradients(self, batch: Batch) -> tuple:
+        "Loss and mean squared error of a batch; the parameters' gradients are added to."
+        told = self.condition[torch.from_numpy(batch.frame).long()]
+        rays = batch.slot, batch.o, batch.d, batch.limits, batch.jitter
+        if self.one_pass is not None: return self.one_pass(self.pool.poses, *rays, told.numpy(), batch.truth)
+        rendered, t = shade(self.avatar.field, self.avatar.deformer, self.pool.poses, *rays, told)
+        loss, square = losses(rendered, t, batch.truth, self.config)
+        loss.backward()
+        return float(loss.detach()), float(square)
+
     def one(self) -> float:
         "One step; returns the loss."
-        avatar = self.avatar
         batch = Batch(self.pool, self.step, self.seed)
         self.rate()
-        rendered, t = shade(avatar.field, avatar.deformer, self.pool.poses, batch.slot, batch.o, batch.d, batch.limits, batch.jitter,
-                            self.condition[torch.from_numpy(batch.frame).long()])
-        loss, square = losses(rendered, t, batch, self.config)
-        self.optimiser.zero_grad()
-        loss.backward()
-        value = float(loss.detach())
+        value, square = self.gradients(batch)
         if not math.isfinite(value):
             self.recover()
             return value
-        self.optimiser.step()
-        self.average()
-        self.sums += [value, float(square), batch.jitter.size]
+        self.optimiser.step(1 - min(self.config.average, (1 + self.step)/(10 + self.step)))   # the average follows quickly at first, then with the configured inertia
+        self.sums += [value, square, batch.jitter.size]
         return value
-
-    def average(self) -> None:
-        "Follow the weights: quickly at first, then with the configured inertia."
-        keep = min(self.config.average, (1 + self.step)/(10 + self.step))
-        ours, theirs = list(self.avatar.shown.parameters()), list(self.avatar.field.parameters())
-        torch._foreach_lerp_([p.data for p in ours], [p.data for p in theirs], 1 - keep)
 
     def recover(self) -> None:
         "A loss that is no number: go back to the averaged weights, with half the rate."
@@ -344,6 +337,7 @@ class Trainer:
             p.data.copy_(torch.nan_to_num(q.data))
             q.data.copy_(p.data)
         self.optimiser.state.clear()
+        self.optimiser.zero_grad()
 
     def report(self, seconds: float) -> None:
         "A row of the log."

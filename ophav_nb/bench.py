@@ -407,7 +407,7 @@ class _NaiveFit(TreeStep):
         b, shown = Batch(self.pool, self.step, 0), []
         for i in np.unique(b.frame):
             at = b.frame == i
-            shown.append((self.shade(int(i), b.o[at], b.d[at], b.limits[:, at], b.jitter[at]), torch.from_numpy((b.rgb*b.alpha[:, None] + 1 - b.alpha[:, None])[at])))
+            shown.append((self.shade(int(i), b.o[at], b.d[at], b.limits[:, at], b.jitter[at]), torch.from_numpy((b.truth.rgb*b.truth.alpha[:, None] + 1 - b.truth.alpha[:, None])[at])))
         loss = F.huber_loss(*(torch.cat(t) for t in zip(*shown)), delta=.1)
         self.optimiser.zero_grad()
         loss.backward()

@@ -94,7 +94,7 @@ def _block(typing, W, w, b, at, X, x, Y, y, K, stride, relu):
         zero = ir.Constant(_vector, [0.]*LANES)
         for i, s in enumerate(sums):
             if i and i % n == 0: line = e.add(line, stride)
-            positive = e.b.select(e.b.fcmp_ordered('>', s, zero), s, zero)
+            positive = e.b.select(e.b.fcmp_ordered('<', s, zero), zero, s)      # NaN stays NaN, as in torch: a trainer must see it
             e.store(e.b.select(relu, positive, s), Y, e.add(line, LANES*(i % n)))
         return context.get_dummy_value()
     n = types.intp
@@ -183,9 +183,10 @@ _E2, _E3, _E4, _E5, _E6, _E7 = (float32(1/n) for n in (2, 6, 24, 120, 720, 5040)
 @kernel
 def exponentials(x, n, bits):
     "x = exp(x) for the first n numbers of a flat array, within [-87, 88], to a unit or two in the last place; `bits` is room for n int32."
-    power = bits.view(np.float32)
+    power, low, high = bits.view(np.float32), float32(-87), float32(88)
     for j in range(n):
-        v = min(max(x[j], float32(-87)), float32(88))
+        v = low if x[j] < low else x[j]       # written so that NaN passes
+        v = high if v > high else v
         k = np.floor(v*_LOG2E + float32(.5))
         f = v - k*_LN2 - k*_LN2_REST
         x[j] = float32(1) + f*(float32(1) + f*(_E2 + f*(_E3 + f*(_E4 + f*(_E5 + f*(_E6 + f*_E7))))))

@@ -53,3 +53,12 @@ def test_exponentials():
     exponentials(y, len(y), np.empty(len(y), np.int32))
     want = np.exp(np.clip(x, -87, 88).astype(np.float64))
     assert np.abs(y/want - 1).max() < 3e-7
+
+
+def test_what_is_no_number_stays_none():
+    W, X, Y = np.ones(16, np.float32), np.ones((4, COLUMNS), np.float32), np.zeros((4, COLUMNS), np.float32)
+    X[1, 2] = np.nan
+    product(W, 0, np.zeros(4, np.float32), 0, 4, 4, X.reshape(-1), 0, Y.reshape(-1), 0, COLUMNS, COLUMNS, True)
+    assert np.isnan(Y[:, 2]).all() and np.isnan(Y).sum() == 4
+    exponentials(Y[0], COLUMNS, np.empty(COLUMNS, np.int32))
+    assert np.flatnonzero(np.isnan(Y[0])).tolist() == [2]
