@@ -31,10 +31,11 @@ from .deform import Deformer
 from .detect import Detector
 from .encoding import HashGrid, spherical_harmonics
 from .field import fast_bfloat16
-from .geometry import TriangleTree, facing_camera, rasterize, triangle_frames
+from .geometry import facing_camera, rasterize, triangle_frames
 from .head import HeadModel, Motion
 from .media import read_image
 from .metrics import psnr
+from .nearest import TriangleTree
 from .render import render_view
 from .restore import DetailRestorer, frame_context
 from .run import InputError, progress, write_atomic

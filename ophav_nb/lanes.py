@@ -57,8 +57,8 @@ class _Emit:
 
     def multiply_add(self, a, b, c):
         "a b + c, rounded once."
-        name = f'llvm.fma.v{LANES}f32'
-        f = self.b.module.globals.get(name) or ir.Function(self.b.module, ir.FunctionType(_vector, [_vector]*3), name)
+        name = f'llvm.fma.v{a.type.count}f32'
+        f = self.b.module.globals.get(name) or ir.Function(self.b.module, ir.FunctionType(a.type, [a.type]*3), name)
         return self.b.call(f, [a, b, c])
 
     def loop(self, count, step: int, sums, body):

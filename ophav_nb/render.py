@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'KNEE', 'TILE', 'CELL', 'HAZE', 'RIM', 'SOLID', 'HOLE', 'FINE', 'LATE', 'STRIDE', 'RAY', 'AT', 'START',
            'GUESS', 'LAST', 'NEXT', 'band_widths', 'mouth_amount', 'Band', 'sample_depths', 'surface_band',
-           'studio_camera', 'widen_band', 'Rendered', 'composite', 'shade', 'packed_networks', 'render_view']
+           'studio_camera', 'widen_band', 'Rendered', 'composite', 'shade', 'render_view']
 
 # %% ../nbs/13_render.ipynb #c004
 import logging
@@ -15,15 +15,17 @@ from typing import Literal, NamedTuple
 import numba
 import numpy as np
 import torch
-from numba import float32, prange, uint32
+from numba import float32, prange
 from scipy import ndimage as ndi
 from scipy.spatial import cKDTree
 
 # %% ../nbs/13_render.ipynb #c005
-from .deform import LANES, Deformer, Poses, Samples, _map_smooth, _map_triangle, _nearest_wide
-from .encoding import _cell
+from .deform import Deformer, Poses, Samples, _map_smooth, _map_triangle
+from .dense import Packed, for_frame, layers_forward
+from .encoding import GRID_TILE, _grid_kernels, harmonics
 from .field import Field, told
-from .geometry import STACK, Camera, interpolate, kernel, rasterize, smoothstep, vertex_normals
+from .geometry import Camera, interpolate, kernel, rasterize, smoothstep, vertex_normals
+from .nearest import ROOM, nearest_triangle
 
 # %% ../nbs/13_render.ipynb #c006
 logger = logging.getLogger(__name__)
@@ -241,47 +243,13 @@ def shade(
     return composite(density.view(R, S), rgb.view(R, S, 3), length), torch.from_numpy(depth).to(device)
 
 # %% ../nbs/13_render.ipynb #c024
-TILE = 64   # rays
+TILE = GRID_TILE   # rays
 CELL = 4    # pixels along the side of a cell that one ray scouts for
 HAZE = np.float32(.02)   # opacity that a scout overlooks
 RIM = np.float32(.6)   # of a scout's step, around what it saw
 SOLID = .9  # opacity of what should have no holes
 HOLE = .04  # half the width of a hole that is looked at again, of the picture's height
 FINE = 2    # as many samples a ray has a picture's grid as the scouts'
-
-@kernel
-def _dense(W, b, X, Y, relu):
-    "Y = W X + b for all columns of a tile (a length known to the compiler, or it will not use vectors); sizes of W are multiples of four."
-    for o in range(0, W.shape[0], 4):
-        y0, y1, y2, y3 = Y[o], Y[o+1], Y[o+2], Y[o+3]
-        b0, b1, b2, b3 = b[o], b[o+1], b[o+2], b[o+3]
-        for t in range(TILE): y0[t], y1[t], y2[t], y3[t] = b0, b1, b2, b3
-        for i in range(0, W.shape[1], 4):
-            x0, x1, x2, x3 = X[i], X[i+1], X[i+2], X[i+3]
-            p0, p1, p2, p3 = W[o, i], W[o, i+1], W[o, i+2], W[o, i+3]
-            q0, q1, q2, q3 = W[o+1, i], W[o+1, i+1], W[o+1, i+2], W[o+1, i+3]
-            r0, r1, r2, r3 = W[o+2, i], W[o+2, i+1], W[o+2, i+2], W[o+2, i+3]
-            s0, s1, s2, s3 = W[o+3, i], W[o+3, i+1], W[o+3, i+2], W[o+3, i+3]
-            for t in range(TILE):
-                v0, v1, v2, v3 = x0[t], x1[t], x2[t], x3[t]
-                y0[t] += p0*v0 + p1*v1 + p2*v2 + p3*v3
-                y1[t] += q0*v0 + q1*v1 + q2*v2 + q3*v3
-                y2[t] += r0*v0 + r1*v1 + r2*v2 + r3*v3
-                y3[t] += s0*v0 + s1*v1 + s2*v2 + s3*v3
-        if relu:
-            zero = float32(0)
-            for t in range(TILE):
-                y0[t], y1[t] = y0[t] if y0[t] > zero else zero, y1[t] if y1[t] > zero else zero
-                y2[t], y3[t] = y2[t] if y2[t] > zero else zero, y3[t] if y3[t] > zero else zero
-
-@kernel
-def _layers(flat, plan, X, G, H):
-    "Columns of X through a packed network; the result is in G."
-    for k in range(plan.shape[0]):
-        at, O, K = plan[k, 0], plan[k, 1], plan[k, 2]
-        W, b = flat[at:at+O*K].reshape((O, K)), flat[at+O*K:at+O*K+O]
-        source = X if k == 0 else (H if (plan.shape[0] - k) % 2 == 1 else G)
-        _dense(W, b, source, G if (plan.shape[0] - k) % 2 == 1 else H, k < plan.shape[0] - 1)
 
 # %% ../nbs/13_render.ipynb #c025
 @kernel(inline=True)
@@ -307,37 +275,16 @@ def _within(x):
     "Inside the unit interval."
     return min(max(x, float32(1e-4)), float32(.9999))
 
-@kernel
-def _harmonics(q, j, degree, X, row, column):
-    "Spherical harmonics of a sample's direction, into a column; the same as `encoding.spherical_harmonics`."
-    n = float32(1)/max(np.sqrt(q[j, 3]*q[j, 3] + q[j, 4]*q[j, 4] + q[j, 5]*q[j, 5]), float32(1e-12))
-    x, y, z = q[j, 3]*n, q[j, 4]*n, q[j, 5]*n
-    X[row, column] = float32(.28209479177387814)
-    if degree > 1:
-        X[row+1, column], X[row+2, column], X[row+3, column] = float32(-.48860251190291987)*y, float32(.48860251190291987)*z, float32(-.48860251190291987)*x
-    if degree > 2:
-        X[row+4, column], X[row+5, column] = float32(1.0925484305920792)*x*y, float32(-1.0925484305920792)*y*z
-        X[row+6, column] = float32(.94617469575755997)*z*z - float32(.31539156525251999)
-        X[row+7, column], X[row+8, column] = float32(-1.0925484305920792)*x*z, float32(.54627421529603959)*(x*x - y*y)
-    if degree > 3:
-        xx, yy, zz = x*x, y*y, z*z
-        X[row+9, column], X[row+10, column] = float32(.59004358992664352)*y*(yy - float32(3)*xx), float32(2.8906114426405538)*x*y*z
-        X[row+11, column] = float32(.45704579946446572)*y*(float32(1) - float32(5)*zz)
-        X[row+12, column] = float32(.3731763325901154)*z*(float32(5)*zz - float32(3))
-        X[row+13, column] = float32(.45704579946446572)*x*(float32(1) - float32(5)*zz)
-        X[row+14, column], X[row+15, column] = float32(1.4453057213202769)*z*(xx - yy), float32(.59004358992664352)*x*(float32(3)*yy - xx)
-
 class _Way(NamedTuple):
     "The way to canonical space: a pose, and what `Deformer` knows of the mesh."
-    L: np.ndarray
+    T: np.ndarray
     B: np.ndarray
+    C: np.ndarray
     P: np.ndarray
     A: np.ndarray
-    child: np.ndarray
-    leaf: np.ndarray
-    tri: np.ndarray
+    leaves: np.ndarray
     faces: np.ndarray
-    C: np.ndarray
+    canonical: np.ndarray
     rest: np.ndarray
     beside: np.ndarray
     blended: np.ndarray
@@ -356,21 +303,25 @@ class _Table(NamedTuple):
     inverse: np.float32
 
 class _Networks(NamedTuple):
-    "Both networks, packed."
-    flat: np.ndarray
-    density: np.ndarray
-    colour: np.ndarray
-    outputs: int        # of the density network
+    "Both networks, packed (see `dense`), for one frame."
+    weights: np.ndarray
+    plan: np.ndarray
+    first: int          # layer of the colour network
+    rows: int           # of a tile
+    features: int       # row of the density's logarithm and of what the colour network gets of it
+    outputs: int        # how many these are
+    mouth: int          # row for how near the mouth a sample is, or -1
     degree: int         # of the direction's harmonics
     surface: np.float32
 
 @kernel(inline=True)
-def _carry(rays, r, z, guess, q, j, L, B, P, A, child, leaf, tri, F, C, rest, beside, blended, mouth, smooth, stack, stack_d, out, m, g, h):
+def _carry(rays, r, z, guess, q, j, T, B, C, P, A, leaves, F, canonical, rest, beside, blended, mouth, smooth, room, m, g, h):
     "Canonical place and direction, height and share of the mouth of a point on a ray, into q; returns the leaf where its triangle was found."
     dx, dy, dz = rays[r, 3], rays[r, 4], rays[r, 5]
     px, py, pz = rays[r, 0] + z*dx, rays[r, 1] + z*dy, rays[r, 2] + z*dz
-    where, f, v, w, square = _nearest_wide(px, py, pz, L, B, child, leaf, tri, guess, stack, stack_d, out)
-    if smooth: q[j, 0], q[j, 1], q[j, 2] = _map_smooth(px, py, pz, f, v, w, P, A, F, C, m)
+    where, lane, v, w, square = nearest_triangle(px, py, pz, T, B, C, guess, room)
+    f = leaves[max(where, 0), lane]
+    if smooth: q[j, 0], q[j, 1], q[j, 2] = _map_smooth(px, py, pz, f, v, w, P, A, F, canonical, m)
     else: q[j, 0], q[j, 1], q[j, 2] = _map_triangle(px, py, pz, f, A, rest, beside, blended, m, g, h)
     ex, ey, ez = m[0]*dx + m[1]*dy + m[2]*dz, m[3]*dx + m[4]*dy + m[5]*dz, m[6]*dx + m[7]*dy + m[8]*dz
     n = float32(1)/max(np.sqrt(ex*ex + ey*ey + ez*ez), float32(1e-12))
@@ -392,7 +343,7 @@ STRIDE = 3               # every how many samples are carried to canonical space
 RAY, AT, START, GUESS, LAST, NEXT = range(6)   # of a row of the tile: its ray (-1: none), sample, first sample, leaf, the samples carried last and ahead of time
 
 @kernel(inline=True)
-def _find(j, tile, last, ahead, now, rays, S, few, stride, first_leaf, L, B, P, A, child, leaf, tri, F, C, rest, beside, blended, mouth, smooth, stack, stack_d, out, m, g, h):
+def _find(j, tile, last, ahead, now, rays, S, few, stride, first_leaf, T, B, C, P, A, leaves, F, canonical, rest, beside, blended, mouth, smooth, room, m, g, h):
     "What belongs to the sample of row j, into `now`: carried, or between two that were; returns the leaf where the next ray may begin."
     r, k = tile[RAY, j], tile[AT, j]
     near, knee, far = rays[r, 6], rays[r, 7], rays[r, 8]
@@ -403,7 +354,7 @@ def _find(j, tile, last, ahead, now, rays, S, few, stride, first_leaf, L, B, P, 
         goal = min(k + stride - 1, S - 1) if k == tile[LAST, j] + 1 and tile[LAST, j] >= 0 else k      # a later one, if this one then lies straight between
         while True:
             z, _ = _place(goal, near, knee, far, S, few)
-            tile[GUESS, j] = _carry(rays, r, z, tile[GUESS, j], now, j, L, B, P, A, child, leaf, tri, F, C, rest, beside, blended, mouth, smooth, stack, stack_d, out, m, g, h)
+            tile[GUESS, j] = _carry(rays, r, z, tile[GUESS, j], now, j, T, B, C, P, A, leaves, F, canonical, rest, beside, blended, mouth, smooth, room, m, g, h)
             if goal == k:
                 if tile[LAST, j] < 0: first_leaf = tile[GUESS, j]
                 for i in range(8): last[j, i] = now[j, i]
@@ -444,46 +395,34 @@ def _pass(j, tile, now, rays, S, few, end, through, logarithm, surface, span, th
     return w, through
 
 @kernel
-def _colours(flat, plan, Y, G, H, shown, ray, weight, first, total):
+def _colours(weights, plan, first, flat, A, shown, ray, weight, begin, total):
     "Colours of the samples that wait, onto their rays."
-    _layers(flat, plan, Y, G, H)
+    top = plan[plan.shape[0]-1, 6]
+    layers_forward(plan, first, plan.shape[0], weights, flat, TILE, TILE)
     for a in range(shown):
-        r, w = ray[a] - first, weight[a]
-        for i in range(3): total[r, i] += w/(float32(1) + np.exp(-G[i, a]))
+        r, w = ray[a] - begin, weight[a]
+        for i in range(3): total[r, i] += w/(float32(1) + np.exp(-A[top+i, a]))
         total[r, 3] += w
 
 # %% ../nbs/13_render.ipynb #c026b
 @lru_cache(maxsize=8)
-def _encoder(F: int):
-    "The hash grid's features of a place, into a column, for tables of F features (a constant, so that the compiler unrolls the loops over it)."
-    @kernel(inline=True)
-    def encode(q, j, T, scale, resolution, offset, size, hashed, low, s, X):
-        x, y, z = _within((q[j, 0] - low[0])*s), _within((q[j, 1] - low[1])*s), _within((q[j, 2] - low[2])*s)
-        for l in range(scale.size):
-            u, v, w, c0, c1, c2, c3, c4, c5, c6, c7 = _cell(x, y, z, scale[l], uint32(resolution[l]), uint32(size[l]), hashed[l])
-            u_, v_, w_, e = float32(1) - u, float32(1) - v, float32(1) - w, offset[l]
-            a, b, c, d = v_*w_, v*w_, v_*w, v*w
-            for f in range(F):
-                X[l*F+f, j] = (a*(u_*T[e+c0, f] + u*T[e+c1, f]) + b*(u_*T[e+c2, f] + u*T[e+c3, f])
-                               + c*(u_*T[e+c4, f] + u*T[e+c5, f]) + d*(u_*T[e+c6, f] + u*T[e+c7, f]))
-    return encode
-
-@lru_cache(maxsize=8)
 def _view_kernel(F: int):
     "The kernel for tables of F features."
-    encode = _encoder(F)
+    encode = _grid_kernels(F)[2]
 
     @kernel(inline=True)
-    def stretch(first, last, rays, spans, S, few, stride, way, table, networks, rows, thin, coloured, rgba, span):
+    def stretch(first, last, rays, spans, S, few, stride, way, table, networks, thin, coloured, rgba, span):
         """The rays from `first` to `last`: a tile of them at a time, each at a sample of its own; one that is done makes room for the next.
         (Inlined, for in the parallel loop itself the compiler knows that arrays do not overlap, which saves a third of the time.)"""
-        L, B, P, A, child, leaf, tri, faces, C, rest, beside, blended, mouth, smooth = way      # once: each access counts references
+        T, B, C, P, A, leaves, faces, canonical, rest, beside, blended, mouth, smooth = way      # once: each access counts references
         values, scale, resolution, offset, size, hashed, low, inverse = table
-        flat, density, colour, outputs, degree, surface = networks
-        stack, stack_d, out, m, g, h = np.empty(STACK, np.int32), np.empty(STACK, np.float32), np.empty(3*LANES, np.float32), np.empty(9, np.float32), np.empty(12, np.float32), np.empty(12, np.float32)
+        weights, plan, first_colour, rows, features, outputs, mouth_row, degree, surface = networks
+        room, m, g, h = np.empty(ROOM, np.float32), np.empty(9, np.float32), np.empty(12, np.float32), np.empty(12, np.float32)
         tile, through = np.full((6, TILE), -1), np.ones(TILE, np.float32)
         carried, ahead, now = np.zeros((TILE, 8), np.float32), np.zeros((TILE, 8), np.float32), np.zeros((TILE, 8), np.float32)
-        X, G, H, Y, Z = np.zeros((rows, TILE), np.float32), np.zeros((rows, TILE), np.float32), np.zeros((rows, TILE), np.float32), np.zeros((rows, TILE), np.float32), np.zeros((rows, TILE), np.float32)
+        flat, later, x = np.zeros(rows*TILE, np.float32), np.zeros(rows*TILE, np.float32), np.full((3, TILE), .5, np.float32)      # those on their way, and those that wait for a colour
+        X, Y = flat.reshape((rows, TILE)), later.reshape((rows, TILE))
+        entry, corner = np.empty((8, TILE), np.uint32), np.empty((8, TILE), np.float32)
         total, waiting, weight = np.zeros((last - first, 4), np.float32), np.zeros(TILE, np.int64), np.zeros(TILE, np.float32)
         shown, coming, first_leaf, alive = 0, first, -1, 1
         while alive > 0:
@@ -495,85 +434,55 @@ def _view_kernel(F: int):
                     through[j], coming = float32(1), coming + 1
                 alive += 1
                 first_leaf = _find(j, tile, carried, ahead, now, rays, S, few, stride, first_leaf,
-                                   L, B, P, A, child, leaf, tri, faces, C, rest, beside, blended, mouth, smooth, stack, stack_d, out, m, g, h)
-                encode(now, j, values, scale, resolution, offset, size, hashed, low, inverse, X)
-                X[scale.size*F, j] = now[j, 7]
-            _layers(flat, density, X, G, H)
+                                   T, B, C, P, A, leaves, faces, canonical, rest, beside, blended, mouth, smooth, room, m, g, h)
+                for i in range(3): x[i, j] = _within((now[j, i] - low[i])*inverse)
+                if mouth_row >= 0: X[mouth_row, j] = now[j, 7]
+            encode(x, values, scale, resolution, offset, size, hashed, entry, corner, X)
+            layers_forward(plan, 0, first_colour, weights, flat, TILE, TILE)
             for j in range(TILE):
                 r = tile[RAY, j]
                 if r < 0: continue
-                w, through[j] = _pass(j, tile, now, rays, S, few, spans[r, 1], through[j], G[0, j], surface, span, thin)
+                w, through[j] = _pass(j, tile, now, rays, S, few, spans[r, 1], through[j], X[features, j], surface, span, thin)
                 if tile[RAY, j] < 0: rgba[r, 3] = float32(1) - through[j]
                 if not (coloured and w > thin): continue
-                for i in range(outputs): Y[i, shown] = G[i, j]
-                if degree > 0: _harmonics(now, j, degree, Y, outputs, shown)
+                for i in range(outputs): Y[features+i, shown] = X[features+i, j]
+                if degree > 0: harmonics(now[j, 3], now[j, 4], now[j, 5], degree, Y, features + outputs, shown)
                 waiting[shown], weight[shown] = r, w
                 shown += 1
                 if shown == TILE:
-                    _colours(flat, colour, Y, Z, H, shown, waiting, weight, first, total)
+                    _colours(weights, plan, first_colour, later, Y, shown, waiting, weight, first, total)
                     shown = 0
-        if shown > 0: _colours(flat, colour, Y, Z, H, shown, waiting, weight, first, total)
+        if shown > 0: _colours(weights, plan, first_colour, later, Y, shown, waiting, weight, first, total)
         for r in range(first, last):
             for i in range(3): rgba[r, i] = total[r-first, i]/max(total[r-first, 3], float32(1e-6))
 
     @kernel(parallel=True)
-    def view(rays, spans, S, few, stride, way, table, networks, rows, thin, coloured, chunk, rgba, span):
+    def view(rays, spans, S, few, stride, way, table, networks, thin, coloured, chunk, rgba, span):
         chunks = (len(rays) + chunk - 1)//chunk
         for turn in prange(chunks):
             half = (chunks + 1)//2
             t = turn*2 if turn < half else (turn - half)*2 + 1     # neighbours go to different threads: hair costs more than skin
-            stretch(t*chunk, min(len(rays), (t+1)*chunk), rays, spans, S, few, stride, way, table, networks, rows, thin, coloured, rgba, span)
+            stretch(t*chunk, min(len(rays), (t+1)*chunk), rays, spans, S, few, stride, way, table, networks, thin, coloured, rgba, span)
     return view
 
 # %% ../nbs/13_render.ipynb #c027
-def _padded(layers) -> tuple:
-    "Weights and biases in one flat array, sizes as multiples of four; where each layer stands, its rows and columns."
-    flat, plan, at, up = [], [], 0, lambda n: -(-n//4)*4
-    for W, b in layers:
-        O, K = up(W.shape[0]), up(W.shape[1])
-        full, bias = np.zeros((O, K), np.float32), np.zeros(O, np.float32)
-        full[:W.shape[0], :W.shape[1]], bias[:len(b)] = W, b
-        flat += [full.ravel(), bias]
-        plan.append((at, O, K))
-        at += O*K + O
-    return np.concatenate(flat), np.array(plan, np.int64)
-
-def packed_networks(
-    field: Field,
-    condition,          # of the frame, [C]
-    appearance=None,    # of the frame, [A]
-):                      # flat weights, plans of the density and the colour network
-    "The networks as the kernel takes them, with what the frame tells them in the first biases."
-    c, n = field.config, lambda t: t.detach().cpu().numpy().astype(np.float32)
-    linear = lambda network: [[n(l.weight), np.zeros(l.out_features, np.float32) if l.bias is None else n(l.bias)] for l in network if hasattr(l, 'weight')]
-    density, colour = linear(field.density_network), linear(field.colour_network)
-    W, b = density[0]
-    width = field.grid.width
-    told_now, extra = W[:, width:], np.zeros((len(W), 1), np.float32)
-    if c.condition == 'everywhere': b = b + told_now @ np.asarray(condition, np.float32)
-    elif c.condition == 'mouth':
-        rest = np.full(c.condition_size, c.condition_rest, np.float32)
-        b, extra = b + told_now @ rest, (told_now @ (np.asarray(condition, np.float32) - rest))[:, None]
-    density[0] = [np.concatenate([W[:, :width], extra], 1), b]
-    if c.appearance:
-        W, b = colour[0]
-        colour[0] = [W[:, :-c.appearance], b + W[:, -c.appearance:] @ n(appearance)]
-    first, plan = _padded(density)
-    second, plan2 = _padded(colour)
-    return np.concatenate([first, second]), plan, plan2 + np.array([len(first), 0, 0])
+def _packed(field, condition, appearance) -> _Networks:
+    "The networks as the kernel takes them, with what the frame tells them."
+    c, packed = field.config, Packed(field)
+    plan, mouth = packed.plan, field.grid.width if c.condition == 'mouth' else -1
+    for_frame(plan.layers, plan.first, packed.told(np.reshape(condition, (1, -1)), None if appearance is None else appearance.detach().numpy()[None])[0], mouth, packed.weights)
+    return _Networks(packed.weights, plan.layers, plan.first, plan.rows, plan.features, c.outputs, mouth, c.degree, np.float32(c.surface))
 
 def _view_fast(field, deformer, poses, o, d, limits, samples, begin=None, end=None, condition=None, appearance=None, thin=1e-3, colours=True, stride=1) -> tuple:
     "By the kernel: straight RGBA of rays [R, 4], and between which depths there is anything [R, 2]. Of the samples, those from `begin` to `end` are looked at."
     c, f, R = field.config, deformer, len(o)
-    flat, plan, plan2 = packed_networks(field, condition, appearance)
     rgba, span = np.zeros((R, 4), np.float32), np.zeros((R, 2), np.float32)
     rays = np.concatenate([o, d, np.stack(limits, 1)], 1, dtype=np.float32)
     spans = np.stack(np.broadcast_arrays(0 if begin is None else begin, samples if end is None else end, np.zeros(R))[:2], 1).astype(np.int64)
-    way = _Way(*(a[0] for a in poses), f.child, f.leaf, f.tri, f.faces, f.canonical, f.rest, f.beside, f.blended, f.mouth, f.mapping == 'smooth')
-    table = _Table(field.grid.params.detach().numpy().reshape(-1, c.features), *field.grid.levels.arrays, f.low, np.float32(1/f.size))
-    rows = int(max(plan[:, 1:].max(), plan2[:, 1:].max(), c.outputs + c.degree**2)) + 4
-    _view_kernel(c.features)(rays, spans, samples, round(samples*KNEE), stride, way, table, _Networks(flat, plan, plan2, c.outputs, c.degree, np.float32(c.surface)),
-        rows, np.float32(thin), colours, int(np.clip(R//(8*numba.get_num_threads()), TILE, 1024)), rgba, span)
+    way = _Way(*(a[0] for a in poses), f.leaves, f.faces, f.canonical, f.rest, f.beside, f.blended, f.mouth, f.mapping == 'smooth')
+    table = _Table(field.grid.params.detach().numpy(), *field.grid.levels.arrays, f.low, np.float32(1/f.size))
+    _view_kernel(c.features)(rays, spans, samples, round(samples*KNEE), stride, way, table, _packed(field, condition, appearance), np.float32(thin), colours,
+                             int(np.clip(R//(8*numba.get_num_threads()), TILE, 1024)), rgba, span)
     return rgba, span
 
 def _search(scout, mask, far, cell=CELL, jump=.01) -> tuple:

@@ -193,7 +193,7 @@ class OnePass:
         c, plan, (R, S) = self.field.config, self.packed.refresh().plan, jitter.shape
         depth, step = sample_depths(*limits, jitter)
         samples = [a.numpy() for a in self.deformer.march(poses, slot, o, d, depth)]
-        x, direction, mouth, height = samples[:4]
+        x, direction, mouth, height = samples[0].T, *samples[1:4]
         features, shares = encode_columns(self.field.grid, x), portions(slot, S)
         length = (step*np.linalg.norm(d, axis=1, keepdims=True).astype(np.float32)*np.float32(100)).reshape(-1)
         conditions = np.asarray(conditions)[shares[:, 0]]
