@@ -153,7 +153,7 @@ def _corners(x, s, r, n, hashed, first, F, entry, weight):
 
 # %% ../nbs/10_encoding.ipynb #c012b
 def _interpolation(F: int) -> tuple:
-    "For entries of F features: read four positions, and add to the entries of four."
+    "For entries of F features: read four positions, from `at` on in the tile, into rows that begin at `line`; and add to the entries of four."
     part = ir.VectorType(_float, F)
 
     def together(e, vectors):
@@ -167,29 +167,29 @@ def _interpolation(F: int) -> tuple:
             w = e.b.insert_element(ir.Constant(part, ir.Undefined), w, ir.Constant(ir.IntType(32), 0))
             yield e.b.zext(e.load(entry, e.add(at, GRID_TILE*k), ir.IntType(32)), _int), e.pick(w, w, [0]*F)
 
-    def read(e, table, entry, weight, at, rows):
+    def read(e, table, entry, weight, at, rows, line):
         found = []
         for q in range(4):
             total = ir.Constant(part, [0.]*F)
             for place, w in corners(e, entry, weight, e.add(at, q)): total = e.multiply_add(w, e.load(table, place, part), total)
             found.append(total)
         found = together(e, found)
-        for f in range(F): e.store(e.pick(found, found, range(f, 4*F, F)), rows, e.add(at, GRID_TILE*f))
+        for f in range(F): e.store(e.pick(found, found, range(f, 4*F, F)), rows, e.add(line, at, GRID_TILE*f))
 
-    def add(e, table, entry, weight, at, rows):
-        given = together(e, [e.load(rows, e.add(at, GRID_TILE*f), ir.VectorType(_float, 4)) for f in range(F)])
+    def add(e, table, entry, weight, at, rows, line):
+        given = together(e, [e.load(rows, e.add(line, at, GRID_TILE*f), ir.VectorType(_float, 4)) for f in range(F)])
         for q in range(4):
             mine = e.pick(given, given, range(q, 4*F, 4))
             for place, w in corners(e, entry, weight, e.add(at, q)): e.store(e.multiply_add(w, mine, e.load(table, place, part)), table, place)
 
     def function(write):
         @intrinsic
-        def four(typing, table, entry, weight, at, rows):
+        def four(typing, table, entry, weight, at, rows, line):
             def code(context, builder, signature, args):
                 e = _Emit(context, builder, signature, args)
                 write(e, *e.args)
                 return context.get_dummy_value()
-            return types.void(table, entry, weight, types.intp, rows), code
+            return types.void(table, entry, weight, types.intp, rows, types.intp), code
         return four
     return function(read), function(add)
 
@@ -226,10 +226,11 @@ def _grid_kernels(F: int) -> tuple:
 
     @kernel
     def tile(X, table, scale, resolution, offset, size, hashed, entry, weight, out):
-        "A tile's features, all levels, into rows of GRID_TILE columns."
+        "A tile's features, all levels, into the first rows, of GRID_TILE columns, of a flat array."
+        e, w = entry.reshape(-1), weight.reshape(-1)
         for l in range(scale.size):
             _corners(X, scale[l], uint32(resolution[l]), uint32(size[l]), hashed[l], uint32(offset[l]*F), uint32(F), entry, weight)
-            for j in range(0, GRID_TILE, 4): read(table, entry.reshape(-1), weight.reshape(-1), j, out[l*F:l*F+F].reshape(-1))
+            for j in range(0, GRID_TILE, 4): read(table, e, w, j, out, l*F*GRID_TILE)
 
     @kernel(parallel=True)
     def forward(x, table, scale, resolution, offset, size, hashed, out, chunks):
@@ -244,7 +245,7 @@ def _grid_kernels(F: int) -> tuple:
                     n = min(GRID_TILE, b - first)
                     _tile(x, first, n, X)
                     _corners(X, scale[l], uint32(resolution[l]), uint32(size[l]), hashed[l], uint32(offset[l]*F), uint32(F), entry, weight)
-                    for j in range(0, n, 4): read(table, e, w, j, o)
+                    for j in range(0, n, 4): read(table, e, w, j, o, 0)
                     for f in range(F): out[l*F+f, first:first+n] = rows[f, :n]
 
     @kernel(parallel=True)
@@ -264,7 +265,7 @@ def _grid_kernels(F: int) -> tuple:
                     for f in range(F):
                         rows[f, :n] = g[l*F+f, first:first+n]
                         rows[f, n:] = 0
-                    for j in range(0, n, 4): add(grad, e, w, j, o)
+                    for j in range(0, n, 4): add(grad, e, w, j, o, 0)
     return forward, backward, tile
 
 # %% ../nbs/10_encoding.ipynb #c015

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'kernel', 'smoothstep', 'axis_angle_to_matrix', 'matrix_to_axis_angle', 'Camera', 'pixel_centres',
-           'facing_camera', 'vertex_normals', 'triangle_frames', 'Raster', 'rasterize', 'interpolate',
+           'facing_camera', 'vertex_normals', 'triangle_frames', 'Raster', 'rasterize', 'depth_range', 'interpolate',
            'sample_bilinear', 'push_pull']
 
 # %% ../nbs/02_geometry.ipynb #c004
@@ -292,6 +292,36 @@ def _rasterize_kernel(P, F, sign, near, edge, face, bary, depth, bands):
                             face[y, x], depth[y, x] = k, z32
                             bary[y, x, 0], bary[y, x, 1], bary[y, x, 2] = q0*z, q1*z, q2*z
 
+@kernel(parallel=True)
+def _depth_range_kernel(P, F, near, edge, first, last, bands):
+    "The nearest and the farthest depth at each pixel in one pass; 0 where there is nothing."
+    H, W = first.shape
+    for t in prange(bands):
+        top, bottom = t*H//bands, (t+1)*H//bands
+        first[top:bottom], last[top:bottom] = 0, 0
+        for k in range(F.shape[0]):
+            ax, ay, az = P[F[k, 0], 0], P[F[k, 0], 1], P[F[k, 0], 2]
+            bx, by, bz = P[F[k, 1], 0], P[F[k, 1], 1], P[F[k, 1], 2]
+            cx, cy, cz = P[F[k, 2], 0], P[F[k, 2], 1], P[F[k, 2], 2]
+            low, high = min(ay, min(by, cy)), max(ay, max(by, cy))
+            if not (low < bottom and high > top and min(az, min(bz, cz)) > near): continue
+            area = (bx-ax)*(cy-ay) - (by-ay)*(cx-ax)
+            if not abs(area) > 1e-12: continue
+            left, right = min(ax, min(bx, cx)), max(ax, max(bx, cx))
+            y0, y1 = max(top, int(np.floor(max(low, -1.)-.5))), min(bottom, int(np.ceil(min(high, H+1.)+.5)))
+            x0, x1 = max(0, int(np.floor(max(left, -1.)-.5))), min(W, int(np.ceil(min(right, W+1.)+.5)))
+            inverse, iza, izb, izc = 1./area, 1./az, 1./bz, 1./cz
+            for y in range(y0, y1):
+                for x in range(x0, x1):
+                    px, py = x + .5, y + .5
+                    w1 = ((px-ax)*(cy-ay) - (py-ay)*(cx-ax))*inverse
+                    w2 = ((bx-ax)*(py-ay) - (by-ay)*(px-ax))*inverse
+                    w0 = 1. - w1 - w2
+                    if w0 >= edge and w1 >= edge and w2 >= edge:
+                        z = float32(1./(w0*iza + w1*izb + w2*izc))
+                        if last[y, x] == 0: first[y, x], last[y, x] = z, z
+                        else: first[y, x], last[y, x] = min(z, first[y, x]), max(z, last[y, x])
+
 # %% ../nbs/02_geometry.ipynb #c026
 def _box_pairs(P, F, height, width):
     "All (triangle, x, y) with the pixel inside the triangle's bounding box."
@@ -348,6 +378,17 @@ def rasterize(
     depth = np.zeros((height, width), np.float32)
     _rasterize_kernel(P, F, np.float32(-1 if farthest else 1), _NEAR, _EDGE, face, bary, depth, min(height, numba.get_num_threads()))
     return Raster(face, bary, depth)
+
+def depth_range(
+    screen,        # vertices as `Camera.project` gives them: pixels, pixels, metres, [V, 3]
+    faces,         # triangles, [F, 3]
+    height: int,   # of the picture, pixels
+    width: int,    # of the picture, pixels
+) -> tuple:        # float32 [H, W] each, 0 where there is nothing
+    "Depth of the nearest and of the farthest surface at each pixel: as by `rasterize`, but both at once and nothing else."
+    first, last = np.empty((height, width), np.float32), np.empty((height, width), np.float32)
+    _depth_range_kernel(np.ascontiguousarray(screen, np.float64), np.ascontiguousarray(faces, np.int32), _NEAR, _EDGE, first, last, min(height, numba.get_num_threads()))
+    return first, last
 
 def interpolate(
     values,          # at the vertices, [V, C], numpy or torch
