@@ -20,6 +20,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 import torch
+from numba import float32
 from scipy import ndimage as ndi
 from safetensors.numpy import load_file as _load_arrays, save_file as _save_arrays
 
@@ -27,7 +28,7 @@ from safetensors.numpy import load_file as _load_arrays, save_file as _save_arra
 from .dataset import HeadDataset
 from .deform import Deformer, Mapping
 from .field import Field, FieldConfig, field_config
-from .geometry import Camera, facing_camera, interpolate, rasterize, vertex_normals
+from .geometry import Camera, facing_camera, interpolate, kernel, rasterize, vertex_normals
 from .head import HeadModel, Motion
 from .render import band_widths, mouth_amount, render_view, shade, surface_band, widen_band
 from .run import InputError, progress, write_atomic
@@ -150,6 +151,9 @@ class FramePool:
         self.order, self.room = order, int(min(len(order), max(config.frames, config.cache//max(each, 1e-9))))
         self.poses = deformer.allocate(self.room)
         self.frame, self.rays = np.full(self.room, -1), [None]*self.room
+        self.pictures = [np.asarray(a) for a in (data.rgb, data.alpha, data.parsing, data.depth)]      # plain views: a memory map costs at every access
+        self.views = np.stack([np.float32(data.camera(i).c2w[:3]) for i in range(len(data))])
+        self.lens = np.float32(data.camera(0)._intrinsics)
 
     def window(self, step: int) -> np.ndarray:
         "Slots that may be drawn from at a step; one frame is exchanged every fourth step, if not all have room."
@@ -184,10 +188,26 @@ class FramePool:
         return pixels, np.stack(band.at(pixels)), np.flatnonzero(focus.ravel()[pixels]).astype(np.int32)
 
 # %% ../nbs/14_avatar.ipynb #c017
+@kernel
+def _look_up(frame, pixel, lens, views, rgb, alpha, label, depth, mouth_weight, o, d, colour, opacity, weight, known, surface):
+    "Ray and truth of each pixel."
+    fx, skew, cx, fy, cy = lens[0], lens[1], lens[2], lens[3], lens[4]
+    for r in range(frame.size):
+        i, y, x = frame[r], pixel[r]//rgb.shape[2], pixel[r] % rgb.shape[2]
+        v = (float32(y) + float32(.5) - cy)/fy
+        u = (float32(x) + float32(.5) - cx - skew*v)/fx
+        for k in range(3):
+            o[r, k] = views[i, k, 3]
+            d[r, k] = u*views[i, k, 0] + v*views[i, k, 1] + views[i, k, 2]
+            colour[r, k] = float32(rgb[i, y, x, k])/float32(255)
+        opacity[r], surface[r], at = float32(alpha[i, y, x])/float32(255), depth[i, y, x], label[i, y, x]
+        weight[r] = mouth_weight if 120 <= at <= 140 else float32(1)
+        known[r] = float32(1) if 90 < at <= 250 and opacity[r] > float32(.5) and surface[r] > float32(0) else float32(0)
+
 class Batch:
     "Rays of a step with their truth."
     def __init__(self, pool: FramePool, step: int, seed: int):
-        c, data = pool.config, pool.data
+        c = pool.config
         rng = np.random.default_rng([seed, 2, step])
         each, parts = max(1, c.rays//c.frames), []
         for slot in rng.choice(pool.room, c.frames, replace=pool.room < c.frames):
@@ -198,26 +218,19 @@ class Batch:
             at = rng.integers(0, len(pixels), each - few)
             if few: at = np.concatenate([at, focus[rng.integers(0, len(focus), few)]])
             at.sort()
-            parts.append((int(slot), i, pixels[at], limits[:, at]))
+            parts.append((slot, i, pixels[at], limits[:, at]))
         if not parts: raise InputError('the head is outside all pictures of this dataset; check cameras and meshes')
-        n = [len(p[2]) for p in parts]
-        self.slot, self.frame = (np.repeat([p[k] for p in parts], n).astype(np.int32) for k in (0, 1))
+        self.slot, self.frame = (np.repeat(np.int32([p[k] for p in parts]), each) for k in (0, 1))
         self.limits = np.concatenate([p[3] for p in parts], 1)
         self.jitter, background = rng.random((len(self.slot), c.samples), np.float32), rng.random((len(self.slot), 3), np.float32)
-        self.truth = self._truth(data, parts, background, c.mouth_weight)
+        self.truth = self._truth(pool, np.concatenate([p[2] for p in parts]), background)
 
-    def _truth(self, data, parts, background, mouth_weight) -> Truth:
+    def _truth(self, pool, pixel, background) -> Truth:
         "Rays and truth of the pixels."
-        w, o, d, rgb, alpha, label, depth = data.width, [], [], [], [], [], []
-        for _, i, p, _ in parts:
-            y, x = p//w, p % w
-            a, b = data.camera(i).rays(np.stack([x + .5, y + .5], 1).astype(np.float32))
-            for store, value in ((o, a), (d, b), (rgb, data.rgb[i][y, x]), (alpha, data.alpha[i][y, x]), (label, data.parsing[i][y, x]), (depth, data.depth[i][y, x])): store.append(value)
-        self.o, self.d = np.concatenate(o), np.concatenate(d)
-        rgb, alpha, label, depth = np.concatenate(rgb).astype(np.float32)/255, np.concatenate(alpha).astype(np.float32)/255, np.concatenate(label), np.concatenate(depth).astype(np.float32)
-        weight = np.where((label >= 120) & (label <= 140), np.float32(mouth_weight), np.float32(1))
-        known = (label > 90) & (label <= 250) & (alpha > .5) & (depth > 0)
-        return Truth(rgb, alpha, background, weight, known.astype(np.float32), depth)
+        new = lambda *s: np.empty((len(pixel), *s), np.float32)
+        self.o, self.d, colour, opacity, weight, known, surface = new(3), new(3), new(3), new(), new(), new(), new()
+        _look_up(self.frame, pixel, pool.lens, pool.views, *pool.pictures, np.float32(pool.config.mouth_weight), self.o, self.d, colour, opacity, weight, known, surface)
+        return Truth(colour, opacity, background, weight, known, surface)
 
 # %% ../nbs/14_avatar.ipynb #c019
 def losses(

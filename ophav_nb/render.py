@@ -86,22 +86,26 @@ class Band(NamedTuple):
 
 KNEE = 1/3   # share of the samples that go to the part before the knee
 
+@kernel
+def _depths(near, knee, far, jitter, few, depth, step):
+    R, S = jitter.shape
+    for r in range(R):
+        bent = knee[r] > near[r] and few > 0
+        front = (knee[r] - near[r])/float32(few) if bent else (far[r] - near[r])/float32(S)
+        behind = (far[r] - knee[r])/float32(S - few) if bent else front
+        for i in range(S):
+            step[r, i] = front if i < few else behind
+            depth[r, i] = near[r] + (float32(i) + jitter[r, i])*front if i < few or not bent else knee[r] + (float32(i - few) + jitter[r, i])*behind
+
 def sample_depths(
     near, knee, far,   # limits, metres, [R]
     jitter,            # place of each sample in its step, 0..1, [R, S]
 ):                     # depths [R, S] and lengths of the steps [R, S], metres, float32
     "Where to sample: equal steps, or, where a ray passes something in front of the skin, a third of them before the knee."
-    S = jitter.shape[1]
-    near, knee, far = (np.asarray(a, np.float32)[:, None] for a in (near, knee, far))
-    few = round(S*KNEE)
-    i = np.arange(S, dtype=np.float32)
-    bent = (knee > near) & (few > 0)
-    front = np.where(bent, (knee - near)/max(few, 1), (far - near)/S)
-    behind = np.where(bent, (far - knee)/max(S - few, 1), front)
-    first = i < few
-    step = np.where(first, front, behind).astype(np.float32)
-    depth = np.where(first, near, np.where(bent, knee - few*behind, near)) + (i + jitter)*step
-    return depth.astype(np.float32), step
+    jitter = np.ascontiguousarray(jitter, np.float32)
+    depth, step = np.empty_like(jitter), np.empty_like(jitter)
+    _depths(*(np.ascontiguousarray(a, np.float32) for a in (near, knee, far)), jitter, round(jitter.shape[1]*KNEE), depth, step)
+    return depth, step
 
 def surface_band(
     vertices,            # of a pose, metres, [V, 3]

@@ -31,18 +31,29 @@ logger = logging.getLogger(__name__)
 TILE = 192       # columns, about: as many rays as fit
 PORTIONS = 16    # of a step, about
 
+@kernel
+def _portions(slot, rays, out):
+    "Fill in the portions; returns how many there are."
+    frames, n, begin = 1, 0, 0
+    for r in range(1, slot.size): frames += slot[r] != slot[r-1]
+    shares = (PORTIONS + frames - 1)//frames
+    for r in range(1, slot.size + 1):
+        if r < slot.size and slot[r] == slot[begin]: continue
+        tiles = (r - begin + rays - 1)//rays
+        each = (tiles + shares - 1)//shares*rays
+        for at in range(begin, r, each):
+            out[n, 0], out[n, 1] = at, min(r, at + each)
+            n += 1
+        begin = r
+    return n
+
 def portions(
-    slot,       # each ray's frame, those of a frame one after the other, [R]
+    slot,              # each ray's frame, those of a frame one after the other, [R]
     samples: int,
-) -> np.ndarray:   # first ray, and the one after the last, int64 [n, 2]
+) -> np.ndarray:       # first ray, and the one after the last, int64 [n, 2]
     "How a step's rays are shared out."
-    begin = np.flatnonzero(np.diff(slot, prepend=slot[0] - 1))
-    end, rays, out = np.append(begin[1:], len(slot)), max(1, TILE//samples), []
-    for a, b in zip(begin, end):
-        tiles, shares = -(-(b - a)//rays), -(-PORTIONS//len(begin))
-        each = -(-tiles//shares)*rays
-        out += [(at, min(b, at + each)) for at in range(a, b, each)]
-    return np.array(out, np.int64)
+    out = np.empty((len(slot), 2), np.int64)
+    return out[:_portions(slot, max(1, TILE//samples), out)]
 
 # %% ../nbs/13b_training.ipynb #c011
 @kernel
@@ -195,7 +206,7 @@ class OnePass:
         samples = [a.numpy() for a in self.deformer.march(poses, slot, o, d, depth)]
         x, direction, mouth, height = samples[0].T, *samples[1:4]
         features, shares = encode_columns(self.field.grid, x), portions(slot, S)
-        length = (step*np.linalg.norm(d, axis=1, keepdims=True).astype(np.float32)*np.float32(100)).reshape(-1)
+        length = (step*(np.linalg.norm(d, axis=1)*np.float32(100))[:, None]).reshape(-1)     # centimetres
         conditions = np.asarray(conditions)[shares[:, 0]]
         gradients, sums = np.zeros((len(shares), plan.weights), np.float32), np.zeros((len(shares), 2))
         per_ray = [np.float32(f/R) for f in (1, self.alpha_weight, 100*self.depth_weight)]
