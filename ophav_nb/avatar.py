@@ -20,6 +20,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 import torch
+from numba import float32
 from scipy import ndimage as ndi
 from safetensors.numpy import load_file as _load_arrays, save_file as _save_arrays
 
@@ -27,10 +28,11 @@ from safetensors.numpy import load_file as _load_arrays, save_file as _save_arra
 from .dataset import HeadDataset
 from .deform import Deformer, Mapping
 from .field import Field, FieldConfig, field_config
-from .geometry import Camera, facing_camera, interpolate, rasterize, vertex_normals
+from .geometry import Camera, facing_camera, interpolate, kernel, rasterize, vertex_normals
 from .head import HeadModel, Motion
 from .render import band_widths, mouth_amount, render_view, shade, surface_band, widen_band
 from .run import InputError, progress, write_atomic
+from .training import AveragedAdam, OnePass, Truth, one_pass_serves
 
 # %% ../nbs/14_avatar.ipynb #c005
 logger = logging.getLogger(__name__)
@@ -149,6 +151,9 @@ class FramePool:
         self.order, self.room = order, int(min(len(order), max(config.frames, config.cache//max(each, 1e-9))))
         self.poses = deformer.allocate(self.room)
         self.frame, self.rays = np.full(self.room, -1), [None]*self.room
+        self.pictures = [np.asarray(a) for a in (data.rgb, data.alpha, data.parsing, data.depth)]      # plain views: a memory map costs at every access
+        self.views = np.stack([np.float32(data.camera(i).c2w[:3]) for i in range(len(data))])
+        self.lens = np.float32(data.camera(0)._intrinsics)
 
     def window(self, step: int) -> np.ndarray:
         "Slots that may be drawn from at a step; one frame is exchanged every fourth step, if not all have room."
@@ -183,10 +188,26 @@ class FramePool:
         return pixels, np.stack(band.at(pixels)), np.flatnonzero(focus.ravel()[pixels]).astype(np.int32)
 
 # %% ../nbs/14_avatar.ipynb #c017
+@kernel
+def _look_up(frame, pixel, lens, views, rgb, alpha, label, depth, mouth_weight, o, d, colour, opacity, weight, known, surface):
+    "Ray and truth of each pixel."
+    fx, skew, cx, fy, cy = lens[0], lens[1], lens[2], lens[3], lens[4]
+    for r in range(frame.size):
+        i, y, x = frame[r], pixel[r]//rgb.shape[2], pixel[r] % rgb.shape[2]
+        v = (float32(y) + float32(.5) - cy)/fy
+        u = (float32(x) + float32(.5) - cx - skew*v)/fx
+        for k in range(3):
+            o[r, k] = views[i, k, 3]
+            d[r, k] = u*views[i, k, 0] + v*views[i, k, 1] + views[i, k, 2]
+            colour[r, k] = float32(rgb[i, y, x, k])/float32(255)
+        opacity[r], surface[r], at = float32(alpha[i, y, x])/float32(255), depth[i, y, x], label[i, y, x]
+        weight[r] = mouth_weight if 120 <= at <= 140 else float32(1)
+        known[r] = float32(1) if 90 < at <= 250 and opacity[r] > float32(.5) and surface[r] > float32(0) else float32(0)
+
 class Batch:
     "Rays of a step with their truth."
     def __init__(self, pool: FramePool, step: int, seed: int):
-        c, data = pool.config, pool.data
+        c = pool.config
         rng = np.random.default_rng([seed, 2, step])
         each, parts = max(1, c.rays//c.frames), []
         for slot in rng.choice(pool.room, c.frames, replace=pool.room < c.frames):
@@ -197,49 +218,36 @@ class Batch:
             at = rng.integers(0, len(pixels), each - few)
             if few: at = np.concatenate([at, focus[rng.integers(0, len(focus), few)]])
             at.sort()
-            parts.append((int(slot), i, pixels[at], limits[:, at]))
+            parts.append((slot, i, pixels[at], limits[:, at]))
         if not parts: raise InputError('the head is outside all pictures of this dataset; check cameras and meshes')
-        n = [len(p[2]) for p in parts]
-        self.slot, self.frame = (np.repeat([p[k] for p in parts], n).astype(np.int32) for k in (0, 1))
+        self.slot, self.frame = (np.repeat(np.int32([p[k] for p in parts]), each) for k in (0, 1))
         self.limits = np.concatenate([p[3] for p in parts], 1)
-        self._look_up(data, parts)
-        self.jitter = rng.random((len(self.slot), c.samples), np.float32)
-        self.background = rng.random((len(self.slot), 3), np.float32)
+        self.jitter, background = rng.random((len(self.slot), c.samples), np.float32), rng.random((len(self.slot), 3), np.float32)
+        self.truth = self._truth(pool, np.concatenate([p[2] for p in parts]), background)
 
-    def _look_up(self, data, parts):
+    def _truth(self, pool, pixel, background) -> Truth:
         "Rays and truth of the pixels."
-        w, o, d, rgb, alpha, label, depth = data.width, [], [], [], [], [], []
-        for _, i, p, _ in parts:
-            y, x = p//w, p % w
-            a, b = data.camera(i).rays(np.stack([x + .5, y + .5], 1).astype(np.float32))
-            for store, value in ((o, a), (d, b), (rgb, data.rgb[i][y, x]), (alpha, data.alpha[i][y, x]), (label, data.parsing[i][y, x]), (depth, data.depth[i][y, x])): store.append(value)
-        self.o, self.d = np.concatenate(o), np.concatenate(d)
-        self.rgb, self.alpha = np.concatenate(rgb).astype(np.float32)/255, np.concatenate(alpha).astype(np.float32)/255
-        self.label, self.depth = np.concatenate(label), np.concatenate(depth).astype(np.float32)
+        new = lambda *s: np.empty((len(pixel), *s), np.float32)
+        self.o, self.d, colour, opacity, weight, known, surface = new(3), new(3), new(3), new(), new(), new(), new()
+        _look_up(self.frame, pixel, pool.lens, pool.views, *pool.pictures, np.float32(pool.config.mouth_weight), self.o, self.d, colour, opacity, weight, known, surface)
+        return Truth(colour, opacity, background, weight, known, surface)
 
 # %% ../nbs/14_avatar.ipynb #c019
 def losses(
     rendered, t,            # what `render.shade` gives
-    batch: Batch,
+    truth: Truth,
     config: AvatarConfig,
 ):                          # the loss, and the mean squared error of colour
-    "Huber on colour over a random background, and the depth prior."
-    device = rendered.rgb.device
-    to = lambda a: torch.from_numpy(a).to(device)
-    alpha, background = to(batch.alpha), to(batch.background)
-    shown = rendered.rgb + background*(1 - rendered.alpha)[:, None]
-    truth = to(batch.rgb)*alpha[:, None] + background*(1 - alpha)[:, None]
-    error = torch.nn.functional.huber_loss(shown, truth, delta=config.huber, reduction='none').mean(1)
-    if config.mouth_weight != 1:
-        inside = to((batch.label >= 120) & (batch.label <= 140))
-        error = torch.where(inside, config.mouth_weight*error, error)
-    loss = 10*error.mean()
-    if config.alpha_weight: loss = loss + config.alpha_weight*torch.nn.functional.huber_loss(rendered.alpha, alpha, delta=config.huber)
+    "Huber on colour over a random background, and the depth prior: the reference of `training.OnePass`."
+    rgb, alpha, background, weight, known, depth = (torch.from_numpy(a).to(rendered.rgb.device) for a in truth)
+    huber = lambda a, b: torch.nn.functional.huber_loss(a, b, delta=config.huber, reduction='none')
+    shown, wanted = rendered.rgb + background*(1 - rendered.alpha)[:, None], rgb*alpha[:, None] + background*(1 - alpha)[:, None]
+    loss = 10*(weight*huber(shown, wanted).mean(1)).mean()
+    if config.alpha_weight: loss = loss + config.alpha_weight*huber(rendered.alpha, alpha).mean()
     if config.depth_weight:
-        known = to(((batch.label > 90) & (batch.label <= 250) & (batch.alpha > .5) & (batch.depth > 0)).astype(np.float32))
-        away = (rendered.weights*(t - to(batch.depth)[:, None])).sum(1).abs()
+        away = (rendered.weights*(t - depth[:, None])).sum(1).abs()
         loss = loss + config.depth_weight*100*(known*away).mean()     # centimetres
-    return loss, (shown.detach() - truth).square().mean()
+    return loss, (shown.detach() - wanted).square().mean()
 
 # %% ../nbs/14_avatar.ipynb #c021
 class Avatar:
@@ -299,9 +307,10 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.pool = FramePool(data, avatar.deformer, avatar.widths, self.config, avatar.outer, seed)
         self.condition = torch.from_numpy(avatar.clamped(data.condition)).to(avatar.device)
-        c, fused = self.config, avatar.device.type in ('cpu', 'cuda')
+        c, field = self.config, avatar.field
         self.rates = [c.table_rate*lr_scale, c.network_rate*lr_scale]
-        self.optimiser = torch.optim.Adam([dict(params=[avatar.field.grid.params]), dict(params=avatar.field.networks)], lr=1e-3, eps=1e-15, betas=(.9, .99), fused=fused)
+        self.optimiser = AveragedAdam([dict(params=[field.grid.params]), dict(params=field.networks)], [avatar.shown.grid.params, *avatar.shown.networks], lr=1e-3, eps=1e-15, betas=(.9, .99))
+        self.one_pass = OnePass(field, avatar.deformer, c.huber, c.alpha_weight, c.depth_weight) if one_pass_serves(field) else None
         self.step, self.rows, self.halved, self.seconds = 0, [], 0, 0.
         self.sums = np.zeros(3)
 
@@ -310,30 +319,27 @@ class Trainer:
         factor = self.config.decay**(self.step/max(1, self.steps))*.5**self.halved
         for group, rate in zip(self.optimiser.param_groups, self.rates): group['lr'] = rate*factor
 
+    def gradients(self, batch: Batch) -> tuple:
+        "Loss and mean squared error of a batch; the parameters' gradients are added to."
+        told = self.condition[torch.from_numpy(batch.frame).long()]
+        rays = batch.slot, batch.o, batch.d, batch.limits, batch.jitter
+        if self.one_pass is not None: return self.one_pass(self.pool.poses, *rays, told.numpy(), batch.truth)
+        rendered, t = shade(self.avatar.field, self.avatar.deformer, self.pool.poses, *rays, told)
+        loss, square = losses(rendered, t, batch.truth, self.config)
+        loss.backward()
+        return float(loss.detach()), float(square)
+
     def one(self) -> float:
         "One step; returns the loss."
-        avatar = self.avatar
         batch = Batch(self.pool, self.step, self.seed)
         self.rate()
-        rendered, t = shade(avatar.field, avatar.deformer, self.pool.poses, batch.slot, batch.o, batch.d, batch.limits, batch.jitter,
-                            self.condition[torch.from_numpy(batch.frame).long()])
-        loss, square = losses(rendered, t, batch, self.config)
-        self.optimiser.zero_grad()
-        loss.backward()
-        value = float(loss.detach())
+        value, square = self.gradients(batch)
         if not math.isfinite(value):
             self.recover()
             return value
-        self.optimiser.step()
-        self.average()
-        self.sums += [value, float(square), batch.jitter.size]
+        self.optimiser.step(1 - min(self.config.average, (1 + self.step)/(10 + self.step)))   # the average follows quickly at first, then with the configured inertia
+        self.sums += [value, square, batch.jitter.size]
         return value
-
-    def average(self) -> None:
-        "Follow the weights: quickly at first, then with the configured inertia."
-        keep = min(self.config.average, (1 + self.step)/(10 + self.step))
-        ours, theirs = list(self.avatar.shown.parameters()), list(self.avatar.field.parameters())
-        torch._foreach_lerp_([p.data for p in ours], [p.data for p in theirs], 1 - keep)
 
     def recover(self) -> None:
         "A loss that is no number: go back to the averaged weights, with half the rate."
@@ -344,6 +350,7 @@ class Trainer:
             p.data.copy_(torch.nan_to_num(q.data))
             q.data.copy_(p.data)
         self.optimiser.state.clear()
+        self.optimiser.zero_grad()
 
     def report(self, seconds: float) -> None:
         "A row of the log."

@@ -31,10 +31,11 @@ from .deform import Deformer
 from .detect import Detector
 from .encoding import HashGrid, spherical_harmonics
 from .field import fast_bfloat16
-from .geometry import TriangleTree, facing_camera, rasterize, triangle_frames
+from .geometry import facing_camera, rasterize, triangle_frames
 from .head import HeadModel, Motion
 from .media import read_image
 from .metrics import psnr
+from .nearest import TriangleTree
 from .render import render_view
 from .restore import DetailRestorer, frame_context
 from .run import InputError, progress, write_atomic
@@ -407,7 +408,7 @@ class _NaiveFit(TreeStep):
         b, shown = Batch(self.pool, self.step, 0), []
         for i in np.unique(b.frame):
             at = b.frame == i
-            shown.append((self.shade(int(i), b.o[at], b.d[at], b.limits[:, at], b.jitter[at]), torch.from_numpy((b.rgb*b.alpha[:, None] + 1 - b.alpha[:, None])[at])))
+            shown.append((self.shade(int(i), b.o[at], b.d[at], b.limits[:, at], b.jitter[at]), torch.from_numpy((b.truth.rgb*b.truth.alpha[:, None] + 1 - b.truth.alpha[:, None])[at])))
         loss = F.huber_loss(*(torch.cat(t) for t in zip(*shown)), delta=.1)
         self.optimiser.zero_grad()
         loss.backward()

@@ -41,7 +41,7 @@ class FieldConfig:
     appearance: int = 0         # numbers a training frame may use to explain its own light; 0: none
     surface: float = 1.         # how fast the density falls off the tracked surface before anything is learned, e-folds a centimetre
     bias: bool = True           # tiny-cuda-nn's networks have none
-    precision: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matrix products; auto: bfloat16 where the hardware multiplies it
+    precision: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of torch's matrix products; auto: bfloat16 where the hardware multiplies it; the CPU's own kernels are always single
     backend: Backend = 'auto'   # of the grid
 
 PRESETS = dict(lean=dict(), paper=dict(levels=16, features=8, log2_size=18, scale=1.3046, density_layers=2, colour_layers=3, degree=4,

@@ -19,10 +19,11 @@ from scipy.spatial.transform import Rotation
 
 # %% ../nbs/06b_flame.ipynb #c003
 from .run import InputError, asset, explain_os_errors, file_hash, write_atomic
-from .geometry import Camera, TriangleTree, facing_camera, interpolate, rasterize, vertex_normals
+from .geometry import Camera, facing_camera, interpolate, rasterize, vertex_normals
 from .head import HeadModel, Motion, read_head
 from .weights import read_values, require, weights_folder
 from .detect import Detector, roi_of_landmarks
+from .nearest import TriangleTree
 from .track import LandmarkModel, Track, _box_solve
 
 # %% ../nbs/06b_flame.ipynb #c005

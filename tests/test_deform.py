@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import ophav_nb  # noqa: F401  before torch's first use: threads
-from ophav_nb.deform import Deformer, neighbours, to_canonical_reference, vertex_rotations_reference, wide_topology
-from ophav_nb.geometry import TriangleTree
+from ophav_nb.deform import Deformer, neighbours, to_canonical_reference, vertex_rotations_reference
 from ophav_nb.head import HeadModel
+from ophav_nb.nearest import TriangleTree
 
 
 @pytest.fixture(scope='module')
@@ -37,20 +37,13 @@ def test_march_is_the_reference(scene, mapping, quantile):
     assert np.quantile(np.abs(found.direction.numpy() - turned.numpy()).max(1), quantile) < 1e-3
 
 
-def test_wide_tree_finds_the_nearest(scene):
+def test_march_finds_the_nearest(scene):
     head, canonical, posed, points, directions = scene
     d = Deformer(canonical, head.faces)
     d2, face, _ = TriangleTree(posed, head.faces).nearest(points)
     found = march(d, posed, points, directions)
     assert np.abs(found.height.numpy() - np.sqrt(d2)).max() < 1e-6
     assert (found.face.numpy() == face).mean() > .6      # the others are ties on an edge
-
-
-def test_every_triangle_is_in_a_leaf(scene):
-    head, canonical, *_ = scene
-    child, leaf, tri = wide_topology(canonical, head.faces)
-    assert set(tri.ravel()) == set(range(len(head.faces)))
-    assert sorted(leaf[child < 0]) == list(range(len(tri)))
 
 
 def test_rotations(scene):

@@ -1,4 +1,4 @@
-"Camera, rotations, rasteriser, hole filling and nearest triangle against independent restatements."
+"Camera, rotations, rasteriser and hole filling against independent restatements."
 import ophav_nb  # noqa: F401, before torch: it decides about threads
 import os
 import subprocess
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ophav_nb.geometry import (Camera, TriangleTree, axis_angle_to_matrix, facing_camera, interpolate, kernel, matrix_to_axis_angle,
-                               nearest_reference, push_pull, rasterize, sample_bilinear, triangle_frames, vertex_normals)
+from ophav_nb.geometry import (Camera, axis_angle_to_matrix, facing_camera, interpolate, kernel, matrix_to_axis_angle, push_pull, rasterize, sample_bilinear,
+                               triangle_frames, vertex_normals)
 
 
 @pytest.fixture
@@ -199,62 +199,6 @@ def test_push_pull(rng, shape):
     np.testing.assert_allclose(push_pull(np.full(shape, .25), mask), .25, atol=1e-5)
     assert push_pull(image[..., 0], mask).shape == shape
     assert np.isfinite(push_pull(image, mask*0)).all()
-
-
-# nearest triangle
-
-def test_nearest_is_exact(rng):
-    v, f = soup(rng)
-    points = np.concatenate([rng.normal(size=(600, 3))*.15, v[:100], v[f[:100]].mean(1), [[50, -80, 20]]]).astype(np.float32)
-    tree = TriangleTree(v, f)
-    d2, face, bary = tree.nearest(points)
-    want, _, _ = nearest_reference(torch.tensor(points).double(), v, f)
-    np.testing.assert_allclose(np.sqrt(d2)[:-1], want.sqrt().numpy()[:-1], atol=1e-6)
-    np.testing.assert_allclose(np.sqrt(d2[-1]), want[-1].sqrt(), rtol=1e-6)
-    assert bary.min() >= -1e-6 and np.abs(bary.sum(1) - 1).max() < 1e-6
-    there = np.einsum('nk,nkc->nc', bary, v[f[face]])
-    np.testing.assert_allclose(np.linalg.norm(there - points, axis=1)[:-1], np.sqrt(d2)[:-1], atol=1e-6)
-    brute = TriangleTree(v, f, backend='torch').nearest(points)
-    np.testing.assert_allclose(np.sqrt(brute[0])[:-1], want.sqrt().numpy()[:-1], atol=2e-6)
-
-
-def test_reference_against_many_samples(rng):
-    "The reference itself, against points strewn densely over one triangle."
-    v, f = rng.normal(size=(3, 3)), np.array([[0, 1, 2]])
-    w = rng.dirichlet([.6, .6, .6], 200000)
-    points = rng.normal(size=(20, 3))*1.5
-    d2, _, bary = nearest_reference(torch.tensor(points), v, f)
-    sampled = ((points[:, None] - (w @ v)[None])**2).sum(-1).min(1)
-    assert (d2.numpy() <= sampled + 1e-12).all() and np.abs(np.sqrt(d2.numpy()) - np.sqrt(sampled)).max() < .02
-    np.testing.assert_allclose(((bary.numpy() @ v - points)**2).sum(-1), d2.numpy(), atol=1e-12)
-
-
-def test_refit(rng):
-    v, f = soup(rng)
-    tree, moved = TriangleTree(v, f), (v*[1.4, .7, 1.1] + rng.normal(size=v.shape)*.02).astype(np.float32)
-    points = rng.normal(size=(200, 3)).astype(np.float32)*.2
-    T, B = tree.refit_many(np.stack([v, moved]))
-    np.testing.assert_array_equal(T[0], tree.T)
-    np.testing.assert_array_equal(B[0], tree.B)
-    d2 = tree.refit(moved).nearest(points)[0]
-    np.testing.assert_array_equal(T[1], tree.T)
-    np.testing.assert_array_equal(B[1], tree.B)
-    np.testing.assert_allclose(np.sqrt(d2), nearest_reference(torch.tensor(points).double(), moved, f)[0].sqrt(), atol=1e-6)
-    order, left, right, start, count = tree.topology
-    assert sorted(order) == list(range(len(f))) and count.sum() == len(f) and (left[left >= 0] > np.nonzero(left >= 0)[0]).all()
-
-
-def test_nearest_takes_tensors_and_nonsense(rng):
-    v, f = soup(rng, 30, 40)
-    tree, points = TriangleTree(torch.tensor(v), f), torch.randn(10, 3)
-    d2, face, bary = tree.nearest(points)
-    assert face.dtype == torch.int64 and bary.shape == (10, 3) and (tree.nearest(points.numpy())[0] == d2.numpy()).all()
-    assert tree.nearest(np.zeros((0, 3)))[0].shape == (0,)
-    bad = np.float32([[np.nan, 0, 0], [.1, .1, .1], [np.inf, 0, 0]])
-    face = tree.nearest(bad)[1]
-    assert face[1] >= 0 and face[0] == -1 and face[2] == -1
-    assert TriangleTree(v, f[:1]).nearest(v)[1].max() == 0
-    with pytest.raises(ValueError): TriangleTree(v, f[:0])
 
 
 # compiled loops
