@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['MATRIX', 'GRID', 'LEAN', 'FRAMES', 'NETWORKS', 'PARTS', 'PARTS_OF_NETWORKS', 'MORE', 'Part', 'interleaved', 'matrix',
            'measure', 'TorchHashGrid', 'band_points', 'encoder', 'encoder_lean', 'posed_head', 'head_rays', 'nearest',
-           'raster', 'OurStep', 'NaiveStep', 'TreeStep', 'step', 'step_lean', 'toy_avatar', 'render', 'render_512',
-           'animator', 'tracker', 'restorer', 'fit', 'fit_long', 'network_part', 'machine', 'compare_benches', 'bench']
+           'raster', 'OurStep', 'NaiveStep', 'TreeStep', 'step', 'step_lean', 'toy_avatar', 'training', 'render',
+           'render_512', 'animator', 'tracker', 'restorer', 'fit', 'fit_long', 'network_part', 'machine',
+           'compare_benches', 'bench']
 
 # %% ../nbs/22_bench.ipynb #c004
+import copy
 import importlib
 import json
 import os
@@ -30,7 +32,7 @@ from .avatar import Avatar, AvatarConfig, Batch, Trainer, memory_mb, toy_film
 from .deform import Deformer
 from .detect import Detector
 from .encoding import HashGrid, spherical_harmonics
-from .field import fast_bfloat16
+from .field import Field, FieldConfig
 from .geometry import facing_camera, rasterize, triangle_frames
 from .head import HeadModel, Motion
 from .media import read_image
@@ -40,6 +42,7 @@ from .render import render_view
 from .restore import DetailRestorer, frame_context
 from .run import InputError, progress, write_atomic
 from .track import track_film, track_portrait
+from .training import AveragedAdam, OnePass, Truth
 
 # %% ../nbs/22_bench.ipynb #c006
 @dataclass
@@ -51,7 +54,8 @@ class Part:
     missing: dict = field(default_factory=dict)   # reference -> why it does not take part
     error: float|None = None                      # largest deviation from the exact answer, where there is one
     frames: float = 0.                            # that one turn of ours makes
-    goal: float = 0.                              # frames a second wanted on two cores; told, but no target: it depends on the machine
+    unit: str = 'frames'                          # what they are
+    goal: float = 0.                              # of them a second, wanted on two cores; told, but no target: it depends on the machine
     gflop: float = 0.                             # of one turn of ours, multiplications and additions
     turns: int = 5                                # at least
 
@@ -98,6 +102,7 @@ def measure(
     if part.error is not None: out['error'] = part.error
     if part.frames:
         out |= dict(frames_per_second=round(float(part.frames/np.median(ours)), 2), frames_per_cpu_second=round(float(part.frames/np.median(turns['ours'][1])), 2))
+        out['unit'] = part.unit
         if part.goal: out['goal'] = part.goal
     if part.gflop: out |= dict(gflop=round(part.gflop, 2), matrix_share=round(float(part.gflop/np.median(ours)/rate), 3))
     return out
@@ -145,7 +150,7 @@ def _forward_backward(grid, x, g):
         grid(x).backward(g)
     return turn
 
-def encoder(quick: bool = False, layout: dict = GRID, target: float = 15.) -> Part:
+def encoder(quick: bool = False, layout: dict = GRID, target: float = 30.) -> Part:
     "Hash grid, forward and backward."
     x = band_points(512 if quick else 4096)
     grid, plain, exact = HashGrid(**layout), TorchHashGrid(**layout), HashGrid(**layout, backend='torch')
@@ -159,7 +164,7 @@ def encoder(quick: bool = False, layout: dict = GRID, target: float = 15.) -> Pa
 
 def encoder_lean(quick: bool = False) -> Part:
     "The grid of the CPU presets."
-    return encoder(quick, LEAN)
+    return encoder(quick, LEAN, 15.)
 
 # %% ../nbs/22_bench.ipynb #c013
 def posed_head():
@@ -195,7 +200,7 @@ def nearest(quick: bool = False) -> Part:
         functions['libigl'] = lambda: igl.point_mesh_squared_distance(P, V, T)
         error = float(np.abs(np.sqrt(tree.nearest(points)[0]) - np.sqrt(functions['libigl']()[0])).max())
     except ImportError as cause: missing['libigl'] = f'{cause}; pip install libigl'
-    return Part(f'nearest of {len(f):,} triangles, tree refitted, {len(points):,} points along rays', functions, dict(libigl=1.8), missing, error)
+    return Part(f'nearest of {len(f):,} triangles, tree refitted, {len(points):,} points along rays', functions, dict(libigl=3.), missing, error)
 
 def raster(quick: bool = False) -> Part:
     "Z-buffer of the head."
@@ -217,18 +222,15 @@ def _composite(density, colour, step):
 
 class _Net(nn.Module):
     "Density and colour from a grid, as small as they come."
-    def __init__(self, grid, mixed: bool):
+    def __init__(self, grid):
         super().__init__()
-        self.grid, self.mixed = grid, mixed
+        self.grid = grid
         self.density = nn.Sequential(nn.Linear(grid.width, 64), nn.ReLU(), nn.Linear(64, 16))
         self.colour = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
 
     def forward(self, x, direction):
-        features = self.grid(x)
-        with torch.autocast('cpu', torch.bfloat16, enabled=self.mixed):
-            h = self.density(features)
-            rgb = self.colour(torch.cat([h, spherical_harmonics(direction).to(h.dtype)], -1))
-        return h[:, 0].float().clamp(-15, 8).exp(), rgb.float().sigmoid()
+        h = self.density(self.grid(x))
+        return h[:, 0].clamp(-15, 8).exp(), self.colour(torch.cat([h, spherical_harmonics(direction)], -1)).sigmoid()
 
 class _Step:
     "A training step over fixed rays."
@@ -253,24 +255,28 @@ class _Step:
         return float(loss.detach())
 
 class OurStep(_Step):
-    "With this package's parts."
+    "With this package's parts; the networks have the sizes of the naive step's."
     def prepare(self, layout):
-        "Networks and geometry of this side, made before the clock runs."
-        self.net = _Net(HashGrid(**layout), fast_bfloat16())
-        self.deformer = Deformer(self.canonical, self.f)
-        self.poses, self.slot = self.deformer.poses(self.v), np.zeros(len(self.o), np.int32)   # training keeps them from step to step, too
-        self.optimiser = torch.optim.Adam(self.net.parameters(), lr=2e-3, eps=1e-15, betas=(.9, .99), fused=True)
+        "Field and geometry of this side, made before the clock runs."
+        self.field = field = Field(FieldConfig(**layout, condition='none', degree=4, colour_layers=2, surface=0.))
+        self.deformer, R = Deformer(self.canonical, self.f), len(self.o)
+        self.poses, self.slot = self.deformer.poses(self.v), np.zeros(R, np.int32)   # training keeps them from step to step, too
+        one, nothing = np.ones(R, np.float32), np.zeros(R, np.float32)
+        self.truth = Truth(self.target.numpy(), one, np.ones((R, 3), np.float32), one, nothing, nothing)
+        self.one_pass = OnePass(field, self.deformer, depth_weight=0.)
+        self.optimiser = AveragedAdam([dict(params=list(field.parameters()))], [p.detach().clone() for p in field.parameters()], lr=2e-3, eps=1e-15, betas=(.9, .99))
 
-    def sample(self, depth):
-        "Canonical positions and directions of the samples at these depths."
-        s = self.deformer.march(self.poses, self.slot, self.o, self.d, depth)
-        return s.x, s.direction
+    def __call__(self):
+        jitter = np.random.rand(len(self.o), self.samples).astype(np.float32)
+        loss, _ = self.one_pass(self.poses, self.slot, self.o, self.d, np.stack([self.near, self.near, self.far]), jitter, np.zeros((len(self.o), 0), np.float32), self.truth)
+        self.optimiser.step(.02)
+        return loss
 
 class NaiveStep(_Step):
     "As one would first write it in torch: nearest centre among all, triangle frames, the plain grid."
     def prepare(self, layout):
         "Networks and geometry of this side, made before the clock runs."
-        self.net = _Net(TorchHashGrid(**layout), False)
+        self.net = _Net(TorchHashGrid(**layout))
         self.low, self.size = torch.tensor(self.canonical.min(0) - .06), float(np.ptp(self.canonical, axis=0).max() + .12)
         v, c, f = torch.from_numpy(self.v), torch.from_numpy(self.canonical), torch.from_numpy(np.asarray(self.f)).long()
         self.centres, self.corner, self.rest = v[f].mean(1), v[f[:, 0]], c[f[:, 0]]
@@ -305,7 +311,7 @@ def step(quick: bool = False, layout: dict = GRID, rays: int = 4096, samples: in
     rays = rays//8 if quick else rays
     makers = dict(ours=OurStep, torch=NaiveStep, torch_and_scipy=TreeStep)
     return Part(f"training step, {rays} rays x {samples} samples, grid L{layout['levels']} F{layout['features']} T2^{layout['log2_size']}",
-                {name: make(layout, rays, samples) for name, make in makers.items()}, dict(torch=7.))
+                {name: make(layout, rays, samples) for name, make in makers.items()}, dict(torch=12.))
 
 def step_lean(quick: bool = False) -> Part:
     "The step of the CPU presets."
@@ -323,6 +329,21 @@ def toy_avatar(quick: bool = False):
     avatar.fit(film, 20 if quick else 400)
     return film, avatar
 
+def training(quick: bool = False) -> Part:
+    "A step of the default training, as a run does it; beside it the same step in torch."
+    film, _ = toy_avatar(quick)
+    avatar = Avatar.create(HeadModel.load(), film.shape)
+    avatar.fit(film, 1)       # the band, and the range that is told
+    def stepper(one_pass: bool):
+        trainer = Trainer(avatar if one_pass else copy.deepcopy(avatar), film, 30_000, None, None, 0, 1., 1e9, 10**9)
+        if not one_pass: trainer.one_pass = None
+        def turn():
+            trainer.one()
+            trainer.step += 1
+        return turn
+    c = avatar.config
+    return Part(f'a default training step, {c.rays} rays x {c.samples} samples', dict(ours=stepper(True), torch=stepper(False)), frames=1, unit='steps', goal=50.)
+
 def render(quick: bool = False, size: int = 256, goal: float = 12.) -> Part:
     "Views of a learned avatar: head turned, mouth opened."
     film, avatar = toy_avatar(quick)
@@ -333,7 +354,7 @@ def render(quick: bool = False, size: int = 256, goal: float = 12.) -> Part:
     white = lambda r: r[..., :3]*r[..., 3:] + 1 - r[..., 3:]
     error = max(float(np.sqrt(np.square(white(see(v)) - white(see(v, 24, scouts=False))).mean())) for v in views)
     return Part(f'render {size}x{size}, {len(views)} views; error: against 24 samples everywhere', dict(ours=lambda: [see(v) for v in views],
-                torch=lambda: [see(v, backend='torch') for v in views]), dict(torch=3.), error=error, frames=len(views), goal=goal, turns=3)
+                torch=lambda: [see(v, 24, backend='torch') for v in views]), dict(torch=3.), error=error, frames=len(views), goal=goal, turns=3)
 
 def render_512(quick: bool = False) -> Part:
     "The same, larger."
@@ -522,7 +543,7 @@ def network_part(name: str, quick: bool = False) -> Part:
     return Part(f'{name} {about}', dict(ours=turn), frames=1, gflop=counter.get_total_flops()/1e9, turns=2 if quick else 3)
 
 # %% ../nbs/22_bench.ipynb #c019
-PARTS = dict(encoder=encoder, encoder_lean=encoder_lean, nearest=nearest, raster=raster, step=step, step_lean=step_lean, render=render, render_512=render_512,
+PARTS = dict(encoder=encoder, encoder_lean=encoder_lean, nearest=nearest, raster=raster, step=step, step_lean=step_lean, training=training, render=render, render_512=render_512,
              animator=animator, tracker=tracker, restorer=restorer, fit=fit)
 PARTS_OF_NETWORKS = {f'network_{name}': partial(network_part, name) for name in NETWORKS}
 MORE = dict(fit_long=fit_long, **PARTS_OF_NETWORKS)   # not by default: minutes
@@ -557,7 +578,7 @@ def _lines(name, row):
     "A part's results as text."
     ours = f"{name:14}{row['milliseconds']['ours']:10.1f} ms   {row['about']}" + (f" (error {row['error']:.0e})" if 'error' in row else '')
     if 'frames_per_second' in row:
-        ours += f"   {row['frames_per_second']:.1f} frames/s ({row['frames_per_cpu_second']:.1f} a CPU second)" + (f", wanted {row['goal']:g}" if 'goal' in row else '')
+        ours += f"   {row['frames_per_second']:.1f} {row['unit']}/s ({row['frames_per_cpu_second']:.1f} a CPU second)" + (f", wanted {row['goal']:g}" if 'goal' in row else '')
     if 'gflop' in row: ours += f"   {row['gflop']:.1f} GFLOP at {100*row['matrix_share']:.0f} % of the matrix product's pace"
     out = [ours]
     for k, r in row['ratio'].items():

@@ -233,13 +233,13 @@ def _grid_kernels(F: int) -> tuple:
             for j in range(0, GRID_TILE, 4): read(table, e, w, j, out, l*F*GRID_TILE)
 
     @kernel(parallel=True)
-    def forward(x, table, scale, resolution, offset, size, hashed, out, chunks):
+    def forward(x, table, scale, resolution, offset, size, hashed, out, groups, parts):
         N = x.shape[1]
-        for t in prange(chunks):
+        for t in prange(groups*parts):
             X, entry, weight, rows = np.empty((3, GRID_TILE), np.float32), np.empty((8, GRID_TILE), np.uint32), np.empty((8, GRID_TILE), np.float32), np.empty((F, GRID_TILE), np.float32)
             e, w, o = entry.reshape(-1), weight.reshape(-1), rows.reshape(-1)
-            a, b = t*N//chunks, (t+1)*N//chunks
-            for l in range(scale.size):
+            a, b = t % parts*N//parts, (t % parts + 1)*N//parts
+            for l in range(t//parts, scale.size, groups):
                 X[0, 0] = _touch(table[offset[l]*F:(offset[l] + size[l])*F], b - a)
                 for first in range(a, b, GRID_TILE):
                     n = min(GRID_TILE, b - first)
@@ -281,8 +281,8 @@ def _rows(a: torch.Tensor) -> np.ndarray:
 
 def _encode(x, table, lv) -> np.ndarray:
     "Features at positions [3, N], feature-major [L F, N]."
-    out = np.empty((len(lv.scale)*lv.features, x.shape[1]), np.float32)
-    _grid_kernels(lv.features)[0](x, table, *lv.arrays, out, max(1, min(x.shape[1]//GRID_TILE, numba.get_num_threads())))
+    out, L, threads = np.empty((len(lv.scale)*lv.features, x.shape[1]), np.float32), len(lv.scale), numba.get_num_threads()
+    _grid_kernels(lv.features)[0](x, table, *lv.arrays, out, min(L, threads), -(-threads//L))
     return out
 
 def _encode_backward(x, g, grad, lv, fresh) -> None:
