@@ -10,7 +10,6 @@ __all__ = ['logger', 'KNEE', 'TILE', 'CELL', 'HAZE', 'RIM', 'SOLID', 'HOLE', 'FI
 
 # %% ../nbs/13_render.ipynb #c004
 import logging
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numba
@@ -23,7 +22,7 @@ from scipy.spatial import cKDTree
 # %% ../nbs/13_render.ipynb #c005
 from .deform import Deformer, Poses, Samples, _map_smooth, _map_triangle
 from .dense import Packed, for_frame, layers_forward
-from .encoding import GRID_TILE, _grid_kernels, harmonics
+from .encoding import GRID_TILE, encode_tile, harmonics
 from .field import Field, told
 from .geometry import Camera, depth_range, interpolate, kernel, rasterize, smoothstep, vertex_normals
 from .lanes import exponentials
@@ -304,6 +303,7 @@ class _Table(NamedTuple):
     offset: np.ndarray
     size: np.ndarray
     hashed: np.ndarray
+    entry: np.ndarray   # of as many dimensions as an entry has numbers
     low: np.ndarray
     inverse: np.float32
 
@@ -421,67 +421,61 @@ def _colours(weights, plan, first, flat, A, shown, ray, weight, begin, total, bi
         total[r, 3] += w
 
 # %% ../nbs/13_render.ipynb #c026b
-@lru_cache(maxsize=8)
-def _view_kernel(F: int):
-    "The kernel for tables of F features."
-    encode = _grid_kernels(F)[2]
+@kernel(inline=True)
+def _stretch(first, last, rays, spans, S, stride, way, table, networks, thin, coloured, rgba, span):
+    """The rays from `first` to `last`: a tile of them at a time, each at a sample of its own; one that is done makes room for the next.
+    (Inlined, for in the parallel loop itself the compiler knows that arrays do not overlap, which saves a third of the time.)"""
+    T, B, C, P, A, leaves, faces, canonical, rest, beside, blended, mouth, smooth = way      # once: each access counts references
+    values, scale, resolution, offset, size, hashed, like, low, inverse = table
+    weights, plan, first_colour, rows, features, outputs, mouth_row, degree, surface = networks
+    room, m, g, h = np.empty(ROOM, np.float32), np.empty(9, np.float32), np.empty(12, np.float32), np.empty(12, np.float32)
+    tile, through = np.full((6, TILE), -1), np.ones(TILE, np.float32)
+    carried, ahead, now = np.zeros((TILE, 8), np.float32), np.zeros((TILE, 8), np.float32), np.zeros((TILE, 8), np.float32)
+    flat, later, x = np.zeros(rows*TILE, np.float32), np.zeros(rows*TILE, np.float32), np.full((3, TILE), .5, np.float32)      # those on their way, and those that wait for a colour
+    X, Y = flat.reshape((rows, TILE)), later.reshape((rows, TILE))
+    entry, corner = np.empty((8, TILE), np.uint32), np.empty((8, TILE), np.float32)
+    passed, bits = np.ones(TILE, np.float32), np.empty(TILE, np.int32)
+    total, waiting, weight = np.zeros((last - first, 4), np.float32), np.zeros(TILE, np.int64), np.zeros(TILE, np.float32)
+    shown, coming, first_leaf, alive = 0, first, -1, 1
+    while alive > 0:
+        alive = 0
+        for j in range(TILE):
+            if tile[RAY, j] < 0:
+                if coming == last: continue
+                tile[RAY, j], tile[AT, j], tile[START, j], tile[GUESS, j], tile[LAST, j], tile[NEXT, j] = coming, spans[coming, 0], spans[coming, 0], first_leaf, -1, -1
+                through[j], coming = float32(1), coming + 1
+            alive += 1
+            first_leaf = _find(j, tile, carried, ahead, now, rays, S, stride, first_leaf,
+                               T, B, C, P, A, leaves, faces, canonical, rest, beside, blended, mouth, smooth, room, m, g, h)
+            for i in range(3): x[i, j] = _within((now[j, i] - low[i])*inverse)
+            if mouth_row >= 0: X[mouth_row, j] = now[j, 7]
+        encode_tile(x, values, scale, resolution, offset, size, hashed, like, entry, corner, flat)
+        layers_forward(plan, 0, first_colour, weights, flat, TILE, TILE)
+        _let_through(X[features], tile, now, rays, surface, passed, bits)
+        for j in range(TILE):
+            r = tile[RAY, j]
+            if r < 0: continue
+            w, through[j] = _pass(j, tile, rays, S, spans[r, 1], through[j], passed[j], span, thin)
+            if tile[RAY, j] < 0: rgba[r, 3] = float32(1) - through[j]
+            if not (coloured and w > thin): continue
+            for i in range(outputs): Y[features+i, shown] = X[features+i, j]
+            if degree > 0: harmonics(now[j, 3], now[j, 4], now[j, 5], degree, Y, features + outputs, shown)
+            waiting[shown], weight[shown] = r, w
+            shown += 1
+            if shown == TILE:
+                _colours(weights, plan, first_colour, later, Y, shown, waiting, weight, first, total, bits)
+                shown = 0
+    if shown > 0: _colours(weights, plan, first_colour, later, Y, shown, waiting, weight, first, total, bits)
+    for r in range(first, last):
+        for i in range(3): rgba[r, i] = total[r-first, i]/max(total[r-first, 3], float32(1e-6))
 
-    @kernel(inline=True)
-    def stretch(first, last, rays, spans, S, stride, way, table, networks, thin, coloured, rgba, span):
-        """The rays from `first` to `last`: a tile of them at a time, each at a sample of its own; one that is done makes room for the next.
-        (Inlined, for in the parallel loop itself the compiler knows that arrays do not overlap, which saves a third of the time.)"""
-        T, B, C, P, A, leaves, faces, canonical, rest, beside, blended, mouth, smooth = way      # once: each access counts references
-        values, scale, resolution, offset, size, hashed, low, inverse = table
-        weights, plan, first_colour, rows, features, outputs, mouth_row, degree, surface = networks
-        room, m, g, h = np.empty(ROOM, np.float32), np.empty(9, np.float32), np.empty(12, np.float32), np.empty(12, np.float32)
-        tile, through = np.full((6, TILE), -1), np.ones(TILE, np.float32)
-        carried, ahead, now = np.zeros((TILE, 8), np.float32), np.zeros((TILE, 8), np.float32), np.zeros((TILE, 8), np.float32)
-        flat, later, x = np.zeros(rows*TILE, np.float32), np.zeros(rows*TILE, np.float32), np.full((3, TILE), .5, np.float32)      # those on their way, and those that wait for a colour
-        X, Y = flat.reshape((rows, TILE)), later.reshape((rows, TILE))
-        entry, corner = np.empty((8, TILE), np.uint32), np.empty((8, TILE), np.float32)
-        passed, bits = np.ones(TILE, np.float32), np.empty(TILE, np.int32)
-        total, waiting, weight = np.zeros((last - first, 4), np.float32), np.zeros(TILE, np.int64), np.zeros(TILE, np.float32)
-        shown, coming, first_leaf, alive = 0, first, -1, 1
-        while alive > 0:
-            alive = 0
-            for j in range(TILE):
-                if tile[RAY, j] < 0:
-                    if coming == last: continue
-                    tile[RAY, j], tile[AT, j], tile[START, j], tile[GUESS, j], tile[LAST, j], tile[NEXT, j] = coming, spans[coming, 0], spans[coming, 0], first_leaf, -1, -1
-                    through[j], coming = float32(1), coming + 1
-                alive += 1
-                first_leaf = _find(j, tile, carried, ahead, now, rays, S, stride, first_leaf,
-                                   T, B, C, P, A, leaves, faces, canonical, rest, beside, blended, mouth, smooth, room, m, g, h)
-                for i in range(3): x[i, j] = _within((now[j, i] - low[i])*inverse)
-                if mouth_row >= 0: X[mouth_row, j] = now[j, 7]
-            encode(x, values, scale, resolution, offset, size, hashed, entry, corner, flat)
-            layers_forward(plan, 0, first_colour, weights, flat, TILE, TILE)
-            _let_through(X[features], tile, now, rays, surface, passed, bits)
-            for j in range(TILE):
-                r = tile[RAY, j]
-                if r < 0: continue
-                w, through[j] = _pass(j, tile, rays, S, spans[r, 1], through[j], passed[j], span, thin)
-                if tile[RAY, j] < 0: rgba[r, 3] = float32(1) - through[j]
-                if not (coloured and w > thin): continue
-                for i in range(outputs): Y[features+i, shown] = X[features+i, j]
-                if degree > 0: harmonics(now[j, 3], now[j, 4], now[j, 5], degree, Y, features + outputs, shown)
-                waiting[shown], weight[shown] = r, w
-                shown += 1
-                if shown == TILE:
-                    _colours(weights, plan, first_colour, later, Y, shown, waiting, weight, first, total, bits)
-                    shown = 0
-        if shown > 0: _colours(weights, plan, first_colour, later, Y, shown, waiting, weight, first, total, bits)
-        for r in range(first, last):
-            for i in range(3): rgba[r, i] = total[r-first, i]/max(total[r-first, 3], float32(1e-6))
-
-    @kernel(parallel=True)
-    def view(rays, spans, S, stride, way, table, networks, thin, coloured, chunk, rgba, span):
-        chunks = (len(rays) + chunk - 1)//chunk
-        for turn in prange(chunks):
-            half = (chunks + 1)//2
-            t = turn*2 if turn < half else (turn - half)*2 + 1     # neighbours go to different threads: hair costs more than skin
-            stretch(t*chunk, min(len(rays), (t+1)*chunk), rays, spans, S, stride, way, table, networks, thin, coloured, rgba, span)
-    return view
+@kernel(parallel=True)
+def _view_kernel(rays, spans, S, stride, way, table, networks, thin, coloured, chunk, rgba, span):
+    chunks = (len(rays) + chunk - 1)//chunk
+    for turn in prange(chunks):
+        half = (chunks + 1)//2
+        t = turn*2 if turn < half else (turn - half)*2 + 1     # neighbours go to different threads: hair costs more than skin
+        _stretch(t*chunk, min(len(rays), (t+1)*chunk), rays, spans, S, stride, way, table, networks, thin, coloured, rgba, span)
 
 # %% ../nbs/13_render.ipynb #c027
 def _packed(field, condition, appearance) -> _Networks:
@@ -498,8 +492,8 @@ def _view_fast(field, deformer, poses, o, d, limits, samples, begin=None, end=No
     rays = _as_rows(o, d, *limits, samples)
     spans = np.stack(np.broadcast_arrays(0 if begin is None else begin, samples if end is None else end, np.zeros(R))[:2], 1).astype(np.int64)
     way = _Way(*(a[0] for a in poses), f.leaves, f.faces, f.canonical, f.rest, f.beside, f.blended, f.mouth, f.mapping == 'smooth')
-    table = _Table(field.grid.params.detach().numpy(), *field.grid.levels.arrays, f.low, np.float32(1/f.size))
-    _view_kernel(c.features)(rays, spans, samples, stride, way, table, _packed(field, condition, appearance), np.float32(thin), colours,
+    table = _Table(field.grid.params.detach().numpy(), *field.grid.levels.for_kernels, f.low, np.float32(1/f.size))
+    _view_kernel(rays, spans, samples, stride, way, table, _packed(field, condition, appearance), np.float32(thin), colours,
                              int(np.clip(R//(4*numba.get_num_threads()), TILE, 4096)), rgba, span)
     return rgba, span
 
