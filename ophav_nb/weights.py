@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'WEIGHTS', 'BACKENDS', 'Weight', 'weight_row', 'weights_folder', 'find_weight', 'require', 'how_to_get',
            'check_backends', 'weights_table', 'now_possible', 'file_kind', 'read_tensors', 'read_values',
-           'shapes_digest', 'recognise', 'network_shapes', 'named_tensors', 'load_network', 'add_weight', 'get_weight',
-           'load_pickle_restricted', 'add_flame']
+           'shapes_digest', 'recognise', 'network_shapes', 'named_tensors', 'with_tensors', 'load_network',
+           'add_weight', 'get_weight', 'load_pickle_restricted', 'add_flame']
 
 # %% ../nbs/04_weights.ipynb #c002
 import collections, codecs, hashlib, http.client, importlib, importlib.util, json, logging, os, pickle, re, struct
@@ -381,19 +381,27 @@ def named_tensors(
     return _kept(found[1])
 
 
-def load_network(
+def with_tensors(
     build,                       # the network's class, or a function that builds it; all of its state is in its tensors
+    tensors: dict,               # name -> tensor; every one must be there and fit
+    device: str = "cpu",
+):
+    "A network with given weights, for use, not for training. Nothing is initialised first: large networks load in half the time."
+    import torch
+    with torch.device("meta"): network = build()
+    network.load_state_dict(tensors, strict=True, assign=True)
+    order = torch.channels_last if getattr(network, "channels_last", False) else torch.preserve_format
+    return network.requires_grad_(False).to(device, memory_format=order).eval()
+
+
+def load_network(
+    build,                       # as of `with_tensors`
     name: str,                   # of a row
     path: str|Path|None = None,  # a file of the authors', or one of ours; default: the one in the cache
     device: str = "cpu",
 ):
-    "A network with a row's weights, for use, not for training. Nothing is initialised first: large networks load in half the time."
-    import torch
-    tensors = named_tensors(name, path)
-    with torch.device("meta"): network = build()
-    network.load_state_dict(tensors, strict=True, assign=True)
-    pictures = all(p.ndim < 5 for p in network.parameters())   # channels last: a fifth faster on CPUs
-    return network.requires_grad_(False).to(device, memory_format=torch.channels_last if pictures else torch.preserve_format).eval()
+    "A network with a row's weights."
+    return with_tensors(build, named_tensors(name, path), device)
 
 
 def add_weight(

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from ophav_nb.animators import (ExpressionBank, FaceVid2VidAnimator, FommReenactment, LivePortraitAnimator, calibration_motion, expression_features,
-                                film_heads, frames_at_once, head_moves, make_animator, named_expression, stored_pictures, wanted_openness, write_film)
+                                film_heads, head_moves, make_animator, named_expression, stored_pictures, wanted_openness, write_film)
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import read_video
 from ophav_nb.motion import NAMES, head_rotation, retarget, scripted
 from ophav_nb.nets import facevid2vid as fv
 from ophav_nb.nets import liveportrait as lp
-from ophav_nb.nets.blocks import DenseMotion, Flow
+from ophav_nb.nets.blocks import DenseMotion, Flow, frames_at_once
 from ophav_nb.nets.fomm import Points
 from ophav_nb.run import InputError
 from ophav_nb.track import Track
@@ -321,9 +321,9 @@ def test_device_guard(track, head):
 
 
 def test_batches_and_kinds(track, head, monkeypatch, tmp_path):
-    assert frames_at_once('cpu') == 1
+    assert frames_at_once('cpu', 700) == 4 and frames_at_once('cpu', 700, cpu=1) == 1
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (8 << 30, 8 << 30))
-    assert frames_at_once('cuda') == 5 and frames_at_once('cuda', half=True) == 9
+    assert frames_at_once('cuda', 700) == 5 and frames_at_once('cuda', 700, half=True) == 9 and frames_at_once('cuda', 9) == 16 and frames_at_once('cuda', 9e9) == 1
     monkeypatch.setenv('OPHAV_HOME', str(tmp_path))
     for kind in ('facevid2vid', 'liveportrait'):
         with pytest.raises(InputError, match='ophav weights add'): make_animator(kind, image=picture(), track=track)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from scipy.spatial import ConvexHull
 
-from ophav_nb.encoding import device_guard
 from ophav_nb.nets import blocks
 from ophav_nb.nets.facevid2vid import (PARTS, FaceVid2Vid, HeadState, best_start, drive, estimate, head_state, keypoints, load_facevid2vid,
                                        rotation)
@@ -77,18 +76,11 @@ def test_formulas():
     assert max(shares.values()) <= 1, shares
 
 
-@pytest.mark.slow
 @torch.inference_mode()
-@pytest.mark.parametrize('count', [1, 2])
-def test_golden(network, pictures, count):
+@pytest.mark.parametrize('threads', [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_golden(network, pictures, threads):
     "The authors' networks, filled by rule, give their outputs: all of them."
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try: shares = golden_fill.beyond(NAME, seen_outputs(network, pictures) | formula_outputs() | made_outputs(network, pictures))
-    finally: torch.set_num_threads(before)
-    worst = max(shares, key=shares.get)
-    print(f'{count} threads: {worst} differs by {shares[worst]:.2f} of its tolerance')
-    assert shares[worst] <= 1, worst
+    golden_fill.golden_on_threads(NAME, lambda: seen_outputs(network, pictures) | formula_outputs() | made_outputs(network, pictures), [threads])
 
 
 def small(seed=0):
@@ -131,19 +123,6 @@ def test_broken_layer_shows(part):
     tensor = net.state_dict()[part]
     tensor.add_(tensor.abs().mean() + .1)
     assert not torch.allclose(before, answers(), atol=1e-7, rtol=0)
-
-
-def test_device_guard():
-    "Estimators, keypoints and generator leave nothing on another device, forward and backward."
-    def step(device):
-        with device: net = FaceVid2Vid(width=8, keypoints=4)
-        image = torch.rand(1, 3, 128, 128, device=device)
-        canonical, state = net.kp_detector(image), net.he_estimator(image)
-        kp = drive(canonical, keypoints(canonical, state, yaw=10.), canonical)
-        picture, flow = net.generator(image, kp, canonical)
-        (picture.sum() + flow.deformation.sum()).backward()
-        return picture.device.type, net.generator.first.conv.weight.grad.device.type
-    assert device_guard(step) == ('meta', 'meta')
 
 
 @pytest.mark.slow

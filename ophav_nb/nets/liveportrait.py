@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/nets/liveportrait.ipynb #c004
-from .blocks import Appearance, Flow, SpadeDecoder, Warping, as_input, axis_rotations, batches, expected_degrees, hull_volume
+from .blocks import Appearance, Flow, SpadeDecoder, Warping, as_input, axis_rotations, batches, expected_degrees, frames_at_once, hull_volume
 from ..run import InputError, write_atomic
-from ..weights import load_pickle_restricted, named_tensors
+from ..weights import load_pickle_restricted, named_tensors, with_tensors
 
 # %% ../../nbs/nets/liveportrait.ipynb #c007
 class _ChannelNorm(nn.LayerNorm):
@@ -113,7 +113,9 @@ class MotionExtractor(nn.Module):
         "The network's raw answers."
         return self.detector(image)
 
-    def forward(self, image: Tensor) -> FaceState: return face_state(self.scores(image))
+    def forward(self, image: Tensor) -> FaceState:
+        "See `scores` and `face_state`."
+        return face_state(self.scores(image))
 
 
 class Retargeting(nn.Module):
@@ -124,7 +126,9 @@ class Retargeting(nn.Module):
         for a, b in zip(sizes, hidden): self.mlp.extend([nn.Linear(a, b), nn.ReLU()])
         self.mlp.append(nn.Linear(sizes[-1], outputs))
 
-    def forward(self, x: Tensor) -> Tensor: return self.mlp(x)
+    def forward(self, x: Tensor) -> Tensor:
+        "Movements of keypoints."
+        return self.mlp(x)
 
 # %% ../../nbs/nets/liveportrait.ipynb #c009
 class LivePortrait(nn.Module):
@@ -349,18 +353,16 @@ def load_liveportrait(
     for name, part in FILES.items():
         own = named_tensors(name, Path(folder)/f'{part}.pth' if folder else None)
         tensors |= own if name.endswith('stitching') else {f'{part}.{k}': v for k, v in own.items()}
-    with torch.device('meta'): network = LivePortrait()
-    network.load_state_dict(tensors, strict=True, assign=True)
-    return network.to(device).eval().requires_grad_(False)
+    return with_tensors(LivePortrait, tensors, device)
 
 
 @torch.inference_mode()
 def estimate(
     network: LivePortrait,
     frames: Iterable[np.ndarray],   # crops, uint8 [H,W,3]
-    batch: int = 8,
+    batch: int|None = None,         # frames at once; default: what fits
 ) -> FaceState:                     # of all frames, on the CPU
     "The face in each frame of a film, a few frames at a time."
-    parts = [network.motion_extractor(as_input(chunk, network.device)).to('cpu') for chunk in batches(frames, batch)]
+    parts = [network.motion_extractor(as_input(chunk, network.device)).to('cpu') for chunk in batches(frames, batch or frames_at_once(network.device, 100, 64, 8))]
     if not parts: raise InputError('the driving film has no frames')
     return FaceState.cat(parts)
