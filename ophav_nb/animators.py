@@ -166,7 +166,7 @@ class NetworkAnimator:
         network=None,               # loaded; None: the weights in the cache
         device: str = 'auto',
         batch: int|None = None,     # frames at once; None: what fits
-        half: bool = False,         # mixed precision
+        half: bool|None = None,     # mixed precision
         side: int = 256,            # of the network's picture, pixels; 256 in all public weights
     ):
         self.image, self.track, self.side, self.half = to_uint8(np.asarray(image)), track, side, half
@@ -381,16 +381,18 @@ class Reenactment:
     def __init__(self,
         image,                      # the square crop, uint8 or float [H,W,3]: the film's first frame, or what looks like it
         driving,                    # the film: (crops uint8 [T,H,W,3], their `Track`)
-        track=None,                 # the portrait's `Track`, for `film_heads`
+        track=None,                 # the portrait's `Track`, for `film_heads` and for the best start
         head: HeadModel|None = None,
         network=None,               # loaded; None: the weights in the cache
         device: str = 'auto',
         batch: int|None = None,     # frames at once; None: what fits
-        half: bool = False,         # mixed precision
+        half: bool|None = None,     # mixed precision
+        first: int|Literal['best'] = 0,   # the frame that stands for the portrait's own pose and expression; 'best': by the landmarks of both
     ):
         self.image, self.track, self.head, self.half = to_uint8(np.asarray(image)), track, head, half
         self.film, self.driver = driving
         if not len(self.film): raise InputError('the driving film has no frames')
+        self.first = fv.best_start(track.landmarks[0], self.driver.landmarks) if first == 'best' else first
         self.size, self.device = self.image.shape[0], pick_device(device)
         self.batch = batch or frames_at_once(self.device, MEGABYTES_A_FRAME, cpu=1, half=half)
         self.network = self.load() if network is None else network
@@ -405,7 +407,7 @@ class Reenactment:
 
 
 class FommReenactment(Reenactment):
-    "First-order motion (Siarohin et al., 2019), 256 pixels, relative to the film's first frame; code and weights MIT."
+    "First-order motion (Siarohin et al., 2019), 256 pixels, relative to a frame of the film; code and weights MIT."
     name = 'fomm'
 
     def load(self): return fomm.load_fomm(device=self.device)
@@ -413,7 +415,7 @@ class FommReenactment(Reenactment):
     def pictures(self, start: int) -> Iterator[np.ndarray]:   # uint8 [256,256,3]
         "The network's own pictures."
         chunks = (np.asarray(self.film[k:k + self.batch]) for k in range(start, len(self.film), self.batch))
-        return fomm.animate(self.network, self.image, chunks, initial=np.asarray(self.film[0]), batch=self.batch, half=self.half)
+        return fomm.animate(self.network, self.image, chunks, initial=np.asarray(self.film[self.first]), batch=self.batch, half=self.half)
 
 
 class PIRendererReenactment(Reenactment):
@@ -437,7 +439,7 @@ class PIRendererReenactment(Reenactment):
 
 
 class AnimatorReenactment(Reenactment):
-    "face-vid2vid or LivePortrait with their own estimators, relative to the film's first frame."
+    "face-vid2vid or LivePortrait with their own estimators, relative to a frame of the film."
     def __init__(self, name: str, *args, **parts):
         self.name, self.states = name, None
         super().__init__(*args, **parts)
@@ -447,7 +449,7 @@ class AnimatorReenactment(Reenactment):
     def pictures(self, start: int) -> Iterator[np.ndarray]:   # uint8 [S,S,3]
         "The network's own pictures."
         if self.states is None: self.states = self.network.estimate(self.film)   # some hundred numbers a frame
-        return self.network.reenact(self.states, begin=start)
+        return self.network.reenact(self.states, self.first, begin=start)
 
 # %% ../nbs/08b_animators.ipynb #c019
 NETWORKS = dict(facevid2vid=FaceVid2VidAnimator, liveportrait=LivePortraitAnimator)
@@ -562,7 +564,8 @@ def film_heads(
     seen = ok.mean() >= found
     if not seen: log.warning('%s: a face was found in %d of %d pictures; the motion is taken as it was asked for', animator.name, ok.sum(), n)
     asked = None if seen else asked_track(motion, animator.track, head, size)
-    masks = lambda start: (to_uint8(detector.matte(f[None])[0]) if seen else outline(asked, head, i) for i, f in enumerate(frames[start:], start))
+    cut = lambda start: (to_uint8(a) for some in batches(frames[start:], 16) for a in detector.matte(np.stack(some)))
+    masks = cut if seen else lambda start: (outline(asked, head, i) for i in range(start, n))
     matte = stored_pictures(folder/'matte.a', masks, n, (size, size), 'mattes')
     track = fit_film(frames, landmarks, ok, head, matte if n <= 600 else None, motion.fps) if seen else asked   # a longer matte would fill the memory
     return VideoAnimator(frames, track, head, StoredMatte(matte))

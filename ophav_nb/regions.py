@@ -61,7 +61,7 @@ class VideoMatte(Matte):
         self,
         net: rvm.RobustVideoMatting,
         ratio: float|None = None,   # the network's share of the frame's size; default: at most 512 pixels
-        half: bool = False,         # mixed precision
+        half: bool|None = None,     # mixed precision
     ):
         self.net, self.ratio, self.half = net, ratio, half
         self.reset()
@@ -86,7 +86,7 @@ def make_matte(
     device: str|torch.device = "cpu",
     detector: Detector|None = None,    # the default's, if there is one already
     path=None,                         # the weights, if they are not in the cache
-    half: bool = False,                # mixed precision (rvm)
+    half: bool|None = None,            # mixed precision (rvm)
 ) -> Matte:                            # called with frames it gives mattes
     "The matte of this name; weights that are missing are named, with their licence and the command that adds them."
     if name == "default": return Matte(detector or Detector(device))
@@ -123,7 +123,7 @@ class FaceParser(Parser):
         self,
         net: bisenet.BiSeNet,
         size: int = 512,         # what the network sees, pixels
-        half: bool = False,      # mixed precision
+        half: bool|None = None,  # mixed precision
     ): self.net, self.size, self.half = net, size, half
 
     def each(self, frames, mattes, landmarks) -> Iterator[np.ndarray]:
@@ -142,7 +142,7 @@ def make_parser(
     detector: Detector|None = None,    # the default's, if there is one already
     path=None,                         # the weights, if they are not in the cache
     size: int = 512,                   # what the network sees, pixels (bisenet)
-    half: bool = False,                # mixed precision (bisenet)
+    half: bool|None = None,            # mixed precision (bisenet)
 ) -> Parser:                           # called with frames it gives INSTA's codes
     "The parser of this name; weights that are missing are named, with their licence and the command that adds them."
     if name == "default": return Parser(detector or Detector(device))

@@ -41,7 +41,6 @@ class Weight:
     size: int = 0                # bytes of the published file, where known
     sha256: str|None = None      # of the published file, where known; or its first 8 digits, where they stand in the file's name
     package: tuple = ()          # (installed package, file in it), for what comes by pip
-    used: bool = True            # False: recognised and kept, but no stage of this version asks for it yet
 
 
 _GITHUB, _FACEXLIB = "https://github.com/", "https://github.com/xinntao/facexlib/releases/download/"
@@ -90,9 +89,9 @@ WEIGHTS = [
            "--matte default, MediaPipe's", "15e4b3db6ebc73d4", "aspp.aspp1.0.weight", network="nets.rvm:RobustVideoMatting",
            url=_GITHUB + "PeterL1n/RobustVideoMatting/releases/download/v1.0.0/rvm_mobilenetv3.pth",
            sha256="3c7c1d92033f7c38d6577c481d13a195d7d80a159b960f4f3119ac7b534cf4f8"),
-    Weight("parsenet", "parsing_parsenet.pth", _CELEBA, _GITHUB + "xinntao/facexlib", "the mask that GFPGAN's own tool pastes by",
-           "a mask from the landmarks", "587b70afd03a3a0d", "out_mask_conv.conv2d.weight", network="nets.parsenet:ParseNet",
-           url=_FACEXLIB + "v0.2.2/parsing_parsenet.pth", size=85331193, sha256="3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2", used=False),
+    Weight("parsenet", "parsing_parsenet.pth", _CELEBA, _GITHUB + "xinntao/facexlib", "--restorer gfpgan-parsenet: faces pasted by the mask of GFPGAN's own tool",
+           "--restorer gfpgan, pasted within the face's oval; gfpgan-parsing, by our own parsing", "587b70afd03a3a0d", "out_mask_conv.conv2d.weight", network="nets.parsenet:ParseNet",
+           url=_FACEXLIB + "v0.2.2/parsing_parsenet.pth", size=85331193, sha256="3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2"),
     Weight("mica", "mica.tar", "MPI's research licence: not commercial, and not for fake content", _GITHUB + "Zielon/MICA",
            "metrical face shape for --head flame; a second identity measure", "shape fitted to landmarks", "00561bd179d9f945",
            "flameModel.regressor.network.0.weight", keep=("arcface.", "flameModel.regressor."), network="nets.mica:Mica"),
@@ -176,7 +175,7 @@ def how_to_get(
 
 BACKENDS = {"matte": {"default": (), "rvm": ("rvm",)}, "parser": {"default": (), "bisenet": ("bisenet",)},
             "detector": {"default": (), "s3fd": ("s3fd",), "retinaface": ("retinaface",)},
-            "restorer": {"detail": (), "gfpgan": ("gfpgan",), "none": ()},
+            "restorer": {"detail": (), "gfpgan": ("gfpgan",), "gfpgan-parsing": ("gfpgan",), "gfpgan-parsenet": ("gfpgan", "parsenet"), "none": ()},
             "animator": {"mesh": (), "facevid2vid": ("facevid2vid",),
                          "liveportrait": tuple(w.name for w in WEIGHTS if w.name.startswith("liveportrait_"))}}   # choices, and the weights that each needs
 BACKENDS["baseline"] = {"fomm": ("fomm",), "pirender": ("pirender", "deep3d"), **{k: v for k, v in BACKENDS["animator"].items() if v}}
@@ -195,7 +194,7 @@ def weights_table() -> list[dict]:   # name, file, bytes, sha256, present, licen
     "Every row, with what is present on this machine."
     return [{"name": w.name, "file": w.file, "bytes": w.size, "sha256": w.sha256 or "", "present": str(find_weight(w.name) or ""),
              "licence": w.licence, "page": w.page, "direct": bool(w.url),
-             "enables": w.enables if w.used else f"{w.enables} (not in this version yet)", "without": w.without} for w in WEIGHTS]
+             "enables": w.enables, "without": w.without} for w in WEIGHTS]
 
 
 def now_possible(

@@ -256,7 +256,6 @@ def test_stored_pictures_go_on(tmp_path):
     assert asked == [0, 2]
 
 
-@pytest.mark.slow
 def test_heads_of_a_film_with_a_face(head, tmp_path):
     "Pictures that show a face are tracked and matted."
     from skimage import data
@@ -365,4 +364,8 @@ def test_a_baseline_is_driven_by_the_film(track, head, monkeypatch):
     rest = list(make(batch=3).frames(start=3))
     assert all(np.abs(a.astype(int) - b.astype(int)).max() <= 1 for a, b in zip(frames[3:], rest, strict=True))
     assert next(make().frames(size=50)).shape == (50, 50, 3)
+    moving = np.repeat(track.landmarks, 7, 0) + np.random.default_rng(0).normal(0, 4, (7, 478, 3)).astype(np.float32)
+    moving[4] = track.landmarks[0]*1.5 + 9                                # the portrait's own face, elsewhere and larger
+    best = FommReenactment(picture(), (Film(), replace(track, landmarks=moving)), track, head, network=FakeFomm(), device='cpu', first='best')
+    assert best.first == 4 and not np.array_equal(next(best.frames()), frames[0])
     with pytest.raises(InputError, match='no frames'): FommReenactment(picture(), ([], track), network=FakeFomm())

@@ -73,7 +73,6 @@ def test_other_sizes_and_batches(net):
             torch.testing.assert_close(together[i:i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_animate_streams(net):
     "Batches and chunks change nothing; the frame that looks like the source may be any; a still film gives still pictures."
     rng = np.random.default_rng(0)

@@ -24,7 +24,6 @@ def test_golden(net, threads):
     golden_fill.golden_on_threads("parsenet_512", lambda: outputs(net), threads)
 
 
-@pytest.mark.slow
 def test_a_broken_layer_fails(net):
     net.body[4].conv1.conv2d.padding_mode = "zeros"
     try: assert max(golden_fill.beyond("parsenet_512", outputs(net)).values()) > 1

@@ -113,7 +113,7 @@ def embed(
     images: np.ndarray,      # uint8 RGB [N,H,W,3]
     landmarks: np.ndarray,   # the 68 points of the *true* pictures [N,68,2], pixels
     batch: int|None = None,  # pictures at once; default: what fits
-    half: bool = False,      # mixed precision
+    half: bool|None = None,  # mixed precision
 ) -> np.ndarray:             # [N,512], unit length
     "The identity vectors of faces that are aligned by given landmarks."
     device, found = net.conv1.weight.device, []

@@ -160,7 +160,7 @@ def parse_faces(
     frames: np.ndarray,             # uint8 [T,H,W,3], heads fill most of the picture
     size: int = 512,                # what the network sees; it was trained at 512
     batch: int|None = None,         # frames at once; default: what fits
-    half: bool = False,             # mixed precision
+    half: bool|None = None,         # mixed precision
 ) -> Iterator[np.ndarray]:          # uint8 [H,W], indices into `CLASSES`
     "The class of every pixel, frame by frame."
     device, (height, width) = net.conv_out.conv_out.weight.device, frames.shape[1:3]

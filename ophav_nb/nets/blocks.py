@@ -6,11 +6,14 @@
 __all__ = ['CONV', 'NORM', 'POOL', 'coordinates', 'constant', 'blobs', 'softmax_points', 'hull_volume', 'Block', 'ResBlock',
            'AntiAlias', 'Hourglass', 'Appearance', 'deform', 'Flow', 'DenseMotion', 'Warping', 'Kept', 'SpectralConv',
            'kernels_of_enlarged', 'conv_of_enlarged', 'Spade', 'SpadeBlock', 'SpadeDecoder', 'expected_degrees',
-           'axis_rotations', 'batches', 'frames_at_once', 'precision', 'as_input', 'like_imagenet', 'as_frames']
+           'axis_rotations', 'batches', 'frames_at_once', 'half_precision', 'at_half_precision', 'precision',
+           'as_input', 'like_imagenet', 'as_frames']
 
 # %% ../../nbs/nets/blocks.ipynb #c003
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from itertools import combinations, product
 from typing import NamedTuple
@@ -488,20 +491,37 @@ def frames_at_once(
     megabytes: float,      # that a network needs for a frame: twice what was counted on a CPU, as convolutions want room to work
     most: int = 16,        # frames on a GPU
     cpu: int = 4,          # frames on a CPU, where more are no faster
-    half: bool = False,    # mixed precision, which needs three fifths of it
+    half: bool|None = None,   # mixed precision, which needs three fifths of it
 ) -> int:
     "A batch that fits into half of the memory that is free."
     if torch.device(device).type != 'cuda': return cpu
     free = torch.cuda.mem_get_info(torch.device(device))[0]/2**20
-    return int(np.clip(.5*free/(megabytes*(.6 if half else 1)), 1, most))
+    mixed = half_precision() if half is None else half
+    return int(np.clip(.5*free/(megabytes*(.6 if mixed else 1)), 1, most))
+
+
+_HALF = ContextVar('half', default=False)
+
+
+def half_precision() -> bool:
+    "Whether networks of others compute at half precision where nothing else is said."
+    return _HALF.get()
+
+
+@contextmanager
+def at_half_precision(on: bool = True):
+    "The one switch: inside, networks of others compute at half precision unless they are told otherwise themselves."
+    token = _HALF.set(on)
+    try: yield
+    finally: _HALF.reset(token)
 
 
 def precision(
     device,
-    half: bool,            # float16 on a GPU, bfloat16 on a CPU
+    half: bool|None = None,   # float16 on a GPU, bfloat16 on a CPU; None: as the switch says
 ):
-    "Mixed precision by one switch; goes around the networks alone: angles, keypoints and places need all their digits."
-    return torch.autocast(torch.device(device).type, enabled=half)
+    "Mixed precision around a network alone: angles, keypoints and places need all their digits."
+    return torch.autocast(torch.device(device).type, enabled=half_precision() if half is None else half)
 
 
 def as_input(

@@ -134,7 +134,7 @@ def coefficients(
     images: np.ndarray,      # uint8 RGB [N,H,W,3]
     landmarks: np.ndarray,   # the 68 points [N,68,2], pixels
     batch: int|None = None,  # pictures at once; default: what fits
-    half: bool = False,      # mixed precision
+    half: bool|None = None,  # mixed precision
 ) -> np.ndarray:             # [N,257]
     "The coefficients of faces."
     device, found = net.backbone.conv1.weight.device, [np.zeros((0, 257), np.float32)]

@@ -187,7 +187,7 @@ def landmarks(
     boxes: np.ndarray,            # [N,4], one face each, as `find_faces` gives them
     mirror: bool = False,         # ask the mirrored face, too
     batch: int|None = None,       # pictures at once; default: what fits
-    half: bool = False,           # mixed precision
+    half: bool|None = None,       # mixed precision
 ) -> tuple[np.ndarray, np.ndarray]:   # points [N,68,2] in whole pixels, heat [N,68]
     "The 68 points of faces whose boxes are known."
     device, points, heats = net.conv1.weight.device, [np.zeros((0, 68, 2), np.float32)], [np.zeros((0, 68), np.float32)]

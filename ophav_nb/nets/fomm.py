@@ -199,7 +199,7 @@ def animate(
     adapt_scale: bool = True,        # of the change, when relative
     initial: np.ndarray|None = None, # the frame that looks like the source, uint8 [H,W,3]; default: the first
     batch: int|None = None,          # frames at once; default: what fits
-    half: bool = False,              # mixed precision
+    half: bool|None = None,          # mixed precision
 ) -> Iterator[np.ndarray]:           # uint8 [256,256,3]
     "The portrait moved by a film, frame by frame (the authors' demo)."
     device = net.generator.final.weight.device

@@ -94,7 +94,7 @@ def identify(
     images: np.ndarray,      # uint8 RGB [N,H,W,3]
     points: np.ndarray,      # eyes, nose, corners of the mouth [N,5,2], pixels
     batch: int|None = None,  # pictures at once; default: what fits
-    half: bool = False,      # mixed precision
+    half: bool|None = None,  # mixed precision
 ) -> tuple[np.ndarray, np.ndarray]:   # identity vectors [N,512] of unit length; FLAME's shape [N,300]
     "Who faces are, and the shape of their heads in metres' terms."
     device = net.arcface.conv1.weight.device

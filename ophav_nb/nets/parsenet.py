@@ -114,7 +114,7 @@ def soften(
 def paste_mask(
     net: ParseNet,
     faces: np.ndarray,       # aligned squares uint8 [N,512,512,3]
-    half: bool = False,      # mixed precision
+    half: bool|None = None,  # mixed precision
 ) -> np.ndarray:             # float32 [N,512,512], 1 where the head is
     "Where restored faces are to be pasted, softly (facexlib's `use_parse`)."
     device, masks = net.out_mask_conv.conv2d.weight.device, [np.zeros((0, *faces.shape[1:3]), np.float32)]

@@ -294,7 +294,7 @@ def animate(
     coefficients: np.ndarray,   # float32 [T,73] of the whole film
     batch: int|None = None,     # frames at once; default: what fits
     size: int = 256,            # of the result; the checkpoint is for 256
-    half: bool = False,         # mixed precision
+    half: bool|None = None,     # mixed precision
     start: int = 0,             # first frame wanted
 ) -> Iterator[np.ndarray]:      # uint8 [size,size,3]
     "The portrait as the coefficients say, frame by frame."

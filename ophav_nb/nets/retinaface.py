@@ -132,7 +132,7 @@ def find_faces(
     image: np.ndarray,         # uint8 RGB [H,W,3]
     threshold: float = .97,    # a face must be at least as likely; GFPGAN's tool asks for .97
     most: float = .4,          # overlap of two that may both stay
-    half: bool = False,        # mixed precision
+    half: bool|None = None,    # mixed precision
 ) -> np.ndarray:               # [F,15]: left, top, right, bottom, likelihood, five points; pixels, best first
     "The faces of a picture; the points are eyes, nose, corners of the mouth."
     height, width = image.shape[:2]

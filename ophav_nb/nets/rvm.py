@@ -239,7 +239,7 @@ def matte_frames(
     ratio: float|None = None,      # the network's share of the frame's size; default: at most 512 pixels along the longer side
     states: list|None = None,      # in and out: a list that holds the memory, for a film that is given in several calls
     chunk: int|None = None,        # frames at a time; default: what fits
-    half: bool = False,            # mixed precision
+    half: bool|None = None,        # mixed precision
 ) -> Iterator[np.ndarray]:         # alpha float32 [H,W], frame by frame
     "The mattes of a film."
     device, states = net.project_mat.conv.weight.device, [None]*4 if states is None else states

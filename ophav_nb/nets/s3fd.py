@@ -134,7 +134,7 @@ def find_faces(
     net: S3FD,
     image: np.ndarray,        # uint8 RGB [H,W,3]
     threshold: float = .5,    # a face must be at least as likely
-    half: bool = False,       # mixed precision
+    half: bool|None = None,   # mixed precision
 ) -> np.ndarray:              # [F,5]: left, top, right, bottom, likelihood; best first
     "The faces of a picture."
     device = net.conv1_1.weight.device
