@@ -235,6 +235,7 @@ def _weights(args) -> int:
     for row in weights.weights_table():
         _say(f"{row['name']} ({row['file']})", f"    {'here: ' + row['present'] if row['present'] else 'not here'}",
              *(f"    {k}: {row[k]}" for k in ("licence", "page", "enables", "without", "bytes", "sha256") if row[k]),
+             *([f"    bytes: about {row['about']} (its tensors)"] if row["about"] else []),
              *([f"    fetch it: ophav weights get {row['name']}"] if row["direct"] and not row["present"] else []))
     return 0
 
