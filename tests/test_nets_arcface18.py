@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from ophav_nb import restore
 from ophav_nb.nets.arcface18 import TEMPLATE, ArcFace18, align, csim, embed, five_points, grey_of, load_arcface18, similarity
 from ophav_nb.run import InputError
 from ophav_nb.weights import add_weight
@@ -71,6 +72,18 @@ def test_csim(net):
     assert embed(net, pictures[:0], points[:0]).shape == (0, 512)
     assert embed(net, pictures, points, batch=2).dtype == np.float32
     assert (embed(net, pictures, points, half=True)*embed(net, pictures, points)).sum(1).min() > .999
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_beside_gfpgans(seed):
+    "The same network comes with the gfpgan package, which trains with it: other weights."
+    pytest.importorskip("torchvision")
+    restore._provide_functional_tensor()
+    theirs = pytest.importorskip("gfpgan.archs.arcface_arch").ResNetArcFace("IRBlock", [2, 2, 2, 2], use_se=False).eval()
+    ours = golden_fill.fill_otherwise(ArcFace18(), NAME, seed=seed)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = golden_fill.drawn_picture(f"csim {seed}", (2, 1, 128, 128), -1, 1)
+    with torch.inference_mode(): torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_authors_file(net, tmp_path, monkeypatch):
