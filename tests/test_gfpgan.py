@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ophav_nb.encoding import device_guard
 from ophav_nb.geometry import facing_camera
 from ophav_nb.detect import CODES
 from ophav_nb.nets.blocks import at_half_precision
@@ -62,6 +63,14 @@ def test_golden(threads):
         with torch.no_grad(): image, rgbs = network(golden_fill.drawn_picture('gfpgan', (1, 3, 512, 512), -1, 1), return_rgb=True, randomize_noise=False)
         return {'image': image, 'style_code': codes[-1], **{f'out_rgbs.{k}': t for k, t in enumerate(rgbs)}}
     golden_fill.golden_on_threads('gfpgan_v14', outputs, [threads])
+
+
+@installed
+def test_one_device():
+    def step(device):
+        with device: network = gfpgan_network(**TINY)
+        network(torch.rand(1, 3, 64, 64, device=device), return_rgb=False, randomize_noise=False)[0].sum().backward()
+    device_guard(step)
 
 
 @installed

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ophav_nb.encoding import device_guard
-from ophav_nb.nets import arcface18, bisenet, blocks, deep3d, facevid2vid, fan, fomm, liveportrait, mica, parsenet, pirender, retinaface, rvm, s3fd
+from ophav_nb.nets import arcface18, bisenet, blocks, deep3d, facevid2vid, fan, fomm, liveportrait, mediapipe, mica, parsenet, pirender, retinaface, rvm, s3fd
 
 
 def rand(*shape, device): return torch.rand(shape, device=device)
@@ -129,6 +129,15 @@ def test_one_device_forward_and_a_training_step(name):
         return {k for k, p in net.named_parameters() if p.grad is None}
     unused = device_guard(step)
     assert unused == {k for k in unused if k.endswith(dead) and k.startswith('editing_net.decoder.res')} and bool(unused) == bool(dead)
+
+
+def test_mediapipes_networks_stay_on_one_device():
+    def step(device):
+        for net in mediapipe.load_networks().values():
+            image = rand(2, 3, net.size, net.size, device=device).requires_grad_()
+            sum(t.sum() for t in net.to(device)(image)).backward()
+            assert image.grad.device.type == 'meta'
+    device_guard(step)
 
 
 class Watch(TorchDispatchMode):
