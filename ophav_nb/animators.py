@@ -272,7 +272,7 @@ class NetworkAnimator:
 # %% ../nbs/08b_animators.ipynb #c016
 class FaceVid2VidAnimator(NetworkAnimator):
     "The paper's animator (Wang, Mallya and Liu, 2021), 256 pixels; its weights are not for commercial use."
-    name = 'facevid2vid'
+    name, warned = 'facevid2vid', False
 
     @staticmethod
     def load(device): return fv.load_facevid2vid(device=device)
@@ -297,7 +297,8 @@ class FaceVid2VidAnimator(NetworkAnimator):
 
     def unaided(self, change: Motion) -> Tensor:
         "Without a driving film the face keeps the portrait's expression."
-        log.warning('facevid2vid has no expressions of its own: give it a driving film; the face stays as in the portrait')
+        if not self.warned: log.warning('facevid2vid has no expressions of its own: give it a driving film; the face stays as in the portrait')
+        self.warned = True
         return torch.zeros(len(change), *self.state.expression.shape[1:])
 
     def follow(self, motion: Motion) -> Tensor:   # [T,K,3]
