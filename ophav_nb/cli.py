@@ -64,7 +64,7 @@ def _backends(p) -> None:
     _option(p, "--parser", "who names the regions of a face: default, bisenet")
     _option(p, "--detector", "who looks for faces: default, s3fd, retinaface")
     _option(p, "--animator", "who makes the coarse film: mesh (default), facevid2vid, liveportrait")
-    _option(p, "--half", "networks of others at half precision: faster on a GPU", action="store_true")
+    _option(p, "--half", "networks of others at half precision, about twice as fast", action="store_true")
 
 
 def _count(text: str) -> int:
