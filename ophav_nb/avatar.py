@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'AvatarConfig', 'toy_film', 'person_arrays', 'person_head', 'FramePool', 'Batch', 'losses', 'Avatar',
-           'patch_to', 'memory_mb', 'Trainer', 'load_avatar']
+           'memory_mb', 'Trainer', 'load_avatar']
 
 # %% ../nbs/14_avatar.ipynb #c003
 import copy
@@ -31,7 +31,7 @@ from .field import Field, FieldConfig, field_config
 from .geometry import Camera, facing_camera, interpolate, kernel, rasterize, vertex_normals
 from .head import HeadModel, Motion
 from .render import band_widths, mouth_amount, render_view, shade, surface_band, widen_band
-from .run import InputError, progress, write_atomic
+from .run import InputError, patch_to, progress, write_atomic
 from .training import AveragedAdam, OnePass, Truth, one_pass_serves
 
 # %% ../nbs/14_avatar.ipynb #c005
@@ -284,14 +284,6 @@ class Avatar:
     def __repr__(self):
         n = sum(p.numel() for p in self.field.parameters())
         return f'Avatar({n/1e6:.2f} million parameters, {self.steps} steps)'
-
-# %% ../nbs/14_avatar.ipynb #c022
-def patch_to(cls):
-    "Add a function to a class as a method, so that a notebook can explain one method at a time."
-    def add(function):
-        setattr(cls, function.__name__, function)
-        return function
-    return add
 
 # %% ../nbs/14_avatar.ipynb #c024
 def memory_mb(device='cpu') -> float:

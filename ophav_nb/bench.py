@@ -492,7 +492,8 @@ def _filled(network: nn.Module, seed: int = 0) -> nn.Module:
     draw = torch.Generator().manual_seed(seed)
     for p in network.parameters():
         if p.ndim > 1: p.data.normal_(0, 1.2/p[0].numel()**.5, generator=draw)
-    return network.eval().requires_grad_(False)
+    order = torch.channels_last if getattr(network, 'channels_last', False) else torch.preserve_format     # as `weights` loads it
+    return network.to(memory_format=order).eval().requires_grad_(False)
 
 def _pictures(*shape) -> torch.Tensor: return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 

@@ -54,7 +54,7 @@ The same command again continues where it stopped; changed options redo only wha
     _option(p, "--head", "head model: open (default), flame (with FLAME's file, see ophav weights)")
     _backends(p)
     _option(p, "--driving", "a film of anyone, whose expressions a network animator takes over", metavar="FILM")
-    _option(p, "--restorer", "who sharpens the renders: detail (default), gfpgan, none")
+    _option(p, "--restorer", "who sharpens the renders: detail (default), gfpgan, gfpgan-parsing or gfpgan-parsenet (pasted on the whole head), none")
     _option(p, "--backend", "kernels: auto (default), torch, numba, tcnn")
     _common(p)
 
@@ -64,6 +64,7 @@ def _backends(p) -> None:
     _option(p, "--parser", "who names the regions of a face: default, bisenet")
     _option(p, "--detector", "who looks for faces: default, s3fd, retinaface")
     _option(p, "--animator", "who makes the coarse film: mesh (default), facevid2vid, liveportrait")
+    _option(p, "--half", "networks of others at half precision, about twice as fast", action="store_true")
 
 
 def _count(text: str) -> int:
@@ -110,7 +111,7 @@ metrics.json holds a row for each stage; what cannot be measured here stands und
     _option(p, "--preset", "smoke, quick (default), standard, paper", choices=PRESETS, metavar="NAME")
     _option(p, "--head", "head model of --clip: open (default), flame (with FLAME's file)")
     _backends(p)
-    _option(p, "--restorer", "who sharpens the renders: detail (default), gfpgan, none")
+    _option(p, "--restorer", "who sharpens the renders: detail (default), gfpgan, gfpgan-parsing or gfpgan-parsenet (pasted on the whole head), none")
     _option(p, "--rounds", "rounds of restoring and training on (default: 2)", type=_count, metavar="N")
     _option(p, "--baselines", "earlier methods as rows, with commas: fomm, pirender, facevid2vid, liveportrait; or all whose weights are here", metavar="NAMES")
     _option(p, "--backend", "kernels: auto (default), torch, numba, tcnn")
@@ -234,6 +235,7 @@ def _weights(args) -> int:
     for row in weights.weights_table():
         _say(f"{row['name']} ({row['file']})", f"    {'here: ' + row['present'] if row['present'] else 'not here'}",
              *(f"    {k}: {row[k]}" for k in ("licence", "page", "enables", "without", "bytes", "sha256") if row[k]),
+             *([f"    bytes: about {row['about']} (its tensors)"] if row["about"] else []),
              *([f"    fetch it: ophav weights get {row['name']}"] if row["direct"] and not row["present"] else []))
     return 0
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from .run import InputError, progress
 from .media import Crop, resize, to_uint8
 from .nets import retinaface, s3fd
+from .nets.blocks import batches
 from .nets.mediapipe import load_networks
 
 # %% ../nbs/05_detect.ipynb #c006
@@ -568,13 +569,13 @@ class Detector(Networks):
 
     def film(
         self,
-        frames,                     # uint8 [T,H,W,3], or a list of frames
+        frames,                     # uint8 [T,H,W,3], or frames as they come: a few are in memory at any time
         face: int|None = None,      # which face of the first frame, from 1 at the left; default: the largest
         least: float = .5,          # presence below which a frame counts as lost
     ) -> tuple[np.ndarray, np.ndarray]:   # landmarks [T,478,3] image px (filled in where lost), ok bool [T]
         "One person's landmarks through a film."
-        follower, step = Follower(self, face, least), self.batch
-        parts = [follower.add(frames[i:i + step]) for i in progress(range(0, len(frames), step), desc="landmarks")]
+        follower, total = Follower(self, face, least), -(-len(frames)//self.batch) if hasattr(frames, "__len__") else None
+        parts = [follower.add(np.stack(some)) for some in progress(batches(frames, self.batch), total, "landmarks")]
         points, ok = (np.concatenate(v) for v in zip(*parts))
         if not ok.any(): raise InputError("no face found in the film; use one that shows one person from the front")
         return fill_lost(points, ok), ok

@@ -36,7 +36,8 @@ from .media import VideoWriter, on_background, read_video, resize, to_float, to_
 from .metrics import (Truth, correlation, flicker, head_mask, identity_distance, identity_embedding, inter_ocular, landmark_distance,
                               lid_gap, missing_metrics, mouth_gap, network_metrics, present_networks, sharpness, sharpness_mask)
 from .motion import retarget
-from .pipeline import frame_pose, load_portrait, matting_detector, unusual
+from .nets.blocks import at_half_precision
+from .pipeline import frame_pose, halved, load_portrait, matting_detector, unusual
 from .regions import make_parser, parsed_heads
 from .rounds import RoundsConfig, mesh_landmarks, read_frames, render_plan, run_rounds, write_frames
 from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
@@ -169,7 +170,7 @@ def add_coarse(
             cut, seen = tee(cut)
             return with_regions(cut, parser, lambda: (to_uint8(maker.composite(h, **frame_pose(motion, i))) for i, h in enumerate(seen, start)), device)
         HeadDataset.from_frames(heads, motion, film.track.shape, film.track.camera, head, folder=folder, size=size)
-    return HeadDataset.load(run.make('rounds/0/dataset', build, ['clip'], dict(size=size, animator=animator) | unusual(parser=parser)), head)
+    return HeadDataset.load(run.make('rounds/0/dataset', build, ['clip'], dict(size=size, animator=animator) | unusual(parser=parser) | halved(animator)), head)
 
 # %% ../nbs/20_evaluate.ipynb #c012
 def compared_frames(
@@ -285,7 +286,7 @@ def add_baseline(
             write_image(folder/f'{k:05d}.png', one[0] if isinstance(one, tuple) else one)
         del maker, made
         shutil.rmtree(folder/'film', ignore_errors=True)
-    folder = run.make(f'baselines/{name}', build, ['clip'], dict(size=size, numbers=table.numbers) | unusual(matte=matte, parser=parser, detector=finder))
+    folder = run.make(f'baselines/{name}', build, ['clip'], dict(size=size, numbers=table.numbers) | unusual(matte=matte, parser=parser, detector=finder) | halved(name))
     return table.add(name, lambda: on_background(read_frames(folder)), [f'baselines/{name}'])
 
 # %% ../nbs/20_evaluate.ipynb #c016
@@ -449,6 +450,7 @@ def evaluate_clip(
     parser: str = 'default',          # who names the regions and finds clothes: or 'bisenet', which reads the film's own frames
     detector: str = 'default',        # who looks for faces, and for those of AKD: or 's3fd', 'retinaface'
     baselines: str = '',              # earlier methods as further rows, with commas; or 'all' whose weights are here
+    half: bool = False,               # networks of others at half precision, but for those that measure
 ) -> dict:                            # what metrics.json holds
     "Measure the whole way on a film of a real person."
     if protocol not in ('self', 'monocular'): raise InputError(f"unknown protocol {protocol!r}; use self or monocular")
@@ -461,10 +463,11 @@ def evaluate_clip(
     load_head(head)                   # says what is missing, before anything is made
     rounds, device = (1 if name == 'smoke' else 2) if rounds is None else rounds, pick_device(device)
     field = AvatarConfig.preset(settings.field, backend=backend)
-    config = RoundsConfig(rounds, settings.steps, settings.round_steps, restorer=restorer, render_frames=settings.round_frames, avatar=field)
+    config = RoundsConfig(rounds, settings.steps, settings.round_steps, restorer=restorer, render_frames=settings.round_frames, avatar=field,
+                          settings={'half': True} if half and restorer.startswith('gfpgan') else {})
     run = Run(out, dict(clip=str(clip), protocol=protocol, preset=name, settings=asdict(settings), rounds=rounds, seed=seed, restorer=restorer,
-                        animator=animator, backend=backend, device=device, head=head, matte=matte, parser=parser, detector=detector, baselines=earlier))
-    with run:
+                        animator=animator, backend=backend, device=device, head=head, matte=matte, parser=parser, detector=detector, baselines=earlier, half=half))
+    with run, at_half_precision(half):
         seed_all(seed)
         if protocol == 'self': table, chosen = self_protocol(run, clip, settings, config, animator, seed, device, head, matte, parser, earlier, detector)
         else: table, chosen = monocular_protocol(run, clip, settings, field, seed, device, head=head, matte=matte, parser=parser, finder=detector)
@@ -488,7 +491,7 @@ def measure_driven(
     offset = offset - offset.mean(0)
     unit = inter_ocular(told)[:, None]
     sharp = np.mean([sharpness(im, sharpness_mask(p, *size)) for im, p in zip(images[some], found[some])])
-    extra = network_metrics(images, found, *still, names=('csim',), same=False, device=str(getattr(detector, 'device', 'cpu')))
+    extra = network_metrics(images, found, *still, names=('csim', 'csim100'), same=False, device=str(getattr(detector, 'device', 'cpu')))
     return extra | dict(identity_distance=float(identity_distance(identity_embedding(images[some], found[some]), person).mean()),
                 sharpness=float(sharp), sharpness_of_portrait=float(sharp/sharpness(portrait, sharpness_mask(own[0], *size))),
                 landmark_distance=float((100*np.linalg.norm(offset[:, INNER_FACE], axis=-1)/unit).mean()),

@@ -26,7 +26,7 @@ from .run import InputError
 from .media import on_background, to_float, to_uint8
 from .detect import (INNER_FACE, INNER_LIPS, LEFT_EYE, LEFT_IRIS, LID_PAIRS, LIP_PAIRS, OUTER_LIPS, OVAL, RIGHT_EYE,
                              RIGHT_IRIS, Detector, cut, points_of_68, roi_of_landmarks, to_batch)
-from .nets import arcface18, deep3d, fan, retinaface, s3fd
+from .nets import arcface18, deep3d, fan, mica, retinaface, s3fd
 from .weights import find_weight, how_to_get, named_tensors, require
 
 # %% ../nbs/16_metrics.ipynb #c006
@@ -427,13 +427,14 @@ def evaluate_frames(
 # %% ../nbs/16_metrics.ipynb #c028
 MISSING = {
     "csim": "OTAvatar's network; identity_distance takes its place here",
+    "csim100": "MICA's recogniser of a hundred layers, a second opinion beside csim whose numbers are others",
     "lpips": "AlexNet as LPIPS reads it",
     "fid": "the Inception network; with a clip's few frames the number is biased, so compare rows of one clip only",
     "aed": "Deep3DFaceRecon's network",
     "apd": "Deep3DFaceRecon's network",
     "akd": "FAN, whose 68 points it compares; landmark_distance takes its place here",
 }
-NETWORKS = {"csim": "arcface18", "lpips": "lpips", "fid": "fid", "akd": "fan", "aed": "deep3d", "apd": "deep3d"}   # measures, and the weights that each needs
+NETWORKS = {"csim": "arcface18", "csim100": "mica", "lpips": "lpips", "fid": "fid", "akd": "fan", "aed": "deep3d", "apd": "deep3d"}   # measures, and the weights that each needs
 PACKAGES = {"lpips": "lpips", "fid": "torch_fidelity"}                                                     # and the package that holds its network
 
 
@@ -526,7 +527,7 @@ def frechet_distance(
 @lru_cache(6)
 def measuring_network(name: str, path: Path, device: str = "cpu"):
     "A network that measures, loaded once."
-    return {"arcface18": arcface18.load_arcface18, "fan": fan.load_fan, "deep3d": deep3d.load_deep3d, "lpips": load_lpips, "fid": load_inception,
+    return {"arcface18": arcface18.load_arcface18, "mica": mica.load_mica, "fan": fan.load_fan, "deep3d": deep3d.load_deep3d, "lpips": load_lpips, "fid": load_inception,
             "s3fd": s3fd.load_s3fd, "retinaface": retinaface.load_retinaface}[name](path, device)
 
 
@@ -537,7 +538,7 @@ def face_boxes(
 ) -> np.ndarray:                # [N,4] left, top, right, bottom; NaN where there is none
     "The surest face of each picture."
     net, find = measuring_network(name, require(name), device), {"s3fd": s3fd, "retinaface": retinaface}[name].find_faces
-    found = [find(net, image) for image in images]
+    found = [find(net, image, half=False) for image in images]
     return np.stack([f[0, :4] if len(f) else np.full(4, np.nan) for f in found])
 
 
@@ -553,7 +554,7 @@ def point_distances(
     if detector == "default": boxes = [np.concatenate([seen[:, :468, :2].min(1), seen[:, :468, :2].max(1)], 1)]*2
     else: boxes = [face_boxes(detector, film, device) for film in (images, truths)]
     ok, out = np.isfinite(boxes[0] + boxes[1]).all(1), np.full(len(images), np.nan)
-    a, b = (fan.landmarks(net, film[ok], box[ok])[0] for film, box in zip((images, truths), boxes))
+    a, b = (fan.landmarks(net, film[ok], box[ok], half=False)[0] for film, box in zip((images, truths), boxes))
     out[ok] = np.abs(a - b).mean((1, 2))
     return out
 
@@ -568,19 +569,23 @@ def network_metrics(
     device: str = "cpu",
     detector: str = "default",  # who finds the faces for AKD, see `point_distances`
 ) -> dict[str, float]:          # only those whose weights are here
-    "CSIM, AED and APD as OTAvatar measures them, AKD as FOMM (pixels of 256), LPIPS (AlexNet): means over pairs of frames; FID of both sets."
+    "CSIM, AED and APD as OTAvatar measures them, CSIM by MICA's recogniser, AKD as FOMM (pixels of 256), LPIPS (AlexNet): means over pairs of frames; FID of both sets."
     todo, out = set(names) & set(present_networks()), {}
     net = lambda name: measuring_network(name, find_weight(name), device)
     own, theirs = points_of_68(points), points_of_68(seen)
+    films = ((images, theirs if same else own), (truths, theirs))
     if "csim" in todo:
-        a, b = arcface18.embed(net("arcface18"), images, theirs if same else own), arcface18.embed(net("arcface18"), truths, theirs)
+        a, b = (arcface18.embed(net("arcface18"), *film, half=False) for film in films)       # measures are made in full precision
         out["csim"] = _mean((a*b).sum(1))
+    if "csim100" in todo:
+        a, b = (mica.identify(net("mica"), film, arcface18.five_points(torch.from_numpy(at)).numpy(), half=False)[0] for film, at in films)
+        out["csim100"] = _mean((a*b).sum(1))
     if "akd" in todo:
         distances = point_distances(net("fan"), images, truths, seen, detector, device)*256/images.shape[1]
         out["akd"] = _mean(distances)
         if detector != "default": out["akd_lost"] = int(np.isnan(distances).sum())
     if todo & {"aed", "apd"}:
-        distances = deep3d.coefficient_distances(*(deep3d.coefficients(net("deep3d"), *film) for film in ((images, own), (truths, theirs))))
+        distances = deep3d.coefficient_distances(*(deep3d.coefficients(net("deep3d"), *film, half=False) for film in ((images, own), (truths, theirs))))
         out |= {k: _mean(v) for k, v in distances.items() if k.split("_")[0] in todo}
     if "lpips" in todo and min(images.shape[1:3]) >= 63: out["lpips"] = _mean(lpips_distance(net("lpips"), images, truths))
     if "fid" in todo and len(images) > 1: out["fid"] = frechet_distance(inception_features(net("fid"), images), inception_features(net("fid"), truths))

@@ -228,7 +228,7 @@ def choose_round(
         if drift(row) > identity_slack: out.append(f"round {k} drifts from the person (identity distance {drift(row):+.3f})")
         elif slip > landmark_slack: out.append(f"round {k} misses the poses (landmark drift {slip:+.2f} points)")
         elif worthy(row) > worthy(rows[best]) + worth: best = k
-        else: out.append(f"round {k} is neither sharper than round {best} ({row['sharpness']/rows[best]['sharpness'] - 1:+.0%}) nor closer to the person by enough")
+        else: out.append(f"round {k} is neither sharper than round {best} ({row['sharpness']/max(rows[best]['sharpness'], 1e-9) - 1:+.0%}) nor closer to the person by enough")
     row = rows[best]
     gain = row['sharpness']/max(first['sharpness'], 1e-9) - 1
     why = (f"round {best} is {abs(gain):.0%} {'sharper' if gain >= 0 else 'softer'} than round 0, with identity distance {row['identity_distance'] - first['identity_distance']:+.3f} "

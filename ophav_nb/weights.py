@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'WEIGHTS', 'BACKENDS', 'Weight', 'weight_row', 'weights_folder', 'find_weight', 'require', 'how_to_get',
            'check_backends', 'weights_table', 'now_possible', 'file_kind', 'read_tensors', 'read_values',
-           'shapes_digest', 'recognise', 'network_shapes', 'named_tensors', 'load_network', 'add_weight', 'get_weight',
-           'load_pickle_restricted', 'add_flame']
+           'shapes_digest', 'recognise', 'network_shapes', 'named_tensors', 'with_tensors', 'load_network',
+           'add_weight', 'get_weight', 'load_pickle_restricted', 'add_flame']
 
 # %% ../nbs/04_weights.ipynb #c002
 import collections, codecs, hashlib, http.client, importlib, importlib.util, json, logging, os, pickle, re, struct
@@ -39,9 +39,9 @@ class Weight:
     network: str = ""            # what takes it in this package, 'module:class' or 'module:class.part'
     url: str = ""                # the file itself, where its authors let one fetch it without asking
     size: int = 0                # bytes of the published file, where known
+    about: int = 0               # bytes of its tensors in single precision, where that is all that is known
     sha256: str|None = None      # of the published file, where known; or its first 8 digits, where they stand in the file's name
     package: tuple = ()          # (installed package, file in it), for what comes by pip
-    used: bool = True            # False: recognised and kept, but no stage of this version asks for it yet
 
 
 _GITHUB, _FACEXLIB = "https://github.com/", "https://github.com/xinntao/facexlib/releases/download/"
@@ -70,7 +70,7 @@ WEIGHTS = [
     Weight("facevid2vid", "00000189-checkpoint.pth.tar (Vox-256)", "CC BY-NC 4.0: not for commercial use",
            _GITHUB + "zhanglonghao1992/One-Shot_Free-View_Neural_Talking_Head_Synthesis", "--animator facevid2vid, the paper's own",
            "--animator mesh", "a21c1192ff7aa0af 1cc4f3004c00aa36", "he_estimator.fc_yaw.weight", keep=("generator.", "kp_detector.", "he_estimator."),
-           network="nets.facevid2vid:FaceVid2Vid"),
+           about=693324512, network="nets.facevid2vid:FaceVid2Vid"),
     _liveportrait("appearance", "base_models/appearance_feature_extractor.pth", "07ebe0dad9e3e44e", "resblocks_3d.3dr0.conv1.weight", 3387959,
                   "5279bb8654293dbdf327030b397f107237dd9212fb11dd75b83dfb635211ceb5", part="appearance_feature_extractor"),
     _liveportrait("motion", "base_models/motion_extractor.pth", "477aafd3bed48689", "detector.fc_kp.weight", 112545506,
@@ -87,22 +87,22 @@ WEIGHTS = [
            url=_FACEXLIB + "v0.2.0/parsing_bisenet.pth", size=53289463,
            sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567"),
     Weight("rvm", "rvm_mobilenetv3.pth", "GPL-3.0", _GITHUB + "PeterL1n/RobustVideoMatting", "--matte rvm, recurrent and finer",
-           "--matte default, MediaPipe's", "15e4b3db6ebc73d4", "aspp.aspp1.0.weight", network="nets.rvm:RobustVideoMatting",
+           "--matte default, MediaPipe's", "15e4b3db6ebc73d4", "aspp.aspp1.0.weight", about=15094884, network="nets.rvm:RobustVideoMatting",
            url=_GITHUB + "PeterL1n/RobustVideoMatting/releases/download/v1.0.0/rvm_mobilenetv3.pth",
            sha256="3c7c1d92033f7c38d6577c481d13a195d7d80a159b960f4f3119ac7b534cf4f8"),
-    Weight("parsenet", "parsing_parsenet.pth", _CELEBA, _GITHUB + "xinntao/facexlib", "the mask that GFPGAN's own tool pastes by",
-           "a mask from the landmarks", "587b70afd03a3a0d", "out_mask_conv.conv2d.weight", network="nets.parsenet:ParseNet",
-           url=_FACEXLIB + "v0.2.2/parsing_parsenet.pth", size=85331193, sha256="3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2", used=False),
+    Weight("parsenet", "parsing_parsenet.pth", _CELEBA, _GITHUB + "xinntao/facexlib", "--restorer gfpgan-parsenet: faces pasted by the mask of GFPGAN's own tool",
+           "--restorer gfpgan, pasted within the face's oval; gfpgan-parsing, by our own parsing", "587b70afd03a3a0d", "out_mask_conv.conv2d.weight", network="nets.parsenet:ParseNet",
+           url=_FACEXLIB + "v0.2.2/parsing_parsenet.pth", size=85331193, sha256="3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2"),
     Weight("mica", "mica.tar", "MPI's research licence: not commercial, and not for fake content", _GITHUB + "Zielon/MICA",
            "metrical face shape for --head flame; a second identity measure", "shape fitted to landmarks", "00561bd179d9f945",
-           "flameModel.regressor.network.0.weight", keep=("arcface.", "flameModel.regressor."), network="nets.mica:Mica"),
+           "flameModel.regressor.network.0.weight", keep=("arcface.", "flameModel.regressor."), about=262963568, network="nets.mica:Mica"),
     Weight("arcface18", "arcface_resnet18.pth", "none stated", _GITHUB + "ronghuaiyang/arcface-pytorch", "CSIM as OTAvatar measures it",
-           "identity distance with dlib", "6d57fab9eaf2c4e1", "fc5.weight", network="nets.arcface18:ArcFace18"),
+           "identity distance with dlib", "6d57fab9eaf2c4e1", "fc5.weight", about=102563108, network="nets.arcface18:ArcFace18"),
     Weight("deep3d", "epoch_20.pth", "code MIT; the face model that its coefficients belong to has terms of its own and is not needed here",
            _GITHUB + "sicxu/Deep3DFaceRecon_pytorch", "AED and APD as OTAvatar measures them", "expression and pose by the tracked head",
-           "014184ba841f2c2b", "final_layers.6.weight", "net_recon", network="nets.deep3d:Deep3D"),
+           "014184ba841f2c2b", "final_layers.6.weight", "net_recon", about=96350980, network="nets.deep3d:Deep3D"),
     Weight("fan", "2DFAN4-11f355bf06.pth.tar", "BSD-3-Clause", _GITHUB + "1adrianb/face-alignment", "AKD as the papers measure it",
-           "MediaPipe's landmarks", "ba6e859ea97a4f2b", "m3.b3_4.conv3.weight", network="nets.fan:FAN",
+           "MediaPipe's landmarks", "ba6e859ea97a4f2b", "m3.b3_4.conv3.weight", about=95497280, network="nets.fan:FAN",
            url="https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar",
            sha256="11f355bf0693120222f5955ce3f9dc8fb5763ebb30a47d7906e509490d32e4aa"),
     Weight("s3fd", "s3fd-619a316812.pth", "BSD-3-Clause", _GITHUB + "1adrianb/face-alignment", "--detector s3fd: faces, and the boxes of AKD, as FAN's authors find them",
@@ -115,16 +115,16 @@ WEIGHTS = [
            sha256="6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d"),
     Weight("lpips", "alexnet-owt-7be5be79.pth", "code BSD-3-Clause; trained on ImageNet, whose pictures are for non-commercial research",
            _GITHUB + "pytorch/vision", "LPIPS, with the package lpips, which holds its small layers on top (BSD-2-Clause)", "PSNR and SSIM", "e68f380d754f72ab",
-           "features.10.weight", keep=("features.",), url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", sha256="7be5be79"),
+           "features.10.weight", keep=("features.",), about=244403360, url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", sha256="7be5be79"),
     Weight("fid", "weights-inception-2015-12-05-6726825d.pth (pt_inception-2015-12-05-6726825d.pth is the same)",
            "Apache-2.0 (TensorFlow's Inception); trained on ImageNet, whose pictures are for non-commercial research", _GITHUB + "toshas/torch-fidelity",
            "FID, with the package torch-fidelity", "the other measures", "50e9a2d761bfa13f", "Mixed_7c.branch_pool.conv.weight",
-           url=_GITHUB + "toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth", sha256="6726825d"),
+           about=95541568, url=_GITHUB + "toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth", sha256="6726825d"),
     Weight("fomm", "vox-cpk.pth.tar", "MIT", _GITHUB + "AliaksandrSiarohin/first-order-model", "evaluate --baselines fomm",
-           "the table without this row", "c89940ee3a14676b", "kp_detector.jacobian.weight", keep=("generator.", "kp_detector."), network="nets.fomm:Fomm"),
+           "the table without this row", "c89940ee3a14676b", "kp_detector.jacobian.weight", keep=("generator.", "kp_detector."), about=239260020, network="nets.fomm:Fomm"),
     Weight("pirender", "epoch_00190_iteration_000400000_checkpoint.pt", "CC BY-NC 4.0: not for commercial use", _GITHUB + "RenYurui/PIRender",
            "evaluate --baselines pirender, together with deep3d", "the table without this row", "192d6c59d3ed3ac8", "mapping_net.first.0.weight",
-           "net_G_ema", network="nets.pirender:PIRenderer"),
+           "net_G_ema", about=90076436, network="nets.pirender:PIRenderer"),
 ]
 
 
@@ -176,7 +176,7 @@ def how_to_get(
 
 BACKENDS = {"matte": {"default": (), "rvm": ("rvm",)}, "parser": {"default": (), "bisenet": ("bisenet",)},
             "detector": {"default": (), "s3fd": ("s3fd",), "retinaface": ("retinaface",)},
-            "restorer": {"detail": (), "gfpgan": ("gfpgan",), "none": ()},
+            "restorer": {"detail": (), "gfpgan": ("gfpgan",), "gfpgan-parsing": ("gfpgan",), "gfpgan-parsenet": ("gfpgan", "parsenet"), "none": ()},
             "animator": {"mesh": (), "facevid2vid": ("facevid2vid",),
                          "liveportrait": tuple(w.name for w in WEIGHTS if w.name.startswith("liveportrait_"))}}   # choices, and the weights that each needs
 BACKENDS["baseline"] = {"fomm": ("fomm",), "pirender": ("pirender", "deep3d"), **{k: v for k, v in BACKENDS["animator"].items() if v}}
@@ -191,11 +191,10 @@ def check_backends(
         for needed in BACKENDS[option][name]: require(needed)
 
 
-def weights_table() -> list[dict]:   # name, file, bytes, sha256, present, licence, page, direct, enables, without
+def weights_table() -> list[dict]:   # name, file, bytes, about, sha256, present, licence, page, direct, enables, without
     "Every row, with what is present on this machine."
-    return [{"name": w.name, "file": w.file, "bytes": w.size, "sha256": w.sha256 or "", "present": str(find_weight(w.name) or ""),
-             "licence": w.licence, "page": w.page, "direct": bool(w.url),
-             "enables": w.enables if w.used else f"{w.enables} (not in this version yet)", "without": w.without} for w in WEIGHTS]
+    return [{"name": w.name, "file": w.file, "bytes": w.size, "about": w.about, "sha256": w.sha256 or "", "present": str(find_weight(w.name) or ""),
+             "licence": w.licence, "page": w.page, "direct": bool(w.url), "enables": w.enables, "without": w.without} for w in WEIGHTS]
 
 
 def now_possible(
@@ -381,19 +380,27 @@ def named_tensors(
     return _kept(found[1])
 
 
-def load_network(
+def with_tensors(
     build,                       # the network's class, or a function that builds it; all of its state is in its tensors
+    tensors: dict,               # name -> tensor; every one must be there and fit
+    device: str = "cpu",
+):
+    "A network with given weights, for use, not for training. Nothing is initialised first: large networks load in half the time."
+    import torch
+    with torch.device("meta"): network = build()
+    network.load_state_dict(tensors, strict=True, assign=True)
+    order = torch.channels_last if getattr(network, "channels_last", False) else torch.preserve_format
+    return network.requires_grad_(False).to(device, memory_format=order).eval()
+
+
+def load_network(
+    build,                       # as of `with_tensors`
     name: str,                   # of a row
     path: str|Path|None = None,  # a file of the authors', or one of ours; default: the one in the cache
     device: str = "cpu",
 ):
-    "A network with a row's weights, for use, not for training. Nothing is initialised first: large networks load in half the time."
-    import torch
-    tensors = named_tensors(name, path)
-    with torch.device("meta"): network = build()
-    network.load_state_dict(tensors, strict=True, assign=True)
-    pictures = all(p.ndim < 5 for p in network.parameters())   # channels last: a fifth faster on CPUs
-    return network.requires_grad_(False).to(device, memory_format=torch.channels_last if pictures else torch.preserve_format).eval()
+    "A network with a row's weights."
+    return with_tensors(build, named_tensors(name, path), device)
 
 
 def add_weight(

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from ophav_nb.animators import (ExpressionBank, FaceVid2VidAnimator, FommReenactment, LivePortraitAnimator, calibration_motion, expression_features,
-                                film_heads, frames_at_once, head_moves, make_animator, named_expression, stored_pictures, wanted_openness, write_film)
+                                film_heads, head_moves, make_animator, named_expression, stored_pictures, wanted_openness, write_film)
+from ophav_nb.encoding import device_guard
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import read_video
 from ophav_nb.motion import NAMES, head_rotation, retarget, scripted
 from ophav_nb.nets import facevid2vid as fv
 from ophav_nb.nets import liveportrait as lp
-from ophav_nb.nets.blocks import DenseMotion, Flow
+from ophav_nb.nets.blocks import DenseMotion, Flow, frames_at_once
 from ophav_nb.nets.fomm import Points
 from ophav_nb.run import InputError
 from ophav_nb.track import Track
@@ -119,9 +120,11 @@ def test_keypoints_turn_with_the_head(track, head):
     np.testing.assert_allclose(b[:, :2] - shift, np.stack([-a[:, 1], a[:, 0]], 1), atol=.02)
 
 
-def test_frames_are_streamed_and_independent(animator, track):
+def test_frames_are_streamed_and_independent(animator, track, caplog):
+    animator.warned = False
     motion = retarget(scripted('talk', 1, fps=25, seed=0), track)[:5]
     frames = list(animator.frames(motion))
+    assert caplog.text.count('no expressions of its own') == (animator.name == 'facevid2vid')      # three batches, one warning
     assert len(frames) == 5 and all(f.shape == (SIZE, SIZE, 3) and f.dtype == np.uint8 for f in frames)
     again = list(animator.frames(motion, start=3))
     assert all(np.abs(a.astype(int) - b.astype(int)).max() <= 1 for a, b in zip(frames[3:], again, strict=True))
@@ -256,7 +259,6 @@ def test_stored_pictures_go_on(tmp_path):
     assert asked == [0, 2]
 
 
-@pytest.mark.slow
 def test_heads_of_a_film_with_a_face(head, tmp_path):
     "Pictures that show a face are tracked and matted."
     from skimage import data
@@ -317,13 +319,13 @@ def test_device_guard(track, head):
         animator.track, animator.head, animator.gains, animator.bank, animator.stitching = track, head, np.ones(3), None, True
         animator.open = lp.openness(track.landmarks[:1])
         return animator.follow(track.motion).device.type
-    assert step(torch.device('meta')) == 'meta'
+    assert device_guard(step) == 'meta'
 
 
 def test_batches_and_kinds(track, head, monkeypatch, tmp_path):
-    assert frames_at_once('cpu') == 1
+    assert frames_at_once('cpu', 700) == 4 and frames_at_once('cpu', 700, cpu=1) == 1
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (8 << 30, 8 << 30))
-    assert frames_at_once('cuda') == 5 and frames_at_once('cuda', half=True) == 9
+    assert frames_at_once('cuda', 700) == 5 and frames_at_once('cuda', 700, half=True) == 9 and frames_at_once('cuda', 9) == 16 and frames_at_once('cuda', 9e9) == 1
     monkeypatch.setenv('OPHAV_HOME', str(tmp_path))
     for kind in ('facevid2vid', 'liveportrait'):
         with pytest.raises(InputError, match='ophav weights add'): make_animator(kind, image=picture(), track=track)
@@ -365,4 +367,8 @@ def test_a_baseline_is_driven_by_the_film(track, head, monkeypatch):
     rest = list(make(batch=3).frames(start=3))
     assert all(np.abs(a.astype(int) - b.astype(int)).max() <= 1 for a, b in zip(frames[3:], rest, strict=True))
     assert next(make().frames(size=50)).shape == (50, 50, 3)
+    moving = np.repeat(track.landmarks, 7, 0) + np.random.default_rng(0).normal(0, 4, (7, 478, 3)).astype(np.float32)
+    moving[4] = track.landmarks[0]*1.5 + 9                                # the portrait's own face, elsewhere and larger
+    best = FommReenactment(picture(), (Film(), replace(track, landmarks=moving)), track, head, network=FakeFomm(), device='cpu', first='best')
+    assert best.first == 4 and not np.array_equal(next(best.frames()), frames[0])
     with pytest.raises(InputError, match='no frames'): FommReenactment(picture(), ([], track), network=FakeFomm())

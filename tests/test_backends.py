@@ -1,4 +1,5 @@
 "The whole way through each backend, with networks whose weights are drawn; what is missing is said before anything is made."
+import importlib.util
 import json
 import shutil
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import safetensors.torch
 from test_animators import small
 
-from ophav_nb import evaluate, metrics, pipeline, weights
+from ophav_nb import evaluate, metrics, pipeline, regions, restore, weights
 from ophav_nb.animators import NETWORKS, make_baseline
 from ophav_nb.cli import main
 from ophav_nb.dataset import HeadDataset
@@ -18,21 +19,23 @@ from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import VideoWriter, read_image, read_video
 from ophav_nb.nets.arcface18 import ArcFace18
 from ophav_nb.nets.bisenet import BiSeNet
+from ophav_nb.nets.blocks import half_precision
 from ophav_nb.nets.deep3d import Deep3D
 from ophav_nb.nets.fan import FAN
 from ophav_nb.nets.fomm import Fomm
+from ophav_nb.nets.mica import Mica
 from ophav_nb.nets.pirender import PIRenderer
 from ophav_nb.nets.retinaface import RetinaFace
 from ophav_nb.nets.rvm import RobustVideoMatting
 from ophav_nb.nets.s3fd import S3FD
-from ophav_nb.pipeline import Preset, create, load_portrait
+from ophav_nb.pipeline import Preset, create, load_portrait, read_rgba
 from ophav_nb.run import InputError, Run
-from ophav_nb.track import Track
+from ophav_nb.track import Track, track_film
 
 TINY = Preset(192, 48, 5, 12, 6, 3, .2, 64)
 GOLDEN = dict(rvm=(RobustVideoMatting, 'rvm_mobilenetv3'), bisenet=(BiSeNet, 'bisenet_19'),
               arcface18=(ArcFace18, 'csim_otavatar'), fan=(FAN, 'fan4_2d'), deep3d=(Deep3D, 'deep3dfacerecon_resnet50'),
-              fomm=(Fomm, 'fomm_vox256'), pirender=(PIRenderer, 'pirender_face'),
+              fomm=(Fomm, 'fomm_vox256'), mica=(Mica, 'mica'), pirender=(PIRenderer, 'pirender_face'),
               s3fd=(S3FD, 's3fd'), retinaface=(RetinaFace, 'retinaface_r50'))
 
 
@@ -69,7 +72,7 @@ def home(tmp_path, monkeypatch):
 def up_to_dataset(folder, **options):
     "The run as far as the field's training, which is the same for all backends."
     with pytest.MonkeyPatch.context() as patch:
-        for name in ('train_rounds', 'add_film', 'write_run_report'): patch.setattr(pipeline, name, lambda *_: None)
+        for name in ('train_rounds', 'add_film', 'add_views', 'write_run_report'): patch.setattr(pipeline, name, lambda *_: None)
         return create('astronaut', folder, preset=TINY, rounds=0, **options)
 
 
@@ -83,14 +86,14 @@ def again(base, tmp_path, make=up_to_dataset, **options):
     return make(tmp_path/'run', **options)
 
 
-@pytest.mark.parametrize('option, name, licence', [('detector', 's3fd', 'BSD-3'), ('detector', 'retinaface', 'MIT'), ('matte', 'rvm', 'GPL-3.0'), ('parser', 'bisenet', 'CelebAMask-HQ'), ('restorer', 'gfpgan', 'Apache-2.0'),
+@pytest.mark.parametrize('option, name, licence', [('detector', 's3fd', 'BSD-3'), ('detector', 'retinaface', 'MIT'), ('matte', 'rvm', 'GPL-3.0'), ('parser', 'bisenet', 'CelebAMask-HQ'), ('restorer', 'gfpgan', 'Apache-2.0'), ('restorer', 'gfpgan-parsing', 'Apache-2.0'),
                                                    ('animator', 'facevid2vid', 'CC BY-NC'), ('animator', 'liveportrait', 'MIT')])
 def test_missing_weights_are_said_first(tmp_path, capsys, option, name, licence):
     out = tmp_path/'run'
     assert main(['create', 'astronaut', '--out', str(out), f'--{option}', name]) == 2
     said = capsys.readouterr().err
     assert said.count('\n') == 1 and licence in said and 'ophav weights add' in said and not out.exists()
-    assert next(w.file for w in weights.WEIGHTS if w.name.startswith(name)) in said
+    assert next(w.file for w in weights.WEIGHTS if w.name.startswith(name.split('-')[0])) in said
 
 
 def test_unknown_and_useless_options(tmp_path):
@@ -100,7 +103,6 @@ def test_unknown_and_useless_options(tmp_path):
     assert not (tmp_path/'run').exists()
 
 
-@pytest.mark.slow
 def test_network_animators(base, tmp_path, animator):
     run = again(base, tmp_path, animator=animator)
     assert len(HeadDataset.load(run.path('rounds', '0', 'dataset'))) == TINY.frames and run.path('coarse', 'track.npz').is_file()
@@ -109,18 +111,24 @@ def test_network_animators(base, tmp_path, animator):
     assert json.loads(run.path('run.json').read_text())['parameters']['animator'] == animator
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('animator', ['facevid2vid'], indirect=True)
 def test_driving_film(base, tmp_path, animator):
     "Expressions from a film."
     picture = read_image('astronaut')[:300, 80:380]
     with VideoWriter(tmp_path/'film.mp4', 25) as film:
         for k in range(4): film.add(np.roll(picture, 2*k, 1))
-    run = again(base, tmp_path, animator=animator, driving=tmp_path/'film.mp4')
-    assert run.path('coarse', 'track.npz').is_file()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NETWORKS[animator], 'read_driving', lambda self, frames, track: seen.append((frames, track)))
+        run = again(base, tmp_path, animator=animator, driving=tmp_path/'film.mp4')
+    frames, track = seen[0]
+    assert run.path('coarse', 'track.npz').is_file() and not run.path('coarse', 'film').exists()
+    assert isinstance(frames, np.memmap) and frames.shape == (4, TINY.crop, TINY.crop, 3) and len(track) == 4      # stays on disk
+    _, square, _, known = track_film(read_video(tmp_path/'film.mp4')[0], Detector(), HeadModel.load(), size=TINY.crop, matte=False)
+    np.testing.assert_array_equal(frames, square)
+    np.testing.assert_allclose(track.motion.joints, known.motion.joints, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_parser(base, tmp_path):
     put('bisenet')
     run = again(base, tmp_path, lambda folder, **options: create('astronaut', folder, preset=TINY, rounds=0, **options), parser='bisenet')
@@ -130,12 +138,38 @@ def test_parser(base, tmp_path):
     np.testing.assert_array_equal(ours.depth, before.depth)
 
 
-@pytest.mark.slow
 def test_matte(base, tmp_path):
     put('rvm')
     run = again(base, tmp_path, matte='rvm')
     mattes = [read_image(folder/'portrait'/'matte.png').astype(float) for folder in (run.folder, base)]
     assert np.abs(mattes[0] - mattes[1]).max() > 10
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('gfpgan'), reason='the extra [pretrained] is not installed')
+@pytest.mark.parametrize('mask', ['', '-parsing'])
+def test_restorer(base, tmp_path, monkeypatch, mask):
+    "A small GFPGAN from the cache restores the renders of a round."
+    monkeypatch.setattr(restore, 'GFPGAN', restore.GFPGAN | dict(out_size=64, num_style_feat=32, channel_multiplier=1, num_mlp=2, narrow=.125))
+    keep('gfpgan', restore.gfpgan_network().state_dict())
+    run = again(base, tmp_path, lambda folder, **options: create('astronaut', folder, preset=TINY, rounds=1, **options), restorer='gfpgan' + mask, half=True)
+    restored, renders = (sorted(run.path('rounds', '1', name).glob('[0-9]*.png')) for name in ('restored', 'renders'))
+    assert len(restored) == len(renders) == TINY.round_frames and run.path('video.mp4').is_file()
+    assert all((read_rgba(a) != read_rgba(b)).any() for a, b in zip(restored, renders))
+    assert run.manifest('rounds/1/restored')['params']['settings'] == {'half': True}
+
+
+def test_half_precision_is_one_switch(base, tmp_path):
+    "What networks of others had a part in is made anew, and nothing else; the switch is off afterwards."
+    put('bisenet')
+    whole = again(base, tmp_path, parser='bisenet')
+    keys = [whole.manifest(name)['key'] for name in ('portrait', 'coarse', 'rounds/0/dataset')]
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        read = regions.bisenet.parse_faces
+        patch.setattr(regions.bisenet, 'parse_faces', lambda *a, **how: (seen.append(half_precision()), read(*a, **how))[1])
+        half = up_to_dataset(whole.folder, parser='bisenet', half=True)
+    assert seen and all(seen) and not half_precision()
+    assert [half.manifest(name)['key'] == key for name, key in zip(('portrait', 'coarse', 'rounds/0/dataset'), keys)] == [True, True, False]
 
 
 def faces(n: int = 2):
@@ -154,15 +188,15 @@ def test_csim_appears_with_its_weights():
     assert set(same) == {'csim'} and same['csim'] == pytest.approx(1, abs=1e-5) and other['csim'] < .9999
     moved = [metrics.network_metrics(images, points + 3, images, points, same=how)['csim'] for how in (True, False)]
     assert moved[0] == pytest.approx(1, abs=1e-5) and moved[1] < .9999      # only by their own points are they aligned apart
-    assert set(metrics.missing_metrics()) == {'lpips', 'fid', 'aed', 'apd', 'akd'}
+    assert set(metrics.missing_metrics()) == {'csim100', 'lpips', 'fid', 'aed', 'apd', 'akd'}
     assert 'same person' in metrics.missing_metrics({'psnr_head': 1.})['csim'] and 'csim' not in metrics.missing_metrics(same)
 
 
-@pytest.mark.slow
 def test_other_network_measures():
-    put('fan', 'deep3d')
+    put('fan', 'deep3d', 'mica')
     images, points = faces(1)
     same, other = (metrics.network_metrics(images, points, truth, points) for truth in (images, images[:, ::-1]))
+    assert same.pop('csim100') == pytest.approx(1, abs=1e-5) and other['csim100'] < .9999
     assert {'akd', 'aed_sum', 'aed_mean', 'apd_length', 'apd_angles_sum'} <= set(same) and not any(same.values())
     assert other['akd'] > 0 and other['aed_sum'] > other['aed_mean'] > 0
     assert set(metrics.missing_metrics()) == {'lpips', 'fid', 'csim'}
@@ -176,7 +210,6 @@ def short_film(base, n=3):
     return SimpleNamespace(frames=np.repeat(portrait.image[None], n, 0), matte=np.repeat(portrait.matte[None], n, 0), track=track)
 
 
-@pytest.mark.slow
 def test_evaluation_through_a_network(base, tmp_path, animator):
     "The portrait moved as the film moves, expressions from the film itself."
     run = Run(tmp_path/'evaluation', {})
@@ -186,7 +219,6 @@ def test_evaluation_through_a_network(base, tmp_path, animator):
     assert len(coarse) == 3 and coarse.rgb.shape[1:] == (48, 48, 3) and not run.path('rounds', '0', 'dataset', 'film').exists()
 
 
-@pytest.mark.slow
 def test_evaluation_reads_regions_in_whole_pictures(base, tmp_path, monkeypatch):
     "The parser sees the film's own frames, and for the mesh animator the head over the portrait's background; only what it touches is redone."
     film, seen = short_film(base), []
@@ -232,7 +264,6 @@ def test_missing_baselines(tmp_path, capsys):
     assert evaluate.pick_baselines(' fomm,fomm') == (['fomm'], {}) and evaluate.pick_baselines('') == ([], {})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', ['s3fd', 'retinaface'])
 def test_detectors_with_drawn_weights(name, monkeypatch):
     "The whole way from the cache: what they find means nothing, but is found; AKD takes the boxes of both pictures."
@@ -245,7 +276,7 @@ def test_detectors_with_drawn_weights(name, monkeypatch):
     box = np.float32([[20, 20, 80, 80, .9]])
     module = getattr(metrics, name)
     find, seen = module.find_faces, []
-    def faces_of(net, image):
+    def faces_of(net, image, half):
         seen.append(len(find(net, image)))
         return box[:next(found)]
     monkeypatch.setattr(module, 'find_faces', faces_of)
@@ -255,7 +286,6 @@ def test_detectors_with_drawn_weights(name, monkeypatch):
     assert 'akd_lost' not in plain and plain['akd'] != row['akd']
 
 
-@pytest.mark.slow
 def test_baselines_are_rows(base, tmp_path):
     "First-order motion and PIRenderer with drawn weights: heads as large as the truth's, rows, table, strip and film; made once."
     put('fomm', 'pirender', 'deep3d')
@@ -278,7 +308,6 @@ def test_baselines_are_rows(base, tmp_path):
     assert all(abs(w - whites[0]) < .2 for w in whites)              # a head on white, not a whole picture
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('animator', ['liveportrait'], indirect=True)
 def test_animators_as_baselines(base, tmp_path, animator):
     film, head = short_film(base), HeadModel.load()

@@ -132,7 +132,7 @@ def test_a_row_of_the_table(detector, head):
     assert perfect["flicker"] is None and perfect["lost"] == 0
     worse = truth.score([np.roll(truth.white(0), 3, 1)]*3)
     assert worse["psnr_head"] < 30 and 3 < worse["landmark_distance"] < 12 and worse["identity_distance"] < .3
-    assert set(m.missing_metrics()) == {"csim", "lpips", "fid", "aed", "apd", "akd"}
+    assert set(m.missing_metrics()) == {"csim", "csim100", "lpips", "fid", "aed", "apd", "akd"}
 
 
 def test_frechet_distance():

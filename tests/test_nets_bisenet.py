@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from ophav_nb.encoding import device_guard
 from ophav_nb.nets.bisenet import CLASSES, BiSeNet, load_bisenet, parse_faces
 from ophav_nb.run import InputError
 from ophav_nb.weights import add_weight
@@ -19,13 +18,7 @@ def outputs(net):
     with torch.inference_mode(): return dict(zip(("logits", "logits16", "logits32"), net(x)))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_golden(net, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try: shares = golden_fill.beyond("bisenet_19", outputs(net))
-    finally: torch.set_num_threads(before)
-    assert max(shares.values()) <= 1, shares
+def test_golden(net): golden_fill.golden_on_threads("bisenet_19", lambda: outputs(net))
 
 
 def test_a_broken_layer_fails(net):
@@ -50,13 +43,6 @@ def test_parse_frames(net):
     labels = np.stack(list(parse_faces(net, frames, size=64, batch=2)))
     assert labels.shape == (5, 64, 48) and labels.dtype == np.uint8 and labels.max() < len(CLASSES)
     assert (labels == np.stack(list(parse_faces(net, frames, size=64, batch=5)))).mean() > .999
-
-
-def test_one_device():
-    def step(device):
-        net = BiSeNet().to(device).eval()
-        return net(net.normalise(torch.rand(1, 3, 64, 64, device=device)))[0].device.type
-    assert device_guard(step) == "meta"
 
 
 def test_the_authors_file(net, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from ophav_nb.encoding import device_guard
 from ophav_nb.nets.deep3d import (MEAN_FACE, SPLIT, Deep3D, coefficient_distances, coefficients, face_crop, load_deep3d,
                                   orthographic, split_coefficients)
 from ophav_nb.run import InputError
@@ -23,13 +22,7 @@ def outputs(net):
     return {"coeffs": net.heads(feature), "feature": feature}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_golden(net, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try: shares = golden_fill.beyond(NAME, outputs(net))
-    finally: torch.set_num_threads(before)
-    assert max(shares.values()) <= 1, shares
+def test_golden(net): golden_fill.golden_on_threads(NAME, lambda: outputs(net))
 
 
 def test_a_broken_layer_fails(net):
@@ -80,10 +73,6 @@ def test_coefficients(net):
     far = coefficient_distances(found, np.roll(found, 1, 0))
     assert np.allclose(far["aed_sum"], 64*far["aed_mean"], rtol=1e-4) and (far["apd_length"] >= far["apd_angles_length"]).all()
     assert all((v == 0).all() for v in coefficient_distances(found, found).values())
-
-
-def test_one_device():
-    device_guard(lambda device: Deep3D().to(device)(torch.rand(2, 3, 64, 64, device=device)).sum().backward())
 
 
 def test_the_authors_file(net, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from scipy.spatial import ConvexHull
 
-from ophav_nb.encoding import device_guard
 from ophav_nb.nets import blocks
 from ophav_nb.nets.facevid2vid import (PARTS, FaceVid2Vid, HeadState, best_start, drive, estimate, head_state, keypoints, load_facevid2vid,
                                        rotation)
@@ -77,18 +76,11 @@ def test_formulas():
     assert max(shares.values()) <= 1, shares
 
 
-@pytest.mark.slow
 @torch.inference_mode()
-@pytest.mark.parametrize('count', [1, 2])
-def test_golden(network, pictures, count):
+@pytest.mark.parametrize('threads', [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_golden(network, pictures, threads):
     "The authors' networks, filled by rule, give their outputs: all of them."
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try: shares = golden_fill.beyond(NAME, seen_outputs(network, pictures) | formula_outputs() | made_outputs(network, pictures))
-    finally: torch.set_num_threads(before)
-    worst = max(shares, key=shares.get)
-    print(f'{count} threads: {worst} differs by {shares[worst]:.2f} of its tolerance')
-    assert shares[worst] <= 1, worst
+    golden_fill.golden_on_threads(NAME, lambda: seen_outputs(network, pictures) | formula_outputs() | made_outputs(network, pictures), [threads])
 
 
 def small(seed=0):
@@ -97,66 +89,37 @@ def small(seed=0):
     return FaceVid2Vid(width=8, keypoints=4).eval()
 
 
-@pytest.mark.slow
 @torch.inference_mode()
-def test_small_network_is_deterministic_and_takes_other_sizes():
+def test_other_sizes_and_batches():
     net, g = small(), torch.Generator().manual_seed(1)
-    kp = torch.rand(3, 4, 3, generator=g) - .5
-    for side in (128, 256):
-        image = torch.rand(1, 3, 256, side, generator=g)
-        volume = net.generator.volume(image)
-        assert volume.shape == (1, 32, 16, 64, side//4)
-        pictures, flow = net.generator.render(volume, kp, kp[:1])
-        assert pictures.shape == (3, 3, 256, side) and 0 <= pictures.min() and pictures.max() <= 1
-        assert flow.mask.sum(1).sub(1).abs().max() < 1e-5
-        some = net.generator(image, kp[1:], kp[:1])[0]       # a frame does not depend on its batch
-        torch.testing.assert_close(some, pictures[1:], atol=2e-5, rtol=0)
+    kp = torch.rand(2, 4, 3, generator=g) - .5
+    image = torch.rand(1, 3, 128, 256, generator=g)
+    volume = net.generator.volume(image)
+    assert volume.shape == (1, 32, 16, 32, 64)
+    pictures, flow = net.generator.render(volume, kp, kp[:1])
+    assert pictures.shape == (2, 3, 128, 256) and 0 <= pictures.min() and pictures.max() <= 1
+    assert flow.mask.sum(1).sub(1).abs().max() < 1e-5
+    some = net.generator(image, kp[1:], kp[:1])[0]       # a frame does not depend on its batch
+    torch.testing.assert_close(some, pictures[1:], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize('part', ['kp_detector.kp.weight', 'kp_detector.down.weight', 'he_estimator.fc_roll.bias', 'he_estimator.block3.b3_1.conv2.weight',
-                                  'generator.dense_motion_network.mask.weight', 'generator.resblocks_3d.3dr4.conv1.weight', 'generator.third.norm.running_var',
-                                  'generator.decoder.up_1.conv_s.weight_orig', 'generator.decoder.G_middle_3.conv_1.weight_u'])
-@pytest.mark.slow
 @torch.no_grad()
-def test_broken_layer_shows(part):
-    "Any layer that changes changes what comes out, also after the network was used (no stale weight is kept)."
+def test_broken_layers_show():
+    "Any layer that changes changes what comes out, also after the network was used (no stale weight is kept); mended, all is as before."
     net, g = small(), torch.Generator().manual_seed(2)
     image, kp = torch.rand(2, 3, 128, 128, generator=g), torch.rand(2, 4, 3, generator=g) - .5   # torch is slow with one small volume
-    def answers():
-        if part.startswith('kp'): return net.kp_detector(image)
-        if part.startswith('he'): return torch.cat(list(net.he_estimator.scores(image).values()), 1)
-        return net.generator(image, kp + .1, kp)[0].logit()
-    before = answers()
-    assert torch.equal(before, answers())
-    tensor = net.state_dict()[part]
-    tensor.add_(tensor.abs().mean() + .1)
-    assert not torch.allclose(before, answers(), atol=1e-7, rtol=0)
-
-
-def test_device_guard():
-    "Estimators, keypoints and generator leave nothing on another device, forward and backward."
-    def step(device):
-        with device: net = FaceVid2Vid(width=8, keypoints=4)
-        image = torch.rand(1, 3, 128, 128, device=device)
-        canonical, state = net.kp_detector(image), net.he_estimator(image)
-        kp = drive(canonical, keypoints(canonical, state, yaw=10.), canonical)
-        picture, flow = net.generator(image, kp, canonical)
-        (picture.sum() + flow.deformation.sum()).backward()
-        return picture.device.type, net.generator.first.conv.weight.grad.device.type
-    assert device_guard(step) == ('meta', 'meta')
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('precision', [torch.bfloat16])
-@torch.inference_mode()
-def test_autocast(precision):
-    "Half the precision, nearly the same picture; coordinates stay float32."
-    net, g = small(), torch.Generator().manual_seed(3)
-    image, kp = torch.rand(1, 3, 256, 128, generator=g), torch.rand(2, 4, 3, generator=g) - .5
-    whole = net.generator(image, kp, kp[:1])[0]
-    with torch.autocast('cpu', precision): half, flow = net.generator(image, kp, kp[:1])
-    assert flow.deformation.dtype == torch.float32
-    assert (half.float() - whole).abs().mean() < .02
+    ask = {'kp_detector': lambda: net.kp_detector(image), 'he_estimator': lambda: torch.cat(list(net.he_estimator.scores(image).values()), 1),
+           'generator': lambda: net.generator(image, kp + .1, kp)[0].logit()}
+    before = {k: f() for k, f in ask.items()}
+    for part in ('kp_detector.kp.weight', 'kp_detector.down.weight', 'he_estimator.fc_roll.bias', 'he_estimator.block3.b3_1.conv2.weight',
+                 'generator.dense_motion_network.mask.weight', 'generator.resblocks_3d.3dr4.conv1.weight', 'generator.third.norm.running_var',
+                 'generator.decoder.up_1.conv_s.weight_orig', 'generator.decoder.G_middle_3.conv_1.weight_u', 'generator.decoder.up_0.norm_0.mlp_shared.0.weight'):
+        tensor, name = net.state_dict()[part], part.split('.')[0]
+        kept = tensor.clone()
+        tensor.add_(tensor.abs().mean() + .1)
+        assert not torch.allclose(before[name], ask[name](), atol=1e-7, rtol=0), part
+        tensor.copy_(kept)
+    assert all(torch.equal(before[k], f()) for k, f in ask.items())
 
 
 def test_hull():
@@ -216,7 +179,6 @@ def test_missing_weights_say_where(monkeypatch, tmp_path):
     with pytest.raises(InputError, match='ophav weights add'): load_facevid2vid()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('antialias', [True, False])
 def test_official_container(monkeypatch, tmp_path, antialias):
     "A checkpoint as its authors write it, half precision, with a discriminator and an optimiser, through the cache into the network."

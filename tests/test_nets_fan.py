@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from ophav_nb.encoding import device_guard
 from ophav_nb.nets.fan import FAN, MIRRORED, both_ways, cut, find_landmarks, frame_of, landmarks, load_fan, peaks, resize_bytes, to_image
 from ophav_nb.run import InputError
 from ophav_nb.weights import add_weight
@@ -27,13 +26,7 @@ def outputs(net):
         "crop": torch.from_numpy(cut(photo, (205.3, 190.6), 1.35)).float()}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_golden(net, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try: shares = golden_fill.beyond(NAME, outputs(net))
-    finally: torch.set_num_threads(before)
-    assert max(shares.values()) <= 1, shares
+def test_golden(net): golden_fill.golden_on_threads(NAME, lambda: outputs(net))
 
 
 def test_a_broken_layer_fails(net):
@@ -94,13 +87,6 @@ def test_finding(monkeypatch):
     monkeypatch.setattr(fan, "find_faces", lambda detector, image: next(faces))
     points = find_landmarks(net, None, np.zeros((2, 100, 100, 3), np.uint8))
     assert np.isfinite(points[0]).all() and np.isnan(points[1]).all()
-
-
-def test_one_device():
-    def step(device):
-        with device: net = FAN(stacks=1)
-        peaks(both_ways(net, torch.rand(2, 3, 64, 64, device=device)))[1].sum().backward()
-    device_guard(step)
 
 
 def test_the_authors_file(net, tmp_path, monkeypatch):

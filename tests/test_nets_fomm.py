@@ -5,7 +5,6 @@ import pytest
 import torch
 from scipy.spatial import ConvexHull
 
-from ophav_nb.encoding import device_guard
 from ophav_nb.nets.fomm import Fomm, Points, animate, hull_area, load_fomm, transfer
 from ophav_nb.run import InputError
 from ophav_nb.weights import add_weight
@@ -35,13 +34,7 @@ def outputs(net):
     return out | {f"gen.{k}": t for k, t in net.generator(image["source"], made["source"], new["relative_adapt"]).items()}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_golden(net, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try: shares = golden_fill.beyond("fomm_vox256", outputs(net))
-    finally: torch.set_num_threads(before)
-    assert max(shares.values()) <= 1, shares
+def test_golden(net): golden_fill.golden_on_threads("fomm_vox256", lambda: outputs(net))
 
 
 def test_a_broken_layer_fails(net):
@@ -80,7 +73,6 @@ def test_other_sizes_and_batches(net):
             torch.testing.assert_close(together[i:i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_animate_streams(net):
     "Batches and chunks change nothing; the frame that looks like the source may be any; a still film gives still pictures."
     rng = np.random.default_rng(0)
@@ -93,15 +85,6 @@ def test_animate_streams(net):
     assert close(whole[0], later)          # both stand at the source's own pose
     absolute, = animate(net, source, film[:1], relative=False)
     assert not close(absolute, whole[0])
-
-
-def test_one_device():
-    def step(device):
-        net = Fomm().to(device).eval()
-        image = torch.rand(1, 3, 256, 256, device=device)
-        kp = net.kp_detector(image)
-        return net.generator(image, kp, transfer(kp, kp, kp))["prediction"].device.type
-    assert device_guard(step) == "meta"
 
 
 def test_the_authors_file(net, tmp_path, monkeypatch):

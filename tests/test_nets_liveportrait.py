@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from ophav_nb.encoding import device_guard
 from ophav_nb.nets.liveportrait import (FILES, FaceState, LivePortrait, Template, absolute_state, estimate, expression_friendly, face_angles,
                                         face_rotation, face_state, keypoints, load_liveportrait, motion_multiplier, openness, read_template,
                                         relative_state, retarget_eyes, retarget_lips, stitch, stitching_delta, write_template)
@@ -73,18 +72,11 @@ def made_outputs(net, pictures):
     return out | {'feature_3d': volume, 'warp.out': warped, 'warp.deformation': flow.deformation, 'warp.occlusion_map': flow.occlusion, 'image': image}
 
 
-@pytest.mark.slow
 @torch.inference_mode()
-@pytest.mark.parametrize('count', [1, 2])
-def test_golden(network, pictures, count):
+@pytest.mark.parametrize('threads', [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_golden(network, pictures, threads):
     "The authors' networks, filled by rule, give their outputs: all of them."
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try: shares = golden_fill.beyond(NAME, seen_outputs(network, pictures) | formula_outputs(network) | made_outputs(network, pictures))
-    finally: torch.set_num_threads(before)
-    worst = max(shares, key=shares.get)
-    print(f'{count} threads: {worst} differs by {shares[worst]:.2f} of its tolerance')
-    assert shares[worst] <= 1, worst
+    golden_fill.golden_on_threads(NAME, lambda: seen_outputs(network, pictures) | formula_outputs(network) | made_outputs(network, pictures), [threads])
 
 
 def small(seed=0):
@@ -103,51 +95,32 @@ def some_state(n=2, seed=0):
     return FaceState(face_rotation(20*r(n, 3)), .03*r(n, 21, 3), .1*r(n, 3), 1.2 + .1*r(n), .3*r(1, 21, 3).expand(n, -1, -1))
 
 
-@pytest.mark.slow
 @torch.inference_mode()
-def test_small_network_is_deterministic_and_takes_other_sizes():
-    net, kp = small(), keypoints(some_state(3))[:, :5]
-    for side in (128, 256):
-        volume = net.volume(torch.rand(1, 3, 256, side, generator=torch.Generator().manual_seed(1)))
-        pictures, flow = net.render(volume, kp, kp[:1])
-        assert pictures.shape == (3, 3, 512, 2*side) and 0 <= pictures.min() and pictures.max() <= 1
-        torch.testing.assert_close(net.render(volume, kp[1:], kp[:1])[0], pictures[1:], atol=2e-5, rtol=0)
+def test_other_sizes_and_batches():
+    net, kp = small(), keypoints(some_state(2))[:, :5]
+    volume = net.volume(torch.rand(1, 3, 128, 256, generator=torch.Generator().manual_seed(1)))
+    pictures, flow = net.render(volume, kp, kp[:1])
+    assert pictures.shape == (2, 3, 256, 512) and 0 <= pictures.min() and pictures.max() <= 1
+    torch.testing.assert_close(net.render(volume, kp[1:], kp[:1])[0], pictures[1:], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize('part', ['motion_extractor.detector.stages.1.2.grn.gamma', 'motion_extractor.detector.fc_exp.weight', 'motion_extractor.detector.norm.bias',
-                                  'motion_extractor.detector.downsample_layers.2.0.weight', 'appearance_feature_extractor.resblocks_3d.3dr0.norm1.bias',
-                                  'warping_module.dense_motion_network.occlusion.bias', 'warping_module.fourth.weight', 'spade_generator.conv_img.0.weight',
-                                  'spade_generator.up_0.norm_s.mlp_gamma.weight', 'retarget_shoulder.mlp.4.weight'])
-@pytest.mark.slow
 @torch.no_grad()
-def test_broken_layer_shows(part):
-    "Any layer that changes changes what comes out, also after the network was used."
+def test_broken_layers_show():
+    "Any layer that changes changes what comes out, also after the network was used; mended, all is as before."
     net, kp, image = small(), keypoints(some_state(2))[:, :5], torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(2))
-    def answers():
-        if part.startswith('motion'): return torch.cat(list(net.motion_extractor.scores(image).values()), 1)
-        if part.startswith('retarget'): return stitching_delta(net, kp, kp + .1)
-        return net.render(net.volume(image), kp + .1, kp)[0].logit()
-    before = answers()
-    assert torch.equal(before, answers())
-    tensor = net.state_dict()[part]
-    tensor.add_(tensor.abs().mean() + .1)
-    assert not torch.allclose(before, answers(), atol=1e-7, rtol=0)
-
-
-def test_device_guard():
-    "Nothing is left on another device, forward and backward."
-    def step(device):
-        with device: net = LivePortrait(width=8)
-        image = torch.rand(1, 3, 128, 128, device=device)
-        state = net.motion_extractor(image)
-        source = keypoints(state)
-        driving = keypoints(relative_state(state, state, state, 'lip')) + retarget_eyes(net, source, torch.rand(1, 3, device=device)) + retarget_lips(
-            net, source, torch.rand(1, 2, device=device))
-        driving = expression_friendly(source, stitch(net, source, driving), keypoints(absolute_state(state, state)))
-        picture, flow = net.render(net.volume(image), driving, source)
-        (picture.sum() + flow.deformation.sum()).backward()
-        return picture.device.type, net.motion_extractor.detector.fc_kp.weight.grad.device.type
-    assert device_guard(step) == ('meta', 'meta')
+    ask = {'motion_extractor': lambda: torch.cat(list(net.motion_extractor.scores(image).values()), 1), 'retarget_shoulder': lambda: stitching_delta(net, kp, kp + .1),
+           'picture': lambda: net.render(net.volume(image), kp + .1, kp)[0].logit()}
+    before = {k: f() for k, f in ask.items()}
+    for part in ('motion_extractor.detector.stages.1.2.grn.gamma', 'motion_extractor.detector.fc_exp.weight', 'motion_extractor.detector.norm.bias',
+                 'motion_extractor.detector.downsample_layers.2.0.weight', 'appearance_feature_extractor.resblocks_3d.3dr0.norm1.bias',
+                 'warping_module.dense_motion_network.occlusion.bias', 'warping_module.fourth.weight', 'spade_generator.conv_img.0.weight',
+                 'spade_generator.up_0.norm_s.mlp_gamma.weight', 'retarget_shoulder.mlp.4.weight'):
+        tensor, name = net.state_dict()[part], part.split('.')[0]
+        kept, f = tensor.clone(), ask.get(name, ask['picture'])
+        tensor.add_(tensor.abs().mean() + .1)
+        assert not torch.allclose(before.get(name, before['picture']), f(), atol=1e-7, rtol=0), part
+        tensor.copy_(kept)
+    assert all(torch.equal(before[k], f()) for k, f in ask.items())
 
 
 def test_regions():
@@ -209,7 +182,6 @@ def write_official(folder, dtype=torch.float32):
         torch.save(value, folder/f'{part}.pth')
 
 
-@pytest.mark.slow
 def test_official_files(tmp_path):
     "The folder of a release, straight into the networks; a wrong one is refused in one line."
     write_official(tmp_path)
@@ -219,7 +191,6 @@ def test_official_files(tmp_path):
     with pytest.raises(InputError, match='other tensors'): load_liveportrait(tmp_path)
 
 
-@pytest.mark.slow
 def test_official_files_through_the_cache(monkeypatch, tmp_path):
     "Each file recognised by its tensors and kept; then all load."
     monkeypatch.setenv('OPHAV_HOME', str(tmp_path/'home'))

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from ophav_nb.encoding import device_guard
 from ophav_nb.nets.pirender import Fine, PIRenderer, animate, crop_parameters, load_pirender, match_crop, pick_coefficients, warp, windows
 from ophav_nb.run import InputError
 from ophav_nb.weights import add_weight
@@ -20,13 +19,7 @@ def outputs(net):
     return net(source, told) | {"warp_stage_image": net(source, told, "warp")["warp_image"]}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_golden(net, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try: shares = golden_fill.beyond("pirender_face", outputs(net))
-    finally: torch.set_num_threads(before)
-    assert max(shares.values()) <= 1, shares
+def test_golden(net): golden_fill.golden_on_threads("pirender_face", lambda: outputs(net))
 
 
 def test_a_living_dead_layer_fails(net, monkeypatch):
@@ -85,14 +78,6 @@ def test_animate_streams(net):
     single = np.stack(list(animate(net, source, told, batch=1, size=64)))
     assert np.abs(whole.astype(int) - single).max() <= 1
     assert (whole[0] != whole[2]).any()
-
-
-def test_one_device():
-    def step(device):
-        net = PIRenderer().to(device).eval()
-        told = windows(torch.rand(4, 73, device=device), torch.arange(2, device=device))
-        return net(torch.rand(2, 3, 64, 64, device=device), told)["fake_image"].device.type
-    assert device_guard(step) == "meta"
 
 
 def test_the_authors_file(net, tmp_path, monkeypatch):

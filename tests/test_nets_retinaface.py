@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from ophav_nb.encoding import device_guard
 from ophav_nb.nets.retinaface import MEAN, RetinaFace, anchors, decode, find_faces, load_retinaface
 from ophav_nb.run import InputError
 from ophav_nb.weights import add_weight
@@ -24,13 +23,7 @@ def outputs(net):
     return {"loc": boxes, "conf": faces, "landms": points, "priors": known, "boxes_decoded": decoded[0], "landms_decoded": decoded[1]}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_golden(net, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try: shares = golden_fill.beyond(NAME, outputs(net))
-    finally: torch.set_num_threads(before)
-    assert max(shares.values()) <= 1, shares
+def test_golden(net): golden_fill.golden_on_threads(NAME, lambda: outputs(net))
 
 
 def test_a_broken_layer_fails(net):
@@ -54,14 +47,6 @@ def test_finding_faces(net):
     assert found.shape[1] == 15 and len(found) and (found[:, 4] > .55).all() and (np.diff(found[:, 4]) <= 0).all() and found.dtype == np.float32
     assert find_faces(net, image, threshold=.9999).shape == (0, 15)
     assert find_faces(net, image, threshold=.55, half=True).dtype == np.float32
-
-
-def test_one_device():
-    def step(device):
-        with device: net = RetinaFace()
-        boxes, faces, points = net(torch.rand(2, 3, 64, 64, device=device))
-        (faces.sum() + sum(t.sum() for t in decode(boxes, points, anchors(64, 64, device)))).backward()
-    device_guard(step)
 
 
 def test_the_authors_file(net, tmp_path, monkeypatch):

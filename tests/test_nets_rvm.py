@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ophav_nb.encoding import device_guard
+from ophav_nb.nets.blocks import like_imagenet
 from ophav_nb.nets.rvm import RobustVideoMatting, load_rvm, matte_frames
 from ophav_nb.run import InputError
 from ophav_nb.weights import add_weight
@@ -28,13 +28,7 @@ def outputs(net):
     return out | {"seg": net(film[:1], segmentation_pass=True)[0]}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_golden(net, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try: shares = golden_fill.beyond("rvm_mobilenetv3", outputs(net))
-    finally: torch.set_num_threads(before)
-    assert max(shares.values()) <= 1, shares
+def test_golden(net): golden_fill.golden_on_threads("rvm_mobilenetv3", lambda: outputs(net))
 
 
 def test_a_broken_layer_fails(net):
@@ -74,15 +68,6 @@ def test_film_of_any_length(net):
     assert np.abs(whole[0] - forgetful[0]).max() < 1e-5 < np.abs(whole[1:] - forgetful[1:]).max()
 
 
-def test_one_device():
-    def step(device):
-        net = RobustVideoMatting().to(device).eval()
-        frame = torch.rand(1, 3, 64, 64, device=device)
-        _, _, *states = net(frame, downsample_ratio=.5)
-        return net(frame, *states, downsample_ratio=.5)[1].device.type
-    assert device_guard(step) == "meta"
-
-
 def test_the_authors_file(net, tmp_path, monkeypatch):
     monkeypatch.setenv("OPHAV_HOME", str(tmp_path))
     with pytest.raises(InputError, match="rvm_mobilenetv3.pth"): load_rvm()
@@ -105,7 +90,7 @@ def test_encoder_beside_torchvision():
     theirs.load_state_dict({k.removeprefix("features."): t for k, t in ours.state_dict().items()}, strict=True)
     x = torch.rand(1, 3, 75, 101)
     with torch.inference_mode():
-        last = theirs((x - ours.mean)/ours.std)
+        last = theirs(like_imagenet(x))
         features = ours(x)
     torch.testing.assert_close(features[-1], last, rtol=1e-4, atol=1e-5)
     assert [list(f.shape[1:]) for f in features] == [[16, 38, 51], [24, 19, 26], [40, 10, 13], [960, 5, 7]]

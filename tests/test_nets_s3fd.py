@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from ophav_nb.encoding import device_guard
 from ophav_nb.nets.s3fd import MEAN, S3FD, STRIDES, decode, find_faces, load_s3fd, overlap, thin_out
 from ophav_nb.run import InputError
 from ophav_nb.weights import add_weight
@@ -30,13 +29,7 @@ def outputs(net):
     return maps | {"boxes_fabricated_conf": torch.cat([boxes, likely[:, None]], 1), "n_cells": torch.tensor([float(len(boxes))])}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_golden(net, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try: shares = golden_fill.beyond("s3fd", outputs(net))
-    finally: torch.set_num_threads(before)
-    assert max(shares.values()) <= 1, shares
+def test_golden(net): golden_fill.golden_on_threads("s3fd", lambda: outputs(net))
 
 
 def test_a_broken_layer_fails(net):
@@ -70,14 +63,6 @@ def test_finding_faces(net):
     assert found.shape[1] == 5 and (found[:, 4] > .4).all() and (np.diff(found[:, 4]) <= 0).all() and found.dtype == np.float32
     assert len(find_faces(net, image, threshold=.9999)) == 0
     assert find_faces(net, image, threshold=.4, half=True).dtype == np.float32
-
-
-def test_one_device():
-    def step(device):
-        with device: net = S3FD()
-        found = net(torch.rand(2, 3, 64, 64, device=device))
-        sum(scores.sum() + decode(boxes, stride).sum() for (scores, boxes), stride in zip(found, STRIDES)).backward()
-    device_guard(step)
 
 
 def test_the_authors_file(net, tmp_path, monkeypatch):

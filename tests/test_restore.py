@@ -129,4 +129,4 @@ def test_settings_and_errors(head, portrait):
     made.prepare(soften(rgba))
     assert (made(soften(rgba), context) == soften(rgba)).all()
     assert make_restorer('none') is no_restoration and make_restorer(max) is max
-    with pytest.raises(InputError, match='detail, gfpgan or none'): make_restorer('magic')
+    with pytest.raises(InputError, match='use detail, gfpgan'): make_restorer('magic')

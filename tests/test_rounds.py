@@ -169,3 +169,4 @@ def test_guard():
     assert choose_round([base, row(sharpness=90., landmark_drift=.8)])[0] == 0
     number, reason = choose_round([base, row(sharpness=90.), row(sharpness=99., identity_distance=.34)])
     assert number == 1 and reason.startswith('round 1') and 'round 2 drifts from the person' in reason
+    assert choose_round([row(sharpness=0.)]*2)[0] == 0                             # an empty picture, as of a parser that calls everything clothes

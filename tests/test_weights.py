@@ -120,6 +120,7 @@ def test_networks_have_the_shapes_of_the_table(row):
     known = weights.network_shapes(row)
     if not known: pytest.skip("this network is not in the package")
     assert weights.shapes_digest(known) == row.shapes.split()[0]
+    assert bool(row.size) != bool(row.about) and row.about in (0, 4*sum(np.prod(shape, dtype=int) for shape in known.values()))
 
 
 @pytest.mark.parametrize("change", ["shape", "lacking", "foreign"])

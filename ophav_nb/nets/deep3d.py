@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/nets/deep3d.ipynb #c004
 from .arcface18 import five_points
+from .blocks import frames_at_once, precision
 from ..run import InputError
 from ..weights import load_network
 
@@ -47,6 +48,7 @@ class ResNet50(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*stages))
 
     def forward(self, x: Tensor) -> list[Tensor]:   # 256, 512, 1024 and 2048 channels
+        "The features of the four stages."
         x, found = F.max_pool2d(F.relu(self.bn1(self.conv1(x)), inplace=True), 3, 2, 1), []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4): found.append(layer(found[-1] if found else x))
         return found
@@ -74,6 +76,7 @@ class Deep3D(nn.Module):
         self,
         images: Tensor,   # RGB 0..1, [N,3,224,224], no mean taken off
     ) -> Tensor:          # [N,257]
+        "All coefficients."
         return self.heads(self.features(images))
 
 
@@ -130,15 +133,16 @@ def coefficients(
     net: Deep3D,
     images: np.ndarray,      # uint8 RGB [N,H,W,3]
     landmarks: np.ndarray,   # the 68 points [N,68,2], pixels
-    batch: int = 32,
-    half: bool = False,      # mixed precision
+    batch: int|None = None,  # pictures at once; default: what fits
+    half: bool|None = None,  # mixed precision
 ) -> np.ndarray:             # [N,257]
     "The coefficients of faces."
     device, found = net.backbone.conv1.weight.device, [np.zeros((0, 257), np.float32)]
     points = five_points(torch.from_numpy(np.asarray(landmarks, np.float32))).numpy()
+    batch = batch or frames_at_once(device, 35, 64, 32, half)
     for i in range(0, len(images), batch):
         crops = torch.stack([face_crop(image, five) for image, five in zip(images[i:i + batch], points[i:i + batch])])
-        with torch.autocast(device.type, enabled=half): told = net(crops.to(device)).float()
+        with precision(device, half): told = net(crops.to(device)).float()
         found.append(told.cpu().numpy())
     return np.concatenate(found)
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 # %% ../../nbs/nets/facevid2vid.ipynb #c004
 from .blocks import (AntiAlias, Appearance, Block, Flow, SpadeDecoder, Warping, as_input, axis_rotations, batches, expected_degrees,
-                                  hull_volume, softmax_points)
+                                  frames_at_once, hull_volume, softmax_points)
 from ..run import InputError
-from ..weights import named_tensors
+from ..weights import named_tensors, with_tensors
 
 # %% ../../nbs/nets/facevid2vid.ipynb #c007
 class _KeypointHourglass(nn.Module):
@@ -54,6 +54,7 @@ class KeypointDetector(nn.Module):
     def forward(self,
         image: Tensor,   # RGB in 0..1, [N,3,H,W]
     ) -> Tensor:         # [N,K,3]
+        "Canonical keypoints."
         return softmax_points(self.kp(self.predictor(self.down(image) if hasattr(self, 'down') else image)))
 
 # %% ../../nbs/nets/facevid2vid.ipynb #c009
@@ -132,6 +133,7 @@ class HeadEstimator(nn.Module):
         return dict(yaw=self.fc_roll(x), pitch=self.fc_pitch(x), roll=self.fc_yaw(x), t=self.fc_t(x), exp=self.fc_exp(x))
 
     def forward(self, image: Tensor) -> HeadState:
+        "See `scores` and `head_state`."
         return head_state(self.scores(image))
 
 # %% ../../nbs/nets/facevid2vid.ipynb #c011
@@ -159,6 +161,7 @@ class Generator(Appearance, Warping):
         return self.decoder(x), flow
 
     def forward(self, image: Tensor, driving: Tensor, source: Tensor) -> tuple[Tensor, Flow]:
+        "`volume`, then `render`."
         return self.render(self.volume(image), driving, source)
 
 
@@ -249,18 +252,16 @@ def load_facevid2vid(
     "The three networks with the checkpoint's weights; every tensor must be there and fit."
     tensors = named_tensors('facevid2vid', path)
     scale = .25 if 'kp_detector.down.weight' in tensors else 1.   # two configurations are in circulation
-    with torch.device('meta'): network = FaceVid2Vid(kp_scale=scale)
-    network.load_state_dict(tensors, strict=True, assign=True)
-    return network.to(device).eval().requires_grad_(False)
+    return with_tensors(lambda: FaceVid2Vid(kp_scale=scale), tensors, device)
 
 
 @torch.inference_mode()
 def estimate(
     network: FaceVid2Vid,
     frames: Iterable[np.ndarray],   # crops, uint8 [H,W,3]
-    batch: int = 8,
+    batch: int|None = None,         # frames at once; default: what fits
 ) -> HeadState:                     # of all frames, on the CPU
     "Direction, shift and expression of each frame of a driving film, a few frames at a time."
-    parts = [network.he_estimator(as_input(chunk, network.device)).to('cpu') for chunk in batches(frames, batch)]
+    parts = [network.he_estimator(as_input(chunk, network.device)).to('cpu') for chunk in batches(frames, batch or frames_at_once(network.device, 100, 64, 8))]
     if not parts: raise InputError('the driving film has no frames')
     return HeadState.cat(parts)

@@ -14,7 +14,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/nets/fomm.ipynb #c004
-from .blocks import AntiAlias, Block, Hourglass, ResBlock, blobs, coordinates
+from .blocks import AntiAlias, Block, Hourglass, ResBlock, blobs, coordinates, frames_at_once, precision
 from ..weights import load_network
 
 # %% ../../nbs/nets/fomm.ipynb #c007
@@ -37,6 +37,7 @@ class KeypointDetector(nn.Module):
         self,
         image: Tensor,     # [N,3,256,256], 0..1
     ) -> Points:
+        "Keypoints of pictures."
         features = self.predictor(self.down(image))
         scores = self.kp(features)
         heat = torch.softmax(scores.float().flatten(2)/self.temperature, -1)              # [N,K,cells]
@@ -76,6 +77,7 @@ class DenseMotion(nn.Module):
         return torch.cat([grid.expand(len(own), 1, -1, -1, -1), own], 1)
 
     def forward(self, small: Tensor, source: Points, driving: Points) -> Motion:
+        "A motion of every cell from two sets of keypoints."
         size, n = small.shape[2:], len(driving.value)
         flows = self.proposals(source, driving, size)
         count = flows.shape[1]
@@ -132,6 +134,7 @@ class Generator(nn.Module):
         kp_source: Points,
         kp_driving: Points,
     ) -> dict[str, Tensor]:    # prediction, mask, occlusion_map, sparse_deformed, deformed, deformation
+        "`prepare`, then `generate`, and what happened on the way."
         prediction, motion = self.generate(self.prepare(source), kp_source, kp_driving)
         return {"prediction": prediction, "mask": motion.mask, "occlusion_map": motion.occlusion, "sparse_deformed": motion.moved,
                 "deformed": move(source, motion.deformation), "deformation": motion.deformation}
@@ -195,20 +198,21 @@ def animate(
     relative: bool = True,           # driving: what changes, or the places themselves
     adapt_scale: bool = True,        # of the change, when relative
     initial: np.ndarray|None = None, # the frame that looks like the source, uint8 [H,W,3]; default: the first
-    batch: int = 4,
-    half: bool = False,              # mixed precision
+    batch: int|None = None,          # frames at once; default: what fits
+    half: bool|None = None,          # mixed precision
 ) -> Iterator[np.ndarray]:           # uint8 [256,256,3]
     "The portrait moved by a film, frame by frame (the authors' demo)."
     device = net.generator.final.weight.device
-    precision, portrait = torch.autocast(device.type, enabled=half), pictures(source[None], device)
-    with precision: kp_source, prepared = net.kp_detector(portrait), net.generator.prepare(portrait)
+    mixed, portrait = precision(device, half), pictures(source[None], device)
+    batch = batch or frames_at_once(device, 180, half=half)
+    with mixed: kp_source, prepared = net.kp_detector(portrait), net.generator.prepare(portrait)
     kp_initial = None
     if initial is not None:
-        with precision: kp_initial = net.kp_detector(pictures(initial[None], device))
+        with mixed: kp_initial = net.kp_detector(pictures(initial[None], device))
     for part in ([frames] if isinstance(frames, np.ndarray) else frames):
         part = part.reshape(-1, *part.shape[-3:])      # a single frame is a chunk, too
         for i in range(0, len(part), batch):
-            with precision:
+            with mixed:
                 kp = net.kp_detector(pictures(part[i:i + batch], device))
                 kp_initial = kp_initial or Points(*(t[:1] for t in kp))
                 out, _ = net.generator.generate(prepared, kp_source, transfer(kp_source, kp, kp_initial, relative, adapt_scale))

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/nets/liveportrait.ipynb #c004
-from .blocks import Appearance, Flow, SpadeDecoder, Warping, as_input, axis_rotations, batches, expected_degrees, hull_volume
+from .blocks import Appearance, Flow, SpadeDecoder, Warping, as_input, axis_rotations, batches, constant, expected_degrees, frames_at_once, hull_volume
 from ..run import InputError, write_atomic
-from ..weights import load_pickle_restricted, named_tensors
+from ..weights import load_pickle_restricted, named_tensors, with_tensors
 
 # %% ../../nbs/nets/liveportrait.ipynb #c007
 class _ChannelNorm(nn.LayerNorm):
@@ -113,7 +113,9 @@ class MotionExtractor(nn.Module):
         "The network's raw answers."
         return self.detector(image)
 
-    def forward(self, image: Tensor) -> FaceState: return face_state(self.scores(image))
+    def forward(self, image: Tensor) -> FaceState:
+        "See `scores` and `face_state`."
+        return face_state(self.scores(image))
 
 
 class Retargeting(nn.Module):
@@ -124,7 +126,9 @@ class Retargeting(nn.Module):
         for a, b in zip(sizes, hidden): self.mlp.extend([nn.Linear(a, b), nn.ReLU()])
         self.mlp.append(nn.Linear(sizes[-1], outputs))
 
-    def forward(self, x: Tensor) -> Tensor: return self.mlp(x)
+    def forward(self, x: Tensor) -> Tensor:
+        "Movements of keypoints."
+        return self.mlp(x)
 
 # %% ../../nbs/nets/liveportrait.ipynb #c009
 class LivePortrait(nn.Module):
@@ -208,9 +212,8 @@ def relative_state(
     turn, own = driving.rotation @ start.rotation.mT, source.rotation.expand(n, -1, -1)
     change = driving.expression - start.expression
     if region in ('lip', 'eyes'):
-        kept = torch.zeros(change.shape[1], 1, device=change.device)
-        kept[list(LIPS if region == 'lip' else EYES)] = 1
-        change = change*kept
+        moved = LIPS if region == 'lip' else EYES
+        change = change*constant(tuple((float(k in moved),) for k in range(change.shape[1])), change)
     face = source.expression + (change if region != 'pose' else 0*change)
     if region in ('all', 'pose'):
         rotation, shift, scale = turn @ own, source.shift + driving.shift - start.shift, source.scale*driving.scale/start.scale
@@ -223,10 +226,9 @@ def absolute_state(
     driving: FaceState,
 ) -> FaceState:
     "The driving face's direction, place and expression on the source's keypoints; not every keypoint takes the expression's every axis."
-    n = len(driving)
-    taken = torch.zeros(driving.expression.shape[1:], device=driving.scale.device)
-    taken[[1, 2, 6, *range(11, taken.shape[0])]] = 1
-    for k, axes in {3: [1], 4: [1], 5: [2], 8: [2], 9: [1, 2]}.items(): taken[k, axes] = 1
+    n, axes = len(driving), {1: (0, 1, 2), 2: (0, 1, 2), 3: (1,), 4: (1,), 5: (2,), 6: (0, 1, 2), 8: (2,), 9: (1, 2)}   # of the keypoints below 11
+    count = driving.expression.shape[1]
+    taken = constant(tuple(tuple(float(k > 10 or axis in axes.get(k, ())) for axis in range(3)) for k in range(count)), driving.expression)
     face = source.expression*(1 - taken) + driving.expression*taken
     return FaceState(driving.rotation, face, driving.shift, source.scale.expand(n), source.canonical.expand(n, -1, -1))
 
@@ -349,18 +351,16 @@ def load_liveportrait(
     for name, part in FILES.items():
         own = named_tensors(name, Path(folder)/f'{part}.pth' if folder else None)
         tensors |= own if name.endswith('stitching') else {f'{part}.{k}': v for k, v in own.items()}
-    with torch.device('meta'): network = LivePortrait()
-    network.load_state_dict(tensors, strict=True, assign=True)
-    return network.to(device).eval().requires_grad_(False)
+    return with_tensors(LivePortrait, tensors, device)
 
 
 @torch.inference_mode()
 def estimate(
     network: LivePortrait,
     frames: Iterable[np.ndarray],   # crops, uint8 [H,W,3]
-    batch: int = 8,
+    batch: int|None = None,         # frames at once; default: what fits
 ) -> FaceState:                     # of all frames, on the CPU
     "The face in each frame of a film, a few frames at a time."
-    parts = [network.motion_extractor(as_input(chunk, network.device)).to('cpu') for chunk in batches(frames, batch)]
+    parts = [network.motion_extractor(as_input(chunk, network.device)).to('cpu') for chunk in batches(frames, batch or frames_at_once(network.device, 100, 64, 8))]
     if not parts: raise InputError('the driving film has no frames')
     return FaceState.cat(parts)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/nets/mica.ipynb #c004
 from .arcface18 import TEMPLATE, align, similarity
+from .blocks import frames_at_once, precision
 from ..weights import load_network
 
 # %% ../../nbs/nets/mica.ipynb #c007
@@ -45,6 +46,7 @@ class ArcFace100(nn.Module):
         self,
         images: Tensor,   # [N,3,112,112]
     ) -> Tensor:          # [N,512], not normalised
+        "Identity vectors."
         x = self.prelu(self.bn1(self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.features(self.fc(self.bn2(x).flatten(1)))
@@ -58,6 +60,7 @@ class Mapping(nn.Module):
         self.output = nn.Linear(inner, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        "FLAME's shape."
         for layer in self.network: x = F.leaky_relu(layer(x), .2)
         return self.output(x)
 
@@ -72,6 +75,7 @@ class Mica(nn.Module):
         self,
         images: Tensor,               # aligned faces [N,3,112,112], RGB in [-1, 1]
     ) -> tuple[Tensor, Tensor]:       # identity [N,512] of unit length; FLAME's shape [N,300]
+        "Who it is, and the shape of the head."
         identity = F.normalize(self.arcface(images))
         return identity, self.flameModel["regressor"](identity)
 
@@ -89,16 +93,17 @@ def identify(
     net: Mica,
     images: np.ndarray,      # uint8 RGB [N,H,W,3]
     points: np.ndarray,      # eyes, nose, corners of the mouth [N,5,2], pixels
-    batch: int = 16,
-    half: bool = False,      # mixed precision
+    batch: int|None = None,  # pictures at once; default: what fits
+    half: bool|None = None,  # mixed precision
 ) -> tuple[np.ndarray, np.ndarray]:   # identity vectors [N,512] of unit length; FLAME's shape [N,300]
     "Who faces are, and the shape of their heads in metres' terms."
     device = net.arcface.conv1.weight.device
     template, found = torch.from_numpy(TEMPLATE).to(device), [(torch.zeros(0, 512), torch.zeros(0, 300))]
+    batch = batch or frames_at_once(device, 30, 64, 16, half)
     for i in range(0, len(images), batch):
         x = torch.from_numpy(np.ascontiguousarray(images[i:i + batch])).to(device).permute(0, 3, 1, 2).float()
         five = torch.from_numpy(np.asarray(points[i:i + batch], np.float32)).to(device)
         x = align(x, similarity(five, template), 112)/127.5 - 1
-        with torch.autocast(device.type, enabled=half): told = net(x)
+        with precision(device, half): told = net(x)
         found.append(tuple(t.float().cpu() for t in told))
     return tuple(torch.cat(parts).numpy() for parts in zip(*found))

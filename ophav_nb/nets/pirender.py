@@ -14,7 +14,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/nets/pirender.ipynb #c004
-from .blocks import coordinates
+from .blocks import coordinates, frames_at_once, precision
 from .deep3d import orthographic
 from ..weights import load_network
 
@@ -73,6 +73,7 @@ class Mapping(nn.Module):
         for i in range(layers): setattr(self, f"encoder{i}", nn.Sequential(nn.LeakyReLU(.1), nn.Conv1d(channels, channels, 3, dilation=3)))
 
     def forward(self, x: Tensor) -> Tensor:   # [N,256,1]
+        "The descriptor of a window."
         x = self.first(x)
         for i in range(self.layers): x = getattr(self, f"encoder{i}")(x) + x[:, :, 3:-3]
         return x.mean(2, keepdim=True)
@@ -86,6 +87,7 @@ class AdaIn(nn.Module):
         self.mlp_gamma, self.mlp_beta = nn.Linear(inner, channels), nn.Linear(inner, channels)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        "Scaled and shifted as the descriptor says."
         told = self.mlp_shared(z.flatten(1))
         gamma, beta = (layer(told)[:, :, None, None] for layer in (self.mlp_gamma, self.mlp_beta))
         return torch.addcmul(beta, 1 + gamma, F.instance_norm(x))
@@ -174,6 +176,7 @@ class Warping(nn.Module):
         self.flow_out = nn.Sequential(PictureNorm(channels), nn.LeakyReLU(.1), nn.Conv2d(channels, 2, 7, padding=3))
 
     def forward(self, source: Tensor, z: Tensor) -> Tensor:   # [N,2,H/4,W/4], in cells of that map
+        "The flow."
         return self.flow_out(self.hourglass(source, z))
 
 
@@ -251,7 +254,9 @@ class Editing(nn.Module):
         sizes = [min(most, width << i) for i in range(levels + 1)]
         self.encoder, self.decoder = _EditDown(sizes), _EditUp(sizes, blocks)
 
-    def forward(self, source: Tensor, warped: Tensor, z: Tensor) -> Tensor: return self.decoder(self.encoder(torch.cat([source, warped], 1)), z)
+    def forward(self, source: Tensor, warped: Tensor, z: Tensor) -> Tensor:
+        "The picture."
+        return self.decoder(self.encoder(torch.cat([source, warped], 1)), z)
 
 
 class PIRenderer(nn.Module):
@@ -266,6 +271,7 @@ class PIRenderer(nn.Module):
         driving: Tensor,         # windows of coefficients [N,73,27]
         stage: str|None = None,  # 'warp': without the editing network
     ) -> dict[str, Tensor]:      # descriptor, flow_field, warp_image, fake_image
+        "What each of the networks makes."
         z = self.mapping_net(driving)
         flow = self.warpping_net(source, z)
         warped = warp(source, flow)
@@ -286,9 +292,9 @@ def animate(
     net: PIRenderer,
     source: np.ndarray,         # the portrait's square crop, uint8 [S,S,3]
     coefficients: np.ndarray,   # float32 [T,73] of the whole film
-    batch: int = 4,
+    batch: int|None = None,     # frames at once; default: what fits
     size: int = 256,            # of the result; the checkpoint is for 256
-    half: bool = False,         # mixed precision
+    half: bool|None = None,     # mixed precision
     start: int = 0,             # first frame wanted
 ) -> Iterator[np.ndarray]:      # uint8 [size,size,3]
     "The portrait as the coefficients say, frame by frame."
@@ -296,6 +302,7 @@ def animate(
     x = torch.from_numpy(np.ascontiguousarray(source)).to(device).permute(2, 0, 1)[None].float()/127.5 - 1
     if x.shape[2:] != (size, size): x = F.interpolate(x, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp_(-1, 1)
     told = torch.from_numpy(np.asarray(coefficients, np.float32)).to(device)
+    batch = batch or frames_at_once(device, 230, half=half)
     for frames in torch.arange(start, len(told), device=device).split(batch):
-        with torch.autocast(device.type, enabled=half): out = net(x.expand(len(frames), -1, -1, -1), windows(told, frames))["fake_image"]
+        with precision(device, half): out = net(x.expand(len(frames), -1, -1, -1), windows(told, frames))["fake_image"]
         yield from ((out.float() + 1)*127.5).round_().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -13,7 +13,8 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/nets/rvm.ipynb #c004
-from ..weights import named_tensors
+from .blocks import frames_at_once, like_imagenet, precision
+from ..weights import load_network
 
 # %% ../../nbs/nets/rvm.ipynb #c007
 BLOCKS = (  # kernel, widened to, out, weighs channels, hard swish (else ReLU), stride, dilation
@@ -63,11 +64,10 @@ class Encoder(nn.Module):
         widths = [16] + [b[2] for b in BLOCKS]
         self.features = nn.Sequential(conv_norm(3, 16, 3, nn.Hardswish, 2), *(Inverted(w, *b) for w, b in zip(widths, BLOCKS)),
                                       conv_norm(160, 960, 1, nn.Hardswish))
-        self.register_buffer("mean", torch.tensor([.485, .456, .406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([.229, .224, .225]).view(3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x, out = (x - self.mean)/self.std, []
+        "Features at 1/2, 1/4, 1/8 and 1/16."
+        x, out = like_imagenet(x), []
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in TAPS: out.append(x)
@@ -97,6 +97,7 @@ class Gru(nn.Module):
         state: Tensor|None,    # [N,C,H,W], None at the start
         frames: int,           # T
     ) -> tuple[Tensor, Tensor]:   # every frame's state [N*T,C,H,W], the last one [N,C,H,W]
+        "Frame after frame."
         steps, out = x.unflatten(0, (-1, frames)).unbind(1), []
         h = torch.zeros_like(steps[0]) if state is None else state.to(x.dtype)
         for step in steps:
@@ -116,6 +117,7 @@ class Level(nn.Module):
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, beside: list[Tensor], state: Tensor|None = None, frames: int = 1):
+        "The level, and its new state where it has memory."
         height, width = beside[-1].shape[2:]
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)[:, :, :height, :width]
         x = self.conv(torch.cat([x, *beside], 1))
@@ -146,6 +148,7 @@ class Decoder(nn.Module):
         self.decode1, self.decode0 = Level(40, 16, 32), Level(32, 0, 16, memory=False)
 
     def forward(self, frame: Tensor, features: list[Tensor], states: list, frames: int) -> tuple[Tensor, list[Tensor]]:
+        "Hidden channels, and the new states."
         small = [frame]
         for _ in range(3): small.append(F.avg_pool2d(small[-1], 2, 2, ceil_mode=True, count_include_pad=False))
         x, last = self.decode4(features[3], states[3], frames)
@@ -166,6 +169,7 @@ class DeepGuidedFilter(nn.Module):
                                   nn.BatchNorm2d(16), nn.ReLU(True), nn.Conv2d(16, 4, 1))
 
     def forward(self, fine: Tensor, frame: Tensor, answer: Tensor, hidden: Tensor) -> Tensor:   # [N,4,H,W] at the size of `fine`
+        "Foreground and alpha at full size."
         guide, full = (torch.cat([x, x.mean(1, keepdim=True)], 1) for x in (frame, fine))
         mean_x, mean_y = self.box_filter(guide), self.box_filter(answer)
         covariance = self.box_filter(guide*answer) - mean_x*mean_y
@@ -187,6 +191,8 @@ class Projection(nn.Module):
 
 class RobustVideoMatting(nn.Module):
     "Video matting with memory (Lin et al. 2022); MobileNetV3 encoder, deep guided filter."
+    channels_last = True   # a little faster on a CPU
+
     def __init__(self):
         super().__init__()
         self.backbone, self.aspp, self.decoder = Encoder(), Aspp(), Decoder()
@@ -202,6 +208,7 @@ class RobustVideoMatting(nn.Module):
         downsample_ratio: float = 1.,      # the encoder's and decoder's share of the frame's size
         segmentation_pass: bool = False,   # person or not (logits), instead of the matte
     ) -> list[Tensor]:                     # foreground and alpha (or logits), then the four new states
+        "A frame, or a chunk of frames one after the other."
         chunk = src.ndim == 5
         frames = src.shape[1] if chunk else 1
         fine = src.flatten(0, 1) if chunk else src
@@ -222,9 +229,7 @@ def load_rvm(
     device="cpu",
 ) -> RobustVideoMatting:
     "The network with its trained weights."
-    net = RobustVideoMatting()
-    net.load_state_dict(named_tensors("rvm", path), strict=True)
-    return net.to(device).eval()
+    return load_network(RobustVideoMatting, "rvm", path, device)
 
 
 @torch.inference_mode()
@@ -233,15 +238,16 @@ def matte_frames(
     frames,                        # uint8 [T,H,W,3], or an iterable of such chunks: a film goes on from chunk to chunk
     ratio: float|None = None,      # the network's share of the frame's size; default: at most 512 pixels along the longer side
     states: list|None = None,      # in and out: a list that holds the memory, for a film that is given in several calls
-    chunk: int = 4,                # frames at a time
-    half: bool = False,            # mixed precision
+    chunk: int|None = None,        # frames at a time; default: what fits
+    half: bool|None = None,        # mixed precision
 ) -> Iterator[np.ndarray]:         # alpha float32 [H,W], frame by frame
     "The mattes of a film."
-    device, states = net.backbone.mean.device, [None]*4 if states is None else states
+    device, states = net.project_mat.conv.weight.device, [None]*4 if states is None else states
     for part in ([frames] if isinstance(frames, np.ndarray) else frames):
         part = part.reshape(-1, *part.shape[-3:])      # a single frame is a chunk, too
         share = min(1., 512/max(part.shape[1:3])) if ratio is None else ratio
-        for i in range(0, len(part), chunk):
-            x = torch.from_numpy(np.ascontiguousarray(part[i:i + chunk])).to(device).permute(0, 3, 1, 2).float()/255
-            with torch.autocast(device.type, enabled=half): _, alpha, *states[:] = net(x[None], *states, downsample_ratio=share)
+        step = chunk or frames_at_once(device, part.shape[1]*part.shape[2]*1.2e-3, half=half)
+        for i in range(0, len(part), step):
+            x = torch.from_numpy(np.ascontiguousarray(part[i:i + step])).to(device).permute(0, 3, 1, 2).float()/255
+            with precision(device, half): _, alpha, *states[:] = net(x[None], *states, downsample_ratio=share)
             yield from alpha[0, :, 0].float().cpu().numpy()
