@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class FieldConfig:
     "Sizes of the grid and of the two networks, and what they see."
-    levels: int = 8             # of the hash grid
-    features: int = 4           # numbers an entry
-    log2_size: int = 15         # log2 of a level's entries
+    levels: int = 16            # of the hash grid
+    features: int = 2           # numbers an entry
+    log2_size: int = 17         # log2 of a level's entries
     base: int = 16              # cells along an axis, coarsest level
-    scale: float = 1.6          # growth from level to level
+    scale: float = 1.26         # growth from level to level
     density_layers: int = 1     # hidden layers of the density network
     colour_layers: int = 1      # hidden layers of the colour network
     width: int = 64             # of the hidden layers
