@@ -41,6 +41,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ophav_nb.animate.MeshAnimator._paint_teeth': ( 'animate.html#meshanimator._paint_teeth',
                                                                                   'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._points': ('animate.html#meshanimator._points', 'ophav_nb/animate.py'),
+                                  'ophav_nb.animate.MeshAnimator._press_ears': ( 'animate.html#meshanimator._press_ears',
+                                                                                 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._region': ('animate.html#meshanimator._region', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._render': ('animate.html#meshanimator._render', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._setup_back': ( 'animate.html#meshanimator._setup_back',

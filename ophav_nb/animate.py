@@ -52,17 +52,18 @@ def _look1(image, x, y):
     u, v = x - j, y - i
     return image[i, j]*(1-u)*(1-v) + image[i, j+1]*u*(1-v) + image[i+1, j]*(1-u)*v + image[i+1, j+1]*u*v
 
-@kernel(parallel=True)
+@kernel
 def _stretched(screen, faces, unit, out):
-    "How much of each triangle of the sheet may be seen: less where it is drawn out to many times its size (what it hides is better)."
-    for k in prange(faces.shape[0]):
+    "How much of the sheet may be seen at each vertex: less where a triangle beside it is drawn out to many times its size (what it hides is better)."
+    out[:] = 1
+    for k in range(faces.shape[0]):
         most = np.float32(0)
         for i in range(3):
             a, b = faces[k, i], faces[k, (i+1) % 3]
             x, y = screen[a, 0] - screen[b, 0], screen[a, 1] - screen[b, 1]
             most = max(most, np.float32(x*x + y*y))
-        t = (np.sqrt(most)/unit - np.float32(2.2))/np.float32(1.6)
-        out[k] = np.float32(1) - min(max(t, np.float32(0)), np.float32(1))
+        t = np.float32(1) - min(max((np.sqrt(most)/unit - np.float32(2.2))/np.float32(1.6), np.float32(0)), np.float32(1))
+        for i in range(3): out[faces[k, i]] = min(out[faces[k, i]], t)
 
 @kernel(parallel=True)
 def _paint_sheet(face, bary, faces, source, image, alpha, keep, out):
@@ -77,7 +78,7 @@ def _paint_sheet(face, bary, faces, source, image, alpha, keep, out):
             sx = a*source[p, 0] + b*source[q, 0] + c*source[r, 0]
             sy = a*source[p, 1] + b*source[q, 1] + c*source[r, 1]
             cr, cg, cb = _look(image, sx, sy)
-            t = _look1(alpha, sx, sy)*keep[f]
+            t = _look1(alpha, sx, sy)*(a*keep[p] + b*keep[q] + c*keep[r])
             out[y, x, 0] = out[y, x, 0]*(1-t) + cr*t
             out[y, x, 1] = out[y, x, 1]*(1-t) + cg*t
             out[y, x, 2] = out[y, x, 2]*(1-t) + cb*t
@@ -525,6 +526,8 @@ def _setup_sheet(self, step: int = 2):
 @patch_to(MeshAnimator)
 def _setup_back(self):
     "What of the back, and of the neck behind the jaw, may be drawn, and its colours."
+    self.back_faces = np.ascontiguousarray(self.faces[self.kind == _SKIN])
+    self._press_ears()
     n, P, scalp = len(self.rest), self.P0, self.scalp
     at = lambda image, p: sample_bilinear(image[..., None], p[:, 0].astype(np.float32), p[:, 1].astype(np.float32))[..., 0]
     attached = 1 - self.head.weights.numpy()[:, 0]
@@ -547,10 +550,16 @@ def _setup_back(self):
     self.back[:, 4] = np.where(scalp, 1, smoothstep(.4, .9, at(solid, Q)))*np.maximum(upper, below)
     self.neck = self.back.copy()
     self.neck[:, 4] = smoothstep(.4, .9, at(solid, Q))*(1 - smoothstep(-.05, -.02, level))
-    keep = (self.kind == _SKIN) & ~self._region('left_ear') & ~self._region('right_ear')
-    self.back_faces = np.ascontiguousarray(self.faces[keep])
     self.attached = attached.astype(np.float32)
     self.full = np.ones((2, 2), np.float32)
+
+@patch_to(MeshAnimator)
+def _press_ears(self):
+    "Under the sheet, which carries the portrait's ears, there are none: the head goes on where they stand."
+    ears, others = self._region('left_ear') | self._region('right_ear'), np.ones(len(self.rest), bool)
+    others[self.faces[ears]] = False
+    whole = self.V0 + self.hair
+    self.hair[~others] = (spread_over(self.back_faces, whole, others*1.) - self.V0)[~others]
 
 @patch_to(MeshAnimator)
 def _slimmer(self, solid, which) -> np.ndarray:
@@ -746,7 +755,7 @@ def _render(self, V, A, jaw: float, size: int) -> np.ndarray:
     fine = np.zeros((h, w, 4), np.float32)
     self._paint_back(V, camera, offset, fine)
     cloth = rasterize(screen - offset, self.sheet_faces, h, w)
-    keep = np.empty(len(self.sheet_faces), np.float32)
+    keep = np.empty(len(screen), np.float32)
     _stretched(screen, self.sheet_faces, 2**.5*self.step*size*s/self.size, keep)
     _paint_sheet(cloth.face, cloth.bary, self.sheet_faces, self.sheet_source, self.flesh, self.alpha, keep, fine)   # no edge of a collar
     N = vertex_normals(V, self.faces)
@@ -866,7 +875,7 @@ def _body(self, V, A, size: int) -> np.ndarray:
     r = rasterize(moved*w + still*(1 - w), self.body_faces, size*s, size*s)
     fine = np.zeros((size*s, size*s, 4), np.float32)
     self._paint_neck(V, camera, A, fine)
-    _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.flesh, self.flesh_alpha, np.ones(len(self.body_faces), np.float32), fine)
+    _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.flesh, self.flesh_alpha, np.ones(len(moved), np.float32), fine)
     out = np.zeros((size, size, 4), np.float32)
     _shrink(fine, s, 0, 0, np.ones((size, size), np.float32), out)
     return out

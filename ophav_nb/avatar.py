@@ -49,7 +49,7 @@ class AvatarConfig:
     rays: int = 1024              # a step
     frames: int = 8               # of which they come, a step
     samples: int = 12             # a ray
-    focus: float = .25            # share of the rays that go to mouth and eyes
+    focus: float = .25            # share of the rays that go to mouth, eyes and lids
     table_rate: float = 1e-2      # learning rate of the hash grid
     network_rate: float = 2e-3    # learning rate of the networks
     decay: float = .1             # the rates at the end, relative to the beginning
@@ -142,9 +142,10 @@ class FramePool:
         widths,              # of the band, [V]
         config: AvatarConfig,
         outer,               # triangles that are pushed out
+        lids=(),             # vertices around the eyes
         seed: int = 0,
     ):
-        self.data, self.deformer, self.widths, self.config, self.outer = data, deformer, widths, config, outer
+        self.data, self.deformer, self.widths, self.config, self.outer, self.lids = data, deformer, widths, config, outer, np.asarray(lids, int)
         order = np.random.default_rng([seed, 1]).permutation(np.flatnonzero(data.train))
         if len(order) == 0: raise InputError('this dataset has no frames to train on')
         each = deformer.allocate(1).megabytes + data.width*data.height*6/2**20
@@ -184,7 +185,10 @@ class FramePool:
         pixels = np.flatnonzero(band.mask).astype(np.int32)
         label = np.asarray(self.data.parsing[i])
         grow = max(1, round(label.shape[0]/128))
-        focus = ndi.binary_dilation(((label >= 120) & (label <= 140)) | (label == 200) | (label == 210), iterations=grow)
+        focus = ((label >= 120) & (label <= 140)) | (label == 200) | (label == 210)
+        x, y = self.data.camera(i).project(self.data.vertices[i][self.lids])[:, :2].T.astype(int)      # closed lids show no eye
+        focus[y.clip(0, label.shape[0] - 1), x.clip(0, label.shape[1] - 1)] = True
+        focus = ndi.binary_dilation(focus, iterations=grow)
         return pixels, np.stack(band.at(pixels)), np.flatnonzero(focus.ravel()[pixels]).astype(np.int32)
 
 # %% ../nbs/14_avatar.ipynb #c017
@@ -260,6 +264,8 @@ class Avatar:
         eyes = sum((regions[k] for k in ('left_eye_region', 'right_eye_region') if k in regions), np.zeros(len(head.faces), bool))
         hidden = sum((regions[k] for k in ('mouth_interior', 'upper_teeth', 'lower_teeth', 'tongue') if k in regions), np.zeros(len(head.faces), bool))
         self.outer = np.ascontiguousarray(head.faces[~hidden])
+        around = np.linalg.norm(rest[:, None] - head.joint_positions()[None, 3:].numpy(), axis=-1).min(1) < .016
+        self.lids = np.flatnonzero(around & np.isin(np.arange(len(rest)), head.faces[np.asarray(eyes, bool)]))
         self.deformer = Deformer(head.canonical().numpy(), head.faces, mouth_amount(head, rest), regions.get('face'), eyes, config.mapping)
         self.field = Field(config.field).to(self.device)
         self.shown = copy.deepcopy(self.field).requires_grad_(False)   # the average of the weights
@@ -297,7 +303,7 @@ class Trainer:
         self.avatar, self.steps, self.seed, self.log, self.every, self.log_every = avatar, steps, seed, log, every, log_every
         self.config = replace(avatar.config, samples=samples or avatar.config.samples)
         self.folder = None if folder is None else Path(folder)
-        self.pool = FramePool(data, avatar.deformer, avatar.widths, self.config, avatar.outer, seed)
+        self.pool = FramePool(data, avatar.deformer, avatar.widths, self.config, avatar.outer, avatar.lids, seed)
         self.condition = torch.from_numpy(avatar.clamped(data.condition)).to(avatar.device)
         c, field = self.config, avatar.field
         self.rates = [c.table_rate*lr_scale, c.network_rate*lr_scale]

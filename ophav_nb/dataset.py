@@ -197,7 +197,7 @@ class HeadDataset:
                 s = slice(k, k + 64)
                 vertices[s] = head(t(shape)[None].expand(len(joints[s]), -1), t(motion.expression[s]), t(joints[s]), None).numpy()
             condition = head.condition(t(motion.expression), t(joints)).numpy().astype(np.float32)
-            canonical = head.canonical(t(shape)).reshape(-1, 3).numpy()
+            canonical = head.canonical(t(shape), blink=0, behind=0).reshape(-1, 3).numpy()
         c2w = np.stack([camera.moved(m).c2w for m in M])
         train = np.ones(n, bool)
         if test: train[-test:] = False

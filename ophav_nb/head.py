@@ -219,11 +219,19 @@ def unposed(self,
 def canonical(self,
     shape=None,             # [S']
     jaw: float = 12.,       # degrees of opening
+    blink: float = .5,      # how far the lids are closed, where the head knows blinks
+    behind: float = .015,   # how far the eyeballs stand back, metres
 ) -> torch.Tensor:          # metres, [V, 3]
-    "The neutral head with its jaw open, so that the inside of the mouth has room of its own (INSTA opens it 12 degrees)."
+    """The neutral head as a field stores it, with room for all that is ever seen: the jaw open, so that the inside of the mouth has room of its own
+    (INSTA opens it 12 degrees); lids half closed, for open ones are creased to nothing; eyeballs behind them, not a millimetre away."""
     joints = torch.zeros(1, len(JOINTS), 3, device=self.device)
     joints[0, 2, 0] = float(np.radians(jaw))
-    return self(shape, None, joints)[0]
+    lids = {k: blink for k in ('eyeBlinkLeft', 'eyeBlinkRight') if k in self.expression_names}
+    vertices = self(shape, self.expression(**lids)[None], joints)[0].clone()
+    if self.has('regions'):
+        for name in ('left_eyeball', 'right_eyeball'):
+            if name in self.regions: vertices[_tensor(self.region_vertices(name), self.device).bool(), 2] -= behind
+    return vertices
 
 # %% ../nbs/03_head.ipynb #c015
 @patch_to(HeadModel)

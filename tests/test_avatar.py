@@ -12,7 +12,7 @@ from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.run import InputError
 
-SMALL = AvatarConfig(rays=128, samples=4, frames=4, field=field_config(levels=4, log2_size=10))
+SMALL = AvatarConfig(rays=128, samples=4, frames=4, field=field_config(levels=4, features=4, log2_size=10, scale=1.6))
 CAMERA = facing_camera(2.2*48, 48, 48)
 
 
