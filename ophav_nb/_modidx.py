@@ -71,6 +71,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._transform': ( 'animate.html#meshanimator._transform',
                                                                                 'ophav_nb/animate.py'),
+                                  'ophav_nb.animate.MeshAnimator._unlike_skin': ( 'animate.html#meshanimator._unlike_skin',
+                                                                                  'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator.composite': ('animate.html#meshanimator.composite', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator.frame': ('animate.html#meshanimator.frame', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator.frames': ('animate.html#meshanimator.frames', 'ophav_nb/animate.py'),

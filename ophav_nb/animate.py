@@ -363,20 +363,24 @@ def _setup_textures(self):
     self.eyes = crisp(whole_eyes(self.spread/self._lid_shade_seen()[..., None], self.landmarks))
 
 @patch_to(MeshAnimator)
+def _unlike_skin(self) -> tuple:
+    "How far each pixel's hue is from the face's (1: as far as the face's own pixels from each other), and its light relative to the face's, [H, W] each."
+    chroma = lambda c: c[..., :2]/np.maximum(c.sum(-1, keepdims=True), .05)
+    face = sample_bilinear(self.image, *self.T0[(self.face_mask > .9) & (self.seen > .9) & ~self.eye_vertices].T.astype(np.float32))
+    middle = np.median(chroma(face), axis=0)
+    spread = 1.48*np.median(np.abs(chroma(face) - middle), axis=0) + .012
+    return np.sqrt((((chroma(self.image) - middle)/spread)**2).sum(-1)), self.image.sum(-1)/np.median(face.sum(-1))
+
+@patch_to(MeshAnimator)
 def _bare_neck(self) -> np.ndarray:
     "0 on clothes beside and below the jaw (neither like the face's skin nor like the hair): a collar does not turn with the head."
     h, w = self.image.shape[:2]
     px = h/512
     core = rasterize(self.P0, self.faces[~self._region('neck')], h, w).mask
     area = ~ndi.binary_dilation(core, iterations=max(1, int(px))) & (np.arange(h)[:, None] > self.landmarks[[61, 291], 1].mean())
-    chroma = lambda c: c[..., :2]/np.maximum(c.sum(-1, keepdims=True), .05)
-    at = lambda which: sample_bilinear(self.image, *self.T0[which].T.astype(np.float32))
-    face = at((self.face_mask > .9) & (self.seen > .9) & ~self.eye_vertices)
-    middle, light = np.median(chroma(face), axis=0), np.median(face.sum(-1))
-    spread = 1.48*np.median(np.abs(chroma(face) - middle), axis=0) + .012
-    far = np.sqrt((((chroma(self.image) - middle)/spread)**2).sum(-1))
+    far, light = self._unlike_skin()
     beside = ~ndi.binary_dilation(rasterize(self.P0, self.faces[self.kind == _SKIN], h, w).mask, iterations=int(4*px))
-    cloth = np.maximum(smoothstep(3.5, 6, far + 2*beside), 1 - smoothstep(.18, .34, self.image.sum(-1)/light))
+    cloth = np.maximum(smoothstep(3.5, 6, far + 2*beside), 1 - smoothstep(.18, .34, light))
     cloth = cloth*area
     label, _ = ndi.label((cloth > .5) & (self.matte > .4))
     first = np.flatnonzero(area.any(1))[0]
@@ -477,7 +481,8 @@ def _setup_sheet(self, step: int = 2):
     h, w = self.image.shape[:2]
     self.step = step
     f = self.faces[self.kind == _SKIN]
-    outer = rasterize(self.P0, f, h, w)
+    self._press_ears()
+    outer = rasterize(self.camera0.project((self.V0 + np.where(self.ears_shown[:, None], 0, self.pressed)).astype(np.float64)), f, h, w)
     scalp = (1 - self.face_mask)[:, None].astype(np.float32)
     scalp[self.faces[self._region('neck') & (self.kind == _SKIN)]] = 0
     hairy = interpolate(scalp, f, outer)[..., 0] > .98          # hair hides the scalp: its depth says little
@@ -522,12 +527,26 @@ def _setup_sheet(self, step: int = 2):
     self.following = self._following()
     self.follows = sample_bilinear(self.following[..., None], *self.sheet_source.T)[..., 0]
 
+@patch_to(MeshAnimator)
+def _press_ears(self, least: float = .35):
+    "How the ears' vertices come to lie on the head, [V, 3]; and which ears the portrait shows (enough of their pixels look like skin): hair over an ear does not stick out with it."
+    self.pressed, self.ears_shown = np.zeros_like(self.V0), np.ones(len(self.V0), bool)
+    far, light = self._unlike_skin()
+    skin = (far < 3.5) & (light > .35) & (self.matte > .9)
+    for side in ('left_ear', 'right_ear'):
+        ear, others = self._region(side), np.ones(len(self.V0), bool)
+        if not ear.any(): continue
+        others[self.faces[ear]] = False
+        pressed = lambda V: (spread_over(self.faces[self.kind == _SKIN], V, others*1.) - self.V0)[~others]
+        self.pressed[~others], self.hair[~others] = pressed(self.V0), pressed(self.V0 + self.hair)      # under the sheet, which carries them, there are no ears
+        on = (self.raster0.face >= 0) & ear[np.maximum(self.raster0.face, 0)]
+        self.ears_shown[~others] = on.any() and skin[on].mean() > least
+
 # %% ../nbs/08_animate.ipynb #g7c
 @patch_to(MeshAnimator)
 def _setup_back(self):
     "What of the back, and of the neck behind the jaw, may be drawn, and its colours."
     self.back_faces = np.ascontiguousarray(self.faces[self.kind == _SKIN])
-    self._press_ears()
     n, P, scalp = len(self.rest), self.P0, self.scalp
     at = lambda image, p: sample_bilinear(image[..., None], p[:, 0].astype(np.float32), p[:, 1].astype(np.float32))[..., 0]
     attached = 1 - self.head.weights.numpy()[:, 0]
@@ -552,14 +571,6 @@ def _setup_back(self):
     self.neck[:, 4] = smoothstep(.4, .9, at(solid, Q))*(1 - smoothstep(-.05, -.02, level))
     self.attached = attached.astype(np.float32)
     self.full = np.ones((2, 2), np.float32)
-
-@patch_to(MeshAnimator)
-def _press_ears(self):
-    "Under the sheet, which carries the portrait's ears, there are none: the head goes on where they stand."
-    ears, others = self._region('left_ear') | self._region('right_ear'), np.ones(len(self.rest), bool)
-    others[self.faces[ears]] = False
-    whole = self.V0 + self.hair
-    self.hair[~others] = (spread_over(self.back_faces, whole, others*1.) - self.V0)[~others]
 
 @patch_to(MeshAnimator)
 def _slimmer(self, solid, which) -> np.ndarray:
