@@ -394,9 +394,7 @@ def publish(
 ) -> Path:
     "Put a result where a person looks for it, unless the same file is there already."
     if not (target.exists() and target.stat().st_size == source.stat().st_size and target.stat().st_mtime >= source.stat().st_mtime):
-        partial = target.with_name("." + target.name)
-        shutil.copy2(source, partial)
-        partial.replace(target)
+        write_atomic(target, lambda partial: shutil.copy2(source, partial))
     return target
 
 
