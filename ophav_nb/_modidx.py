@@ -511,6 +511,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.detect.blink': ('detect.html#blink', 'ophav_nb/detect.py'),
                                  'ophav_nb.detect.cut': ('detect.html#cut', 'ophav_nb/detect.py'),
                                  'ophav_nb.detect.detect_like': ('detect.html#detect_like', 'ophav_nb/detect.py'),
+                                 'ophav_nb.detect.doubts': ('detect.html#doubts', 'ophav_nb/detect.py'),
                                  'ophav_nb.detect.draw_landmarks': ('detect.html#draw_landmarks', 'ophav_nb/detect.py'),
                                  'ophav_nb.detect.eye_opening': ('detect.html#eye_opening', 'ophav_nb/detect.py'),
                                  'ophav_nb.detect.fill_lost': ('detect.html#fill_lost', 'ophav_nb/detect.py'),

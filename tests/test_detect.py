@@ -1,4 +1,5 @@
 """Networks against the originals' outputs, faces and points on the astronaut."""
+import re
 from pathlib import Path
 
 import ophav_nb  # noqa: F401  (before torch: it sets how threads wait)
@@ -116,6 +117,18 @@ def test_small_portraits(detector, image, size, fine):
     else:
         with pytest.raises(InputError, match="only .. px wide"):
             detector.one(resize(image, size))
+
+
+def test_doubtful_portraits_are_named(detector, image, caplog):
+    for picture, said in ((image, None), (image[70:, 200:], "upper and left|left and upper"), (image[:150], "lower"), (image//8, "very dark")):
+        caplog.clear()
+        with caplog.at_level("WARNING", "ophav_nb"): detector.one(np.ascontiguousarray(picture))
+        assert re.search(said, caplog.text) if said else not caplog.text, caplog.text
+    with pytest.raises(InputError, match="very dark"): detector.one(image//25)
+
+
+def test_a_picture_of_one_line(detector):
+    with pytest.raises(InputError, match="no face"): detector.one(np.zeros((1, 4096, 3), np.uint8) + 128)
 
 
 def test_turned_pictures_are_named(detector, image):
