@@ -595,6 +595,7 @@ class Detector(Networks):
         parts = [follower.add(np.stack(some)) for some in progress(batches(frames, self.batch), total, "landmarks")]
         points, ok = (np.concatenate(v) for v in zip(*parts))
         if not ok.any(): raise InputError("no face found in the film; use one that shows one person from the front")
+        if not ok.all(): log.warning("%d of the film's %d frames show no face: the head is moved through them from its neighbours", (~ok).sum(), len(ok))
         return fill_lost(points, ok), ok
 
     @torch.inference_mode()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'to_uint8', 'to_float', 'on_background', 'read_image', 'write_image', 'Picture', 'strip', 'show_images',
-           'resize', 'Crop', 'Clip', 'clip_info', 'iter_video', 'read_video', 'VideoWriter', 'write_video']
+           'resize', 'Crop', 'Clip', 'clip_info', 'iter_video', 'read_video', 'Film', 'VideoWriter', 'write_video']
 
 # %% ../nbs/01_media.ipynb #c002
 import contextlib, io, logging, warnings
@@ -409,6 +409,21 @@ def read_video(
     "A film in memory."
     rate = fps or clip_info(path).fps
     return np.stack(list(iter_video(path, size, max_frames, fps, partial))), rate
+
+
+@dataclass(frozen=True)
+class Film:
+    "A film's frames, read anew whenever they are asked for: one is in memory at a time, however long and large the film."
+    path: str|Path
+    size: int|None = None         # longest side at most, px
+    max_frames: int|None = None
+
+    @property
+    def fps(self) -> float:
+        "Frames a second."
+        return clip_info(self.path).fps
+
+    def __iter__(self) -> Iterator[np.ndarray]: return iter_video(self.path, self.size, self.max_frames)
 
 # %% ../nbs/01_media.ipynb #c030
 class VideoWriter:

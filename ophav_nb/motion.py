@@ -505,11 +505,11 @@ def _read_flame(arrays: dict, basis: str, name: str) -> Motion:
 
 def _read_film(path: Path, detector, head, max_frames) -> Motion:
     "Track a film."
-    from ophav_nb.media import read_video
+    from ophav_nb.media import Film
     from ophav_nb.track import track_film
     from ophav_nb.detect import Detector
-    frames, fps = read_video(path, size=720, max_frames=max_frames)
-    track = track_film(frames, detector or Detector(), head or HeadModel.load(), size=256, fps=fps)[-1]
+    frames = Film(path, size=720, max_frames=max_frames)
+    track = track_film(frames, detector or Detector(), head or HeadModel.load(), size=256, fps=frames.fps)[-1]
     return relative(track.motion)
 
 # %% ../nbs/07_motion.ipynb #c034

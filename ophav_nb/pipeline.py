@@ -32,7 +32,7 @@ from .detect import Detector, detect_like, head_crop
 from .flame import load_head
 from .geometry import axis_angle_to_matrix, matrix_to_axis_angle
 from .head import HeadModel, Motion
-from .media import (VideoWriter, clip_info, iter_video, on_background, read_image, read_video, resize, strip, to_float, to_uint8, write_image)
+from .media import (Film, VideoWriter, clip_info, iter_video, on_background, read_image, resize, strip, to_float, to_uint8, write_image)
 from .metrics import identity_distance, identity_embedding, landmark_distance
 from .motion import VIDEO, head_angles, limit, read_motion, relative, retarget, scripted
 from .nets.blocks import at_half_precision, half_precision
@@ -200,9 +200,9 @@ def film_motion(
     size: int = 256,           # side of the crops, pixels
 ) -> Motion:                   # relative
     "What the person in a film does, as an avatar can follow it: tracked, and corrected by its echo."
-    frames, fps = read_video(film, size=720)
+    frames = Film(film, size=720)
     detector, head = Detector(), load_head(basis or "open")
-    _, square, matte, track = track_film(frames, detector, head, size=size, fps=fps)
+    _, square, matte, track = track_film(frames, detector, head, size=size, fps=frames.fps)
     return relative(echo(square, matte, track, head, detector).motion)
 
 # %% ../nbs/19_pipeline.ipynb #c012
@@ -293,11 +293,11 @@ def add_coarse_film(
 ) -> None:
     "Artifact `coarse` from a film that exists: it is cropped, matted and tracked (`coarse/track.npz`)."
     def build(folder: Path) -> None:
-        frames, fps = read_video(film, max_frames=preset.frames)
-        _, square, cut, track = track_film(frames, matting_detector(matte, device, finder), head, size=preset.crop, fps=fps)
+        frames = Film(film, max_frames=preset.frames)
+        _, square, cut, track = track_film(frames, matting_detector(matte, device, finder), head, size=preset.crop, fps=frames.fps)
         maker = make_animator("video", frames=square, track=track, head=head, matte=cut)
         write_coarse(folder, lambda start: maker.frames(start=start), len(square))
-        write_video(run, folder, square, fps, preset.film_size)
+        write_video(run, folder, square, frames.fps, preset.film_size)
         track.save(folder / "track.npz")
 
     run.make("coarse", build, needs=["portrait", "track"], params=dict(film=file_hash(film), crop=preset.crop, frames=preset.frames, film_size=preset.film_size, matte=matte) | unusual(detector=finder) | halved(matte))
