@@ -790,6 +790,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ophav_nb.inspect._img': ('inspect.html#_img', 'ophav_nb/inspect.py'),
                                   'ophav_nb.inspect._live': ('inspect.html#_live', 'ophav_nb/inspect.py'),
                                   'ophav_nb.inspect._measures_figure': ('inspect.html#_measures_figure', 'ophav_nb/inspect.py'),
+                                  'ophav_nb.inspect._next_section': ('inspect.html#_next_section', 'ophav_nb/inspect.py'),
                                   'ophav_nb.inspect._note': ('inspect.html#_note', 'ophav_nb/inspect.py'),
                                   'ophav_nb.inspect._picture': ('inspect.html#_picture', 'ophav_nb/inspect.py'),
                                   'ophav_nb.inspect._portrait_section': ('inspect.html#_portrait_section', 'ophav_nb/inspect.py'),
