@@ -471,11 +471,12 @@ class VideoWriter:
     def __exit__(self, kind, *_):
         if self.container is None: return
         try:
-            if kind is None:
-                with explain_os_errors(self.path): self.container.mux(self.stream.encode())
-            self.container.close()
-            if kind is None: self.partial.replace(self.path)
-        finally: self.partial.unlink(missing_ok=True)
+            with explain_os_errors(self.path):
+                if kind is None: self.container.mux(self.stream.encode())
+                self.container.close()
+                if kind is None: self.partial.replace(self.path)
+        finally:
+            with contextlib.suppress(OSError): self.partial.unlink()
 
 
 def write_video(

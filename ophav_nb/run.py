@@ -25,6 +25,7 @@ class InputError(ValueError):
 _OS_ADVICE = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again, what is finished is kept",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again, what is finished is kept",
+    errno.EFBIG: "files may not grow so large there (`ulimit -f`, or the file system's limit); raise the limit or choose another folder, and run the same command again",
     errno.EACCES: "no permission to write there; choose another folder or change its permissions",
     errno.EPERM: "no permission to write there; choose another folder or change its permissions",
     errno.EROFS: "the file system is read-only; choose another folder",
@@ -45,7 +46,8 @@ def explain_os_errors(
         yield
     except OSError as error:
         if error.errno not in (set(only) or _OS_ADVICE): raise
-        raise InputError(f"{error.filename or path}: {_OS_ADVICE[error.errno]}") from error
+        named = error.filename if error.filename and ".partial." not in Path(str(error.filename)).name else path   # not the temporary name
+        raise InputError(f"{named}: {_OS_ADVICE[error.errno]}") from error
 
 # %% ../nbs/00_run.ipynb #c010
 def asset(

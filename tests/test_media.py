@@ -1,4 +1,5 @@
 """Pictures and films as people have them."""
+import errno
 import struct
 from fractions import Fraction
 
@@ -233,3 +234,17 @@ def test_a_film_is_read_again_and_again(tmp_path, moving):
     once, again = list(film), list(film)
     assert len(once) == len(again) == 7 and film.fps == 25 and max(once[0].shape) == 48
     assert np.array_equal(once, again) and np.array_equal(once, read_video(film.path, 48, 7)[0])
+
+
+def test_a_disk_that_fills_up_while_a_film_is_written(tmp_path, moving, monkeypatch):
+    class Full:
+        def __init__(self, container): self.container = container
+        def __getattr__(self, name): return getattr(self.container, name)
+        def close(self):
+            self.container.close()
+            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path/".a.partial.mp4"))
+    film = VideoWriter(tmp_path/"a.mp4", 25)
+    with pytest.raises(InputError, match=r"a\.mp4: the disk is full") as caught, film:
+        film.add(moving[0])
+        film.container = Full(film.container)
+    assert ".partial" not in str(caught.value) and not list(tmp_path.iterdir())
