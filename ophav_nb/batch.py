@@ -317,9 +317,10 @@ def _badge_cells(name: str, settings) -> list[dict]:
     where = f"{settings['user']}/{settings['repo']}"
     page = f"https://colab.research.google.com/github/{where}/blob/{settings['branch']}/nbs/{name}"
     badge = f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]({page})"
-    install = (f"#| eval: false\n# On Colab: the package, then only what it lacks; the torch that is there stays as it is.\n"
-               f"%pip install -q --no-deps git+https://github.com/{where}@{settings['branch']}\n"
-               "from ophav_nb.run import complete_install; complete_install()")
+    install = (f"#| eval: false\n# On Colab: the package, then only what it lacks; the torch that is there stays as it is. Elsewhere it does nothing.\n"
+               f"import sys\nif 'google.colab' in sys.modules:\n"
+               f"    %pip install -q --no-deps git+https://github.com/{where}@{settings['branch']}\n"
+               "    from ophav_nb.run import complete_install; complete_install()")
     return [{"cell_type": "markdown", "id": "badge", "metadata": {}, "source": badge},
             {"cell_type": "code", "id": "colab", "metadata": {}, "source": install, "outputs": [], "execution_count": None}]
 

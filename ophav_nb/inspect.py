@@ -204,7 +204,7 @@ class Panel(widgets.VBox):
 def _note(text): return Panel([widgets.HTML(f'<em>{html.escape(text)}</em>')], lambda: None)
 
 def _picture(width=None):
-    return widgets.Image(format='jpeg', layout=widgets.Layout(max_width='100%', width=f'{width}px' if width else None, object_fit='contain'))
+    return widgets.Image(format='jpeg', layout=widgets.Layout(max_width='100%', width=f'{width}px' if width else None, min_width='480px', object_fit='contain', align_self='flex-start'))   # neither stretched over the page nor a stamp
 
 def _slider(count, description='frame'):
     return widgets.IntSlider(0, 0, max(count - 1, 0), description=description, continuous_update=True, layout=widgets.Layout(width='480px'))
@@ -486,7 +486,7 @@ def inspect_drift(
     parts = []
     if checks:
         frame, image = _slider(checks), _picture()
-        _live([frame], image, lambda: rounds_strip(view, frame.value)[0])
+        _live([frame], image, lambda: rounds_strip(view, frame.value, 240)[0])
         parts += [frame, image]
     restored = [k for k in view.rounds if view.frames('rounds', k, 'renders') and view.frames('rounds', k, 'restored')]
     if restored: parts += _before_after(view, restored)
