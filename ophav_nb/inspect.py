@@ -497,7 +497,7 @@ def inspect_drift(
 
 def _before_after(view, rounds):
     "Controls and picture: a render, and what the restorer made of it, with a movable border."
-    which, border, image = widgets.Dropdown(options=[(f'round {k}', k) for k in rounds], description='restored in'), widgets.FloatSlider(.5, min=0, max=1, step=.01, description='before | after'), _picture()
+    which, border, image = widgets.Dropdown(options=[(f'round {k}', k) for k in rounds], description='restored in'), widgets.FloatSlider(.5, min=0, max=1, step=.01, description='before | after', style=dict(description_width='initial')), _picture()
     frame = _slider(len(view.frames('rounds', rounds[0], 'restored')), 'render')
     def draw():
         before, after = (view.frames('rounds', which.value, p) for p in ('renders', 'restored'))
@@ -517,7 +517,7 @@ def _measures_figure(metrics):
     figure = go.FigureWidget(make_subplots(rows=1, cols=max(1, len(names)), subplot_titles=[MEASURES[m] for m in names]))
     for n, m in enumerate(names): figure.add_scatter(x=list(metrics), y=[row.get(m) for row in metrics.values()], mode='lines+markers', showlegend=False, row=1, col=n + 1)
     figure.update_xaxes(title='round', dtick=1)
-    figure.update_layout(height=240, width=190*max(1, len(names)) + 60, margin=dict(l=40, r=10, t=30, b=40), template='plotly_white')
+    figure.update_layout(height=240, width=min(860, 190*max(1, len(names)) + 60), margin=dict(l=40, r=10, t=30, b=40), template='plotly_white')
     figure.update_annotations(font_size=11)
     return figure
 

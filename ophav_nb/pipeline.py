@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'PRESETS', 'FILM_NOTE', 'VIEWS', 'Preset', 'get_preset', 'matting_detector', 'unusual', 'halved',
            'add_portrait', 'add_track', 'run_head', 'load_portrait', 'add_motion', 'resolve_motion', 'film_motion',
-           'add_coarse', 'add_coarse_network', 'driving_film', 'write_video', 'add_coarse_film', 'write_coarse',
+           'add_coarse', 'add_coarse_network', 'driving_film', 'write_coarse_video', 'add_coarse_film', 'write_coarse',
            'frame_pose', 'film_metadata', 'add_dataset', 'read_rgba', 'shrink', 'add_film', 'publish', 'play',
            'add_views', 'trained_range', 'beyond', 'create', 'train_rounds', 'copy_folder', 'write_run_report',
            'animate', 'turned']
@@ -244,7 +244,7 @@ def add_coarse_network(
         maker = make_animator(animator, image=portrait.image, track=portrait.track, head=head, matte=portrait.matte, driving=driver, device=device)
         heads = film_heads(maker, motion, folder / "film", matting_detector(matte, device, finder))
         write_coarse(folder, lambda start: heads.frames(start=start), len(motion))
-        write_video(run, folder, heads.images, motion.fps, preset.film_size)
+        write_coarse_video(run, folder, heads.images, motion.fps, preset.film_size)
         heads.track.save(folder / "track.npz")
         del heads, driver
         shutil.rmtree(folder / "film", ignore_errors=True)
@@ -270,7 +270,7 @@ def driving_film(
     return square, fit_film(square, in_crop(crop, landmarks), ok, head, fps=clip_info(film).fps)
 
 
-def write_video(
+def write_coarse_video(
     run: Run,
     folder: Path,
     frames: Iterable[np.ndarray],   # RGB uint8 [S,S,3]
@@ -297,7 +297,7 @@ def add_coarse_film(
         _, square, cut, track = track_film(frames, matting_detector(matte, device, finder), head, size=preset.crop, fps=frames.fps)
         maker = make_animator("video", frames=square, track=track, head=head, matte=cut)
         write_coarse(folder, lambda start: maker.frames(start=start), len(square))
-        write_video(run, folder, square, frames.fps, preset.film_size)
+        write_coarse_video(run, folder, square, frames.fps, preset.film_size)
         track.save(folder / "track.npz")
 
     run.make("coarse", build, needs=["portrait", "track"], params=dict(film=file_hash(film), crop=preset.crop, frames=preset.frames, film_size=preset.film_size, matte=matte) | unusual(detector=finder) | halved(matte))
