@@ -45,7 +45,7 @@ def _add_create(commands) -> None:
   ophav create me.jpg --out runs/me --preset standard       512x512, a longer training
   ophav create me.jpg --out runs/me --motion talk.mp4       the film shows the avatar moving as in this one
   ophav create me.jpg --out runs/me --coarse film.mp4       a talking-head film of this person from another tool
-presets (training film, side of its pictures, steps of round 0; later rounds are shorter):
+presets (training film, side of its pictures, steps of round 0):
   smoke        24 frames,  96 px,    150 steps    a minute: does everything run?
   quick       300 frames, 256 px,  4,000 steps    minutes on two cores
   standard  1,500 frames, 512 px, 12,000 steps    a CPU, and patience
