@@ -7,7 +7,7 @@ __all__ = ['log', 'DASK_TIMEOUT', 'skipped', 'template', 'notebook_parameters', 
            'write_table', 'run_sweep', 'add_badges']
 
 # %% ../nbs/21_batch.ipynb #c002
-from .run import InputError, explain_os_errors, file_hash, make_key, progress, write_atomic
+from .run import FolderLock, InputError, explain_os_errors, file_hash, make_key, progress, remove_scraps, write_atomic
 
 import contextvars, csv, functools, glob, html, importlib.resources, io, itertools, json, logging, os, re, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -231,7 +231,7 @@ def _kept(path: Path, key: str) -> dict|None:
     if not path.is_file(): return None
     try: row = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError: return None
-    return row if row.get("key") == key and row.get("status") == "done" else None
+    return row if row.get("key") == key and row.get("status") == "done" and Path(row["path"]).is_file() else None
 
 # %% ../nbs/21_batch.ipynb #c017
 def write_table(
@@ -304,9 +304,11 @@ def run_sweep(
     with explain_os_errors(out): Path(out).mkdir(parents=True, exist_ok=True)
     jobs = [(str(Path(notebook).absolute()), item, str(Path(out).absolute()), None if dask else max(1, cores//workers)) for item in items]
     rows, order = {}, [i["name"] for i in items]
-    for row in progress(_dask(dask, jobs) if dask else _threads(workers, jobs), len(jobs), "sweep"):
-        rows[row["name"]] = row
-        write_table([rows[n] for n in order if n in rows], out)
+    with FolderLock(Path(out)/".lock"):
+        for folder in (Path(out), *(Path(out)/name for name in order)): remove_scraps(folder, below=False)
+        for row in progress(_dask(dask, jobs) if dask else _threads(workers, jobs), len(jobs), "sweep"):
+            rows[row["name"]] = row
+            write_table([rows[n] for n in order if n in rows], out)
     return [rows[n] for n in order]
 
 # %% ../nbs/21_batch.ipynb #c025
@@ -315,9 +317,10 @@ def _badge_cells(name: str, settings) -> list[dict]:
     where = f"{settings['user']}/{settings['repo']}"
     page = f"https://colab.research.google.com/github/{where}/blob/{settings['branch']}/nbs/{name}"
     badge = f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]({page})"
-    install = (f"#| eval: false\n# On Colab: the package, then only what it lacks; the torch that is there stays as it is.\n"
-               f"%pip install -q --no-deps git+https://github.com/{where}@{settings['branch']}\n"
-               "from ophav_nb.run import complete_install; complete_install()")
+    install = (f"#| eval: false\n# On Colab: the package, then only what it lacks; the torch that is there stays as it is. Elsewhere it does nothing.\n"
+               f"import sys\nif 'google.colab' in sys.modules:\n"
+               f"    %pip install -q --no-deps git+https://github.com/{where}@{settings['branch']}\n"
+               "    from ophav_nb.run import complete_install; complete_install()")
     return [{"cell_type": "markdown", "id": "badge", "metadata": {}, "source": badge},
             {"cell_type": "code", "id": "colab", "metadata": {}, "source": install, "outputs": [], "execution_count": None}]
 

@@ -7,6 +7,7 @@ __all__ = ['logger', 'PARSING', 'BROWS', 'NOSE', 'ARRAYS', 'face_labels', 'parse
            'film_heads', 'tracker_dataset']
 
 # %% ../nbs/09_dataset.ipynb #c003
+import errno
 import json
 import logging
 import math
@@ -371,10 +372,17 @@ class _Store:
         if self.folder is None: return np.zeros(shape, dtype)
         path = self.folder/f'{name}.npy'
         if path.exists():
-            a = np.lib.format.open_memmap(path, 'r+')
+            try: a = np.lib.format.open_memmap(path, 'r+')
+            except (ValueError, EOFError): a = np.zeros(0)   # a stopped run left half a file
             if a.shape == shape and a.dtype == dtype: return a
             self.start = 0
-        return np.lib.format.open_memmap(path, 'w+', dtype=dtype, shape=shape)
+        made = np.lib.format.open_memmap(path, 'w+', dtype=dtype, shape=shape)
+        if hasattr(os, 'posix_fallocate'):                   # a full disk is said now; on a page that is written later it would kill the process
+            with open(path, 'r+b') as file:
+                try: os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                except OSError as error:
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): path.unlink(); raise
+        return made
 
     def did(self, n: int, every: int = 50) -> None:
         if self.folder is not None and (n % every == 0 or n == self.n): write_atomic(self.folder/'arrays.done', lambda p: Path(p).write_text(str(n)))

@@ -8,8 +8,8 @@ __all__ = ['INNER_LIPS_UPPER', 'INNER_LIPS_LOWER', 'INNER_LIPS', 'OUTER_LIPS', '
            'LEFT_BROW', 'RIGHT_BROW', 'BROWS', 'OVAL', 'INNER_FACE', 'LID_PAIRS', 'LIP_PAIRS', 'LIPS', 'LEFT_REGION',
            'RIGHT_REGION', 'FEW_OF_68', 'CODES', 'NOSE', 'to_batch', 'cut', 'uncut', 'Face', 'overlap', 'merge',
            'roi_of_landmarks', 'Networks', 'draw_landmarks', 'as_faces', 'make_finder', 'find_faces', 'is_human',
-           'yaw_of', 'one_face', 'Follower', 'fill_lost', 'guided_filter', 'foreground', 'Detector', 'detect_like',
-           'head_crop', 'eye_opening', 'blink', 'points_of_68', 'parsing']
+           'yaw_of', 'one_face', 'doubts', 'Follower', 'fill_lost', 'guided_filter', 'foreground', 'Detector',
+           'detect_like', 'head_crop', 'eye_opening', 'blink', 'points_of_68', 'parsing']
 
 # %% ../nbs/05_detect.ipynb #c003
 import logging
@@ -315,7 +315,7 @@ def find_faces(
     for nets, squares, score in plans:
         shrink = min(1., 1.6*192/squares[0, 2])                # once for all squares, so that `cut` need not average each
         small = to_batch(image, networks.device)
-        if shrink < 1: small = F.interpolate(small, (round(h*shrink), round(w*shrink)), mode="area")
+        if shrink < 1: small = F.interpolate(small, (max(1, round(h*shrink)), max(1, round(w*shrink))), mode="area")
         scale = np.float32([small.shape[3]/w, small.shape[2]/h])
         where = squares*np.float32([*scale, scale.mean(), 1])
         found = [f for net in nets for some in networks.boxes(small, where, net, score) for f in some]
@@ -360,6 +360,7 @@ def _none_found(networks: Networks, image: np.ndarray, found: bool) -> InputErro
     turned = {k: find_faces(networks, np.ascontiguousarray(np.rot90(image, k)), .75, thorough=False) for k in advice}
     best = max(turned, key=lambda k: max((f.score for f in turned[k]), default=0.))
     if turned[best]: return InputError(f"no upright face found: the picture {advice[best]}")
+    if np.percentile(image, 99) < 40: return InputError("no face found: the picture is very dark; brighten it, or use another portrait")
     if found: return InputError("no whole human face seen from the front in the picture (an animal, a drawing, a part of a face?); use "
                                 "another portrait")
     return InputError("no face found in the picture; use a portrait that shows the whole face from the front")
@@ -398,7 +399,23 @@ def one_face(
     if abs(yaw) > 45: raise InputError(f"the face is turned away by about {abs(yaw):.0f} degrees; use a portrait taken from the front")
     if best.width < 80: log.warning("the face is only %.0f px wide: the avatar will be soft", best.width)
     if abs(yaw) > 30: log.warning("the face is turned by about %.0f degrees: its far side will be guessed", abs(yaw))
+    for doubt in doubts(image, best): log.warning("%s", doubt)
     return best
+
+
+def doubts(
+    image: np.ndarray,   # uint8 [H,W,3]
+    face: Face,          # with landmarks
+) -> list[str]:
+    "What a picture lacks that the avatar will lack too."
+    found, (x0, y0), (x1, y1) = [], face.landmarks[:, :2].min(0), face.landmarks[:, :2].max(0)
+    w, h = x1 - x0, y1 - y0
+    beyond = dict(left=.1*w - x0, right=x1 + .1*w - image.shape[1], upper=.25*h - y0, lower=y1 + .02*h - image.shape[0])   # hair, ears and chin want this much room
+    if cut := [side for side, px in beyond.items() if px > .02*h]:
+        found.append(f"the picture's {' and '.join(cut)} edge cuts the head off: what is missing is made up; a portrait with room around the head looks better")
+    inside = image[max(0, int(y0)):int(y1) + 1, max(0, int(x0)):int(x1) + 1]
+    if inside.size and inside.mean() < 35: found.append("the face is very dark: the avatar will be as dark; brighten the picture first")
+    return found
 
 # %% ../nbs/05_detect.ipynb #c031
 class Follower:
@@ -578,6 +595,7 @@ class Detector(Networks):
         parts = [follower.add(np.stack(some)) for some in progress(batches(frames, self.batch), total, "landmarks")]
         points, ok = (np.concatenate(v) for v in zip(*parts))
         if not ok.any(): raise InputError("no face found in the film; use one that shows one person from the front")
+        if not ok.all(): log.warning("%d of the film's %d frames show no face: the head is moved through them from its neighbours", (~ok).sum(), len(ok))
         return fill_lost(points, ok), ok
 
     @torch.inference_mode()

@@ -32,7 +32,7 @@ from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Det
 from .geometry import Camera
 from .flame import load_head
 from .head import HeadModel, Motion
-from .media import VideoWriter, on_background, read_video, resize, to_float, to_uint8, write_image
+from .media import Film, VideoWriter, iter_video, on_background, resize, to_float, to_uint8, write_image
 from .metrics import (Truth, correlation, flicker, head_mask, identity_distance, identity_embedding, inter_ocular, landmark_distance,
                               lid_gap, missing_metrics, mouth_gap, network_metrics, present_networks, sharpness, sharpness_mask)
 from .motion import retarget
@@ -100,10 +100,10 @@ def add_clip(
 ) -> SimpleNamespace:         # frames uint8 [T, S, S, 3], matte float16 [T, S, S], track
     "Artifact `clip`: the head's crops, their mattes, and the track."
     def build(folder):
-        frames, fps = read_video(clip, max_frames=preset.frames)
-        if len(frames) < 5: raise InputError(f"{clip} has only {len(frames)} frames; an evaluation needs some seconds of film")
+        frames = Film(clip, max_frames=preset.frames)
+        if (seen := sum(1 for _ in iter_video(clip, max_frames=5))) < 5: raise InputError(f"{clip} has only {seen} frame{'s'[:seen > 1]}; an evaluation needs some seconds of film")
         detector = matting_detector(matte, device, finder)
-        crop, square, alpha, track = track_film(frames, detector, head, size=preset.crop, fps=fps)
+        crop, square, alpha, track = track_film(frames, detector, head, size=preset.crop, fps=frames.fps)
         track = echo(square, alpha, track, head, detector)
         np.save(folder/'frames.npy', square)
         np.save(folder/'matte.npy', np.asarray(alpha, np.float16))

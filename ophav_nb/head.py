@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['JOINTS', 'SKIN', 'TEETH', 'TONGUE', 'SCLERA', 'IRIS', 'PUPIL', 'BACK', 'MissingPart', 'read_head', 'HeadModel',
-           'hair_thickness', 'Motion']
+           'hair_thickness', 'plain_arrays', 'Motion']
 
 # %% ../nbs/03_head.ipynb #c004
-import copy
+import copy, zipfile, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -366,6 +366,20 @@ def hair_thickness(
     return spread_over(head.faces, (thick*known)[:, None], np.maximum(known, ~scalp))[:, 0].clip(0, most).astype(np.float32)
 
 # %% ../nbs/03_head.ipynb #c034
+def plain_arrays(
+    path: str|Path,   # .npz
+) -> dict:            # name -> array
+    "The arrays of a file that anyone may have made: at least one frame each, all numbers finite; nothing is unpickled."
+    try:
+        with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as cause:
+        raise InputError(f'{path}: not a motion file, or damaged; an .npz of plain arrays is wanted, as Motion.save writes it') from cause
+    for name, a in arrays.items():
+        if a.dtype.kind == 'f' and not np.isfinite(a).all(): raise InputError(f"{path}: '{name}' holds numbers that are not finite (NaN); mend or cut those frames")
+        if a.ndim and not len(a): raise InputError(f"{path}: '{name}' holds no frame; a motion wants one at least")
+    return arrays
+
+
 @dataclass
 class Motion:
     "Parameters of a head over time."
@@ -382,7 +396,8 @@ class Motion:
         if self.expression.ndim != 2 or self.joints.shape != (T, len(JOINTS), 3) or self.translation.shape != (T, 3):
             raise InputError(f'a motion wants expression [T, E], joints [T, {len(JOINTS)}, 3] and translation [T, 3]; got '
                              f'{self.expression.shape}, {self.joints.shape}, {self.translation.shape}')
-        self.fps, self.basis = float(self.fps), str(self.basis)
+        if not (np.size(self.fps) == 1 and 0 < float(np.squeeze(self.fps)) <= 1000): raise InputError(f'a motion wants its frames a second as one number above 0; got {self.fps}')
+        self.fps, self.basis = float(np.squeeze(self.fps)), str(self.basis)
 
     @classmethod
     def still(cls, frames: int, n_expression: int = 52, fps: float = 25., basis: str = 'open') -> 'Motion':
@@ -417,9 +432,9 @@ class Motion:
         path: str|Path,  # what `save` wrote
     ) -> 'Motion':
         "Read it; nothing is unpickled."
-        try:
-            with np.load(path, allow_pickle=False) as z: return cls(z['expression'], z['joints'], z['translation'], z['fps'], str(z['basis']))
-        except (KeyError, ValueError, OSError) as cause: raise InputError(f'{path}: not a motion file ({cause})') from cause
+        arrays = plain_arrays(path)
+        try: return cls(**{name: arrays[name] for name in ('expression', 'joints', 'translation', 'fps', 'basis')})
+        except (KeyError, ValueError) as cause: raise InputError(f'{path}: not a motion file ({cause})') from cause
 
     @staticmethod
     def concat(

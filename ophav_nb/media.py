@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'to_uint8', 'to_float', 'on_background', 'read_image', 'write_image', 'Picture', 'strip', 'show_images',
-           'resize', 'Crop', 'Clip', 'clip_info', 'iter_video', 'read_video', 'VideoWriter', 'write_video']
+           'resize', 'Crop', 'Clip', 'clip_info', 'iter_video', 'read_video', 'Film', 'VideoWriter', 'write_video']
 
 # %% ../nbs/01_media.ipynb #c002
 import contextlib, io, logging, warnings
@@ -410,6 +410,21 @@ def read_video(
     rate = fps or clip_info(path).fps
     return np.stack(list(iter_video(path, size, max_frames, fps, partial))), rate
 
+
+@dataclass(frozen=True)
+class Film:
+    "A film's frames, read anew whenever they are asked for: one is in memory at a time, however long and large the film."
+    path: str|Path
+    size: int|None = None         # longest side at most, px
+    max_frames: int|None = None
+
+    @property
+    def fps(self) -> float:
+        "Frames a second."
+        return clip_info(self.path).fps
+
+    def __iter__(self) -> Iterator[np.ndarray]: return iter_video(self.path, self.size, self.max_frames)
+
 # %% ../nbs/01_media.ipynb #c030
 class VideoWriter:
     "Write an MP4 frame by frame: `with VideoWriter(path, 25) as film: film.add(frame)`."
@@ -456,11 +471,12 @@ class VideoWriter:
     def __exit__(self, kind, *_):
         if self.container is None: return
         try:
-            if kind is None:
-                with explain_os_errors(self.path): self.container.mux(self.stream.encode())
-            self.container.close()
-            if kind is None: self.partial.replace(self.path)
-        finally: self.partial.unlink(missing_ok=True)
+            with explain_os_errors(self.path):
+                if kind is None: self.container.mux(self.stream.encode())
+                self.container.close()
+                if kind is None: self.partial.replace(self.path)
+        finally:
+            with contextlib.suppress(OSError): self.partial.unlink()
 
 
 def write_video(

@@ -6,8 +6,8 @@
 __all__ = ['FIVE_POINTS', 'FIVE_PLACES', 'MISSING', 'NETWORKS', 'PACKAGES', 'grow', 'head_mask', 'interior_mask', 'inter_ocular',
            'face_mask', 'mouth_mask', 'eyes_mask', 'psnr', 'ssim_map', 'ssim', 'landmark_distance', 'lid_gap',
            'mouth_gap', 'correlation', 'sharpness_mask', 'sharpness', 'flicker', 'rigid_residual', 'face_network',
-           'chip_roi', 'face_chips', 'identity_embedding', 'identity_distance', 'Truth', 'evaluate_frames',
-           'why_missing', 'missing_metrics', 'present_networks', 'load_lpips', 'load_inception', 'lpips_distance',
+           'chip_roi', 'face_chips', 'identity_embedding', 'identity_distance', 'Truth', 'why_missing',
+           'missing_metrics', 'present_networks', 'load_lpips', 'load_inception', 'lpips_distance',
            'inception_features', 'frechet_distance', 'measuring_network', 'face_boxes', 'point_distances',
            'network_metrics']
 
@@ -411,18 +411,6 @@ class Truth:
         mine = identity_embedding([images[i] for i in self.chosen], self.found[self.chosen])
         out = {"identity_distance": _mean(identity_distance(mine, self.embeddings))}
         return out if portrait is None else out | {"identity_to_portrait": _mean(identity_distance(mine, portrait))}
-
-
-def evaluate_frames(
-    images: Iterable[np.ndarray],               # uint8 or 0..1: RGB on white, or straight RGBA
-    frames: Sequence[np.ndarray],               # [T,H,W,3] uint8: the truth
-    alphas: Sequence[np.ndarray],               # [T,H,W] the truth's matted head
-    landmarks: np.ndarray|None = None,          # [T,478,3] px of the truth, where known
-    detector: Detector|None = None,
-    **kwargs,                                   # of `Truth.score`
-) -> dict[str, float|int|None]:
-    "One film against one truth; for several rows make a `Truth` once and call its `score`."
-    return Truth(frames, alphas, detector or Detector(), landmarks).score(images, **kwargs)
 
 # %% ../nbs/16_metrics.ipynb #c028
 MISSING = {

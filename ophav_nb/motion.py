@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 
 # %% ../nbs/07_motion.ipynb #c003
 from .run import InputError
-from .head import HeadModel, Motion
+from .head import HeadModel, Motion, plain_arrays
 from .flame import convert, flame_head, is_absolute
 from .weights import find_weight, require
 
@@ -390,7 +390,7 @@ def retarget(
     if (motion.basis, own.basis) == ("open", "flame"): return _retarget_flame(motion, own, keep=keep, expression=expression, pose=pose, reach=reach)
     motion = in_basis(motion, own.basis)
     if motion.expression.shape[1] != own.expression.shape[1]:
-        raise InputError(f"the motion has {motion.expression.shape[1]} expressions, the portrait {own.expression.shape[1]}; track the portrait again with this head")
+        raise InputError(f"the motion has {motion.expression.shape[1]} expressions, this avatar's head {own.expression.shape[1]}: it was made for another head; make or read it again for this one")
     delta, jaw = motion.expression*expression, motion.joints[:, 2]*expression
     stays = np.ones_like(delta)
     if delta.shape[1] == len(NAMES):
@@ -486,9 +486,7 @@ def read_motion(
 
 def _read_npz(path: Path, basis) -> Motion:
     "Ours or FLAME's."
-    try:
-        with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
-    except (ValueError, OSError) as cause: raise InputError(f"{path}: not a readable .npz of plain arrays ({cause})") from cause
+    arrays = plain_arrays(path)
     if {"expression", "joints", "translation"} <= set(arrays): return Motion.load(path) if basis is None else in_basis(Motion.load(path), basis)
     if {"expr", "rot"} <= set(arrays): return _read_flame(arrays, basis or "open", path.name)
     raise InputError(f"{path}: neither a motion of ours (expression, joints, translation) nor a FLAME sequence (expr, rot, tra); it holds "
@@ -507,11 +505,11 @@ def _read_flame(arrays: dict, basis: str, name: str) -> Motion:
 
 def _read_film(path: Path, detector, head, max_frames) -> Motion:
     "Track a film."
-    from ophav_nb.media import read_video
+    from ophav_nb.media import Film
     from ophav_nb.track import track_film
     from ophav_nb.detect import Detector
-    frames, fps = read_video(path, size=720, max_frames=max_frames)
-    track = track_film(frames, detector or Detector(), head or HeadModel.load(), size=256, fps=fps)[-1]
+    frames = Film(path, size=720, max_frames=max_frames)
+    track = track_film(frames, detector or Detector(), head or HeadModel.load(), size=256, fps=frames.fps)[-1]
     return relative(track.motion)
 
 # %% ../nbs/07_motion.ipynb #c034
@@ -521,7 +519,10 @@ def flame_motion(
     "A FLAME sequence (Li et al., 2017), as CAP4D and others write them."
     expr = np.asarray(arrays["expr"], np.float64)
     T = len(expr)
-    take = lambda key: np.asarray(arrays[key], np.float64).reshape(-1, 3)[:T] if key in arrays else np.zeros((T, 3))
+    def take(key):
+        rows = np.asarray(arrays[key], np.float64).reshape(-1, 3)[:T] if key in arrays else np.zeros((T, 3))
+        if len(rows) != T: raise InputError(f"a FLAME sequence of {T} frames has {len(rows)} of {key}; all its arrays want one row a frame")
+        return rows
     joints = np.stack([take(key) for key in ("rot", "neck_rot", "jaw_rot", "eye_rot", "eye_rot")], 1)
     joints[:, 3:] -= np.median(joints[:, 3:], 0)                     # eyes rest where they mostly look
     shift = take("tra") - take("tra")[0]
@@ -541,6 +542,7 @@ def liveportrait_motion(
                       for k, shape in (("R", (3, 3)), ("exp", (21, 3)), ("t", (3,)), ("scale", ())))
     except (KeyError, TypeError, ValueError, AttributeError) as cause:
         raise InputError(f"{name}: not a LivePortrait motion template ({cause})") from cause
+    if not all(np.isfinite(x).all() for x in (M, d, t, s)) or (np.linalg.det(M) < .5).any(): raise InputError(f"{name}: some frames hold no rotation, or numbers that are not finite (NaN); make the template again")
     flip = np.diag([1., -1, -1])
     R = Rotation.from_matrix(flip @ M.transpose(0, 2, 1) @ flip)
     joints = np.zeros((len(d), 5, 3))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'PRESETS', 'FILM_NOTE', 'VIEWS', 'Preset', 'get_preset', 'matting_detector', 'unusual', 'halved',
            'add_portrait', 'add_track', 'run_head', 'load_portrait', 'add_motion', 'resolve_motion', 'film_motion',
-           'add_coarse', 'add_coarse_network', 'driving_film', 'write_video', 'add_coarse_film', 'write_coarse',
+           'add_coarse', 'add_coarse_network', 'driving_film', 'write_coarse_video', 'add_coarse_film', 'write_coarse',
            'frame_pose', 'film_metadata', 'add_dataset', 'read_rgba', 'shrink', 'add_film', 'publish', 'play',
            'add_views', 'trained_range', 'beyond', 'create', 'train_rounds', 'copy_folder', 'write_run_report',
            'animate', 'turned']
@@ -32,7 +32,7 @@ from .detect import Detector, detect_like, head_crop
 from .flame import load_head
 from .geometry import axis_angle_to_matrix, matrix_to_axis_angle
 from .head import HeadModel, Motion
-from .media import (VideoWriter, clip_info, iter_video, on_background, read_image, read_video, resize, strip, to_float, to_uint8, write_image)
+from .media import (Film, VideoWriter, clip_info, iter_video, on_background, read_image, resize, strip, to_float, to_uint8, write_image)
 from .metrics import identity_distance, identity_embedding, landmark_distance
 from .motion import VIDEO, head_angles, limit, read_motion, relative, retarget, scripted
 from .nets.blocks import at_half_precision, half_precision
@@ -200,9 +200,9 @@ def film_motion(
     size: int = 256,           # side of the crops, pixels
 ) -> Motion:                   # relative
     "What the person in a film does, as an avatar can follow it: tracked, and corrected by its echo."
-    frames, fps = read_video(film, size=720)
+    frames = Film(film, size=720)
     detector, head = Detector(), load_head(basis or "open")
-    _, square, matte, track = track_film(frames, detector, head, size=size, fps=fps)
+    _, square, matte, track = track_film(frames, detector, head, size=size, fps=frames.fps)
     return relative(echo(square, matte, track, head, detector).motion)
 
 # %% ../nbs/19_pipeline.ipynb #c012
@@ -244,7 +244,7 @@ def add_coarse_network(
         maker = make_animator(animator, image=portrait.image, track=portrait.track, head=head, matte=portrait.matte, driving=driver, device=device)
         heads = film_heads(maker, motion, folder / "film", matting_detector(matte, device, finder))
         write_coarse(folder, lambda start: heads.frames(start=start), len(motion))
-        write_video(run, folder, heads.images, motion.fps, preset.film_size)
+        write_coarse_video(run, folder, heads.images, motion.fps, preset.film_size)
         heads.track.save(folder / "track.npz")
         del heads, driver
         shutil.rmtree(folder / "film", ignore_errors=True)
@@ -270,7 +270,7 @@ def driving_film(
     return square, fit_film(square, in_crop(crop, landmarks), ok, head, fps=clip_info(film).fps)
 
 
-def write_video(
+def write_coarse_video(
     run: Run,
     folder: Path,
     frames: Iterable[np.ndarray],   # RGB uint8 [S,S,3]
@@ -293,11 +293,11 @@ def add_coarse_film(
 ) -> None:
     "Artifact `coarse` from a film that exists: it is cropped, matted and tracked (`coarse/track.npz`)."
     def build(folder: Path) -> None:
-        frames, fps = read_video(film, max_frames=preset.frames)
-        _, square, cut, track = track_film(frames, matting_detector(matte, device, finder), head, size=preset.crop, fps=fps)
+        frames = Film(film, max_frames=preset.frames)
+        _, square, cut, track = track_film(frames, matting_detector(matte, device, finder), head, size=preset.crop, fps=frames.fps)
         maker = make_animator("video", frames=square, track=track, head=head, matte=cut)
         write_coarse(folder, lambda start: maker.frames(start=start), len(square))
-        write_video(run, folder, square, fps, preset.film_size)
+        write_coarse_video(run, folder, square, frames.fps, preset.film_size)
         track.save(folder / "track.npz")
 
     run.make("coarse", build, needs=["portrait", "track"], params=dict(film=file_hash(film), crop=preset.crop, frames=preset.frames, film_size=preset.film_size, matte=matte) | unusual(detector=finder) | halved(matte))
@@ -394,9 +394,7 @@ def publish(
 ) -> Path:
     "Put a result where a person looks for it, unless the same file is there already."
     if not (target.exists() and target.stat().st_size == source.stat().st_size and target.stat().st_mtime >= source.stat().st_mtime):
-        partial = target.with_name("." + target.name)
-        shutil.copy2(source, partial)
-        partial.replace(target)
+        write_atomic(target, lambda partial: shutil.copy2(source, partial))
     return target
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from ophav_nb import batch
 from ophav_nb.batch import add_badges, execute, fill_in, notebook_parameters, read_sweep, run_sweep, skipped, template
-from ophav_nb.run import InputError
+from ophav_nb.run import FolderLock, InputError
 
 
 def notebook(path, *cells, tagged=True):
@@ -102,6 +102,17 @@ def test_changed_input_files_are_noticed(tmp_path, small):
     assert [run_sweep(path, tmp_path/"out")[0]["status"] for _ in range(2)] == ["done", "kept"]
     face.write_text("two")
     assert run_sweep(path, tmp_path/"out")[0]["status"] == "done"
+
+
+def test_one_sweep_at_a_time_and_no_scraps(tmp_path, small):
+    path, out = sweep(tmp_path, "grid: {x: [1]}"), tmp_path/"out"
+    with FolderLock(out/".lock"), pytest.raises(InputError, match="is being written"): run_sweep(path, out)
+    (out/"x=1").mkdir()
+    (out/".table.9.partial.csv").write_text("half"); (out/"x=1"/".row.9.partial.json").write_text("half")
+    run_sweep(path, out)
+    assert not list(out.rglob("*.partial.*"))
+    (out/"x=1"/"notebook.ipynb").unlink()
+    assert run_sweep(path, out)[0]["status"] == "done"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The command: arguments reach the functions, mistakes are one line and exit code 2."""
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -59,16 +60,26 @@ def test_options_exist_in_the_functions():
     known = {"create": pipeline.create, "animate": pipeline.animate, "bench": bench.bench, "evaluate": evaluate.evaluate_clip}
     for action in cli.make_parser()._subparsers._group_actions:
         for name, function in known.items():
-            offered = {a.dest for a in action.choices[name]._actions} - {"help", "folder"} - ({"motion"} if name == "evaluate" else set())
+            offered = {a.dest for a in action.choices[name]._actions} - {"help", "folder", "quiet"} - ({"motion"} if name == "evaluate" else set())
             assert offered <= set(inspect.signature(function).parameters), name
+    from ophav_nb.motion import SCRIPTS
     from ophav_nb.pipeline import PRESETS
-    assert set(cli.PRESETS) == set(PRESETS)
+    assert set(cli.PRESETS) == set(PRESETS) and set(cli.SCRIPTS) == set(SCRIPTS)
+    told = cli.make_parser()._subparsers._group_actions[0].choices["create"].epilog
+    for name, p in PRESETS.items(): assert re.search(rf"{name} +{p.frames:,} frames, +{p.size} px, +{p.steps:,} steps", told), name
+
+
+def test_quiet_before_and_after_the_command(calls, monkeypatch):
+    for argv in (["-q", "create", "a", "--out", "o"], ["create", "a", "--out", "o", "-q"], ["create", "a", "--out", "o", "--quiet"]):
+        monkeypatch.setenv("OPHAV_QUIET", "")
+        assert main(argv) == 0 and os.environ["OPHAV_QUIET"] == "1"
 
 
 @pytest.mark.parametrize("argv, part", [
     ([], "COMMAND"), (["creat"], "invalid choice"), (["create"], "--out"), (["create", "a", "--out", "o", "--preset", "fast"], "smoke"),
     (["create", "a", "--out", "o", "--rounds", "-1"], "number from 0 on"), (["create", "a", "--out", "o", "--seed", "x"], "--seed"),
-    (["create", "a", "--out", "o", "--nonsense"], "--nonsense"), (["animate", "r", "--out", "a.avi"], ".mp4"), (["evaluate", "--out", "o"], "--clip"),
+    (["create", "a", "--out", "o", "--nonsense"], "--nonsense"), (["animate", "r", "--out", "a.avi"], ".mp4"),
+    (["animate", "r", "--out", "a.mp4", "--yaw", "nan"], "--yaw"), (["animate", "r", "--out", "a.mp4", "--size", "0"], "16 to 2048"), (["animate", "r", "--out", "a.mp4", "--seconds", "0"], "--seconds"), (["evaluate", "--out", "o"], "--clip"),
     (["evaluate", "r", "--out", "o"], "--motion"), (["evaluate", "r", "--clip", "c", "--out", "o"], "either"),
     (["evaluate", "r", "--motion", "m", "--out", "o", "--matte", "rvm"], "--matte goes with --clip"), (["inspect", "nowhere"], "run folder"),
     (["batch", "lost.yaml", "--out", "o"], "lost.yaml"), (["weights", "add"], "needs a file"), (["weights", "get", "x"], "lists"),

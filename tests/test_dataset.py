@@ -1,5 +1,7 @@
 "Datasets: what follows from a motion, the way to the disk and back, and other people's folders."
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -126,6 +128,18 @@ def test_arrays_on_disk_resume(frames, motion, shape, camera, head, data, tmp_pa
     again = HeadDataset.load(tmp_path, head)
     assert isinstance(again.rgb, np.memmap)
     equal(data, again, depth=0)
+
+
+@pytest.mark.skipif(not hasattr(os, 'posix_fallocate'), reason='no such call here')
+def test_a_full_disk_is_said_and_half_a_file_is_made_anew(frames, motion, shape, camera, head, data, tmp_path, monkeypatch):
+    def full(*_): raise OSError(errno.ENOSPC, 'No space left on device')
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):   # memory-mapped pages of a full disk would kill the process
+        patch.setattr(os, 'posix_fallocate', full)
+        HeadDataset.from_frames(frames, motion, shape, camera, head, folder=tmp_path)
+    assert not list(tmp_path.glob('*.npy'))
+    for half in (b'', b'\x93NUMPY\x01\x00'): (tmp_path/('rgb.npy' if half else 'alpha.npy')).write_bytes(half)
+    made = HeadDataset.from_frames(frames, motion, shape, camera, head, folder=tmp_path)
+    assert np.array_equal(made.rgb, data.rgb) and np.array_equal(made.alpha, data.alpha)
 
 
 def test_frames_from_an_iterator_and_other_images(frames, motion, shape, camera, head, data):

@@ -1,4 +1,5 @@
 """Networks against the originals' outputs, faces and points on the astronaut."""
+import re
 from pathlib import Path
 
 import ophav_nb  # noqa: F401  (before torch: it sets how threads wait)
@@ -118,6 +119,18 @@ def test_small_portraits(detector, image, size, fine):
             detector.one(resize(image, size))
 
 
+def test_doubtful_portraits_are_named(detector, image, caplog):
+    for picture, said in ((image, None), (image[70:, 200:], "upper and left|left and upper"), (image[:150], "lower"), (image//8, "very dark")):
+        caplog.clear()
+        with caplog.at_level("WARNING", "ophav_nb"): detector.one(np.ascontiguousarray(picture))
+        assert re.search(said, caplog.text) if said else not caplog.text, caplog.text
+    with pytest.raises(InputError, match="very dark"): detector.one(image//25)
+
+
+def test_a_picture_of_one_line(detector):
+    with pytest.raises(InputError, match="no face"): detector.one(np.zeros((1, 4096, 3), np.uint8) + 128)
+
+
 def test_turned_pictures_are_named(detector, image):
     with pytest.raises(InputError, match="on its side"):
         detector.one(np.ascontiguousarray(np.rot90(image)))
@@ -125,12 +138,12 @@ def test_turned_pictures_are_named(detector, image):
         detector.one(np.ascontiguousarray(np.rot90(image, 2)))
 
 
-def test_film_marks_lost_frames_and_goes_on(detector, image):
+def test_film_marks_lost_frames_and_goes_on(detector, image, caplog):
     shifts = [(3*t, -2*t) for t in range(11)]
     film = [np.roll(image, (dy, dx), (0, 1)) for dx, dy in shifts]
     film[4] = np.zeros_like(image)
-    points, ok = detector.film(film)
-    assert np.flatnonzero(~ok).tolist() == [4]
+    with caplog.at_level("WARNING", "ophav_nb"): points, ok = detector.film(film)
+    assert np.flatnonzero(~ok).tolist() == [4] and "1 of the film's" in caplog.text
     still = points[:, :468, :2] - np.array(shifts)[:, None]
     assert np.abs(still - still[0]).mean() < .6
     with pytest.raises(InputError, match="film"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ophav_nb.inspect import (Curves, RunView, check_numbers, example_run, inspect_coarse, inspect_drift, inspect_fit, inspect_run,
+from ophav_nb.inspect import (MEANINGS, Curves, RunView, check_numbers, example_run, inspect_coarse, inspect_drift, inspect_fit, inspect_run,
                               joined, overlay, rounds_strip, training_curves, write_report)
 from ophav_nb.run import InputError
 
@@ -145,3 +145,8 @@ def test_report_is_one_file_and_says_what_it_is(run, tmp_path):
     assert 'data:video/mp4' in page and page.count('data:image/') == 4
     assert not [line for line in page.split('"') if line.startswith('http')]
     assert 'class=chosen' in page
+    assert all(word in page for word in ('What the numbers mean', 'lower is closer')) and page.count('<h2>') == page.count('</h2><p>')   # each part says what it is
+
+
+def test_every_measure_of_a_round_is_explained(run):
+    assert {name for row in RunView(run).metrics().values() for name in row} - {'round'} <= set(MEANINGS)

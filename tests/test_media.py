@@ -1,4 +1,5 @@
 """Pictures and films as people have them."""
+import errno
 import struct
 from fractions import Fraction
 
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from ophav_nb import media
-from ophav_nb.media import Crop, VideoWriter, clip_info, read_image, read_video, resize, write_image, write_video
+from ophav_nb.media import Crop, Film, VideoWriter, clip_info, read_image, read_video, resize, write_image, write_video
 from ophav_nb.run import InputError
 
 
@@ -226,3 +227,24 @@ def test_sound_alone_is_refused(tmp_path):
 def test_show_images_stays_small(face):
     picture = media.show_images([face, face[..., 0], np.dstack([face, face[..., :1]])], ["a", "b", "c"], width=300)
     assert picture.array.shape[1] <= 300 and picture._repr_jpeg_()[:2] == b"\xff\xd8"
+
+
+def test_a_film_is_read_again_and_again(tmp_path, moving):
+    film = Film(write_video(tmp_path/"a.mp4", moving, 25), size=48, max_frames=7)
+    once, again = list(film), list(film)
+    assert len(once) == len(again) == 7 and film.fps == 25 and max(once[0].shape) == 48
+    assert np.array_equal(once, again) and np.array_equal(once, read_video(film.path, 48, 7)[0])
+
+
+def test_a_disk_that_fills_up_while_a_film_is_written(tmp_path, moving, monkeypatch):
+    class Full:
+        def __init__(self, container): self.container = container
+        def __getattr__(self, name): return getattr(self.container, name)
+        def close(self):
+            self.container.close()
+            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path/".a.partial.mp4"))
+    film = VideoWriter(tmp_path/"a.mp4", 25)
+    with pytest.raises(InputError, match=r"a\.mp4: the disk is full") as caught, film:
+        film.add(moving[0])
+        film.container = Full(film.container)
+    assert ".partial" not in str(caught.value) and not list(tmp_path.iterdir())

@@ -95,6 +95,34 @@ def test_wrong_files(tmp_path):
     with pytest.raises(InputError): liveportrait_motion({"motion": [1]})
 
 
+BAD_MOTIONS = dict(nan=dict(expression=np.full((3, 52), np.nan)), inf=dict(translation=np.full((3, 3), np.inf)), empty=dict(expression=np.zeros((0, 52)), joints=np.zeros((0, 5, 3)),
+                   translation=np.zeros((0, 3))), rate=dict(fps=0.), no_rate=dict(fps=np.zeros(3)), words=dict(expression=np.full((3, 52), "a")))
+
+
+@pytest.mark.parametrize("kind", BAD_MOTIONS)
+def test_motions_that_cannot_be_played(tmp_path, kind):
+    good = dict(expression=np.zeros((3, 52)), joints=np.zeros((3, 5, 3)), translation=np.zeros((3, 3)), fps=25., basis="open")
+    np.savez(tmp_path/"good.npz", **good)
+    assert len(read_motion(tmp_path/"good.npz")) == 3
+    np.savez(tmp_path/"bad.npz", **good | BAD_MOTIONS[kind])
+    for read in (read_motion, Motion.load):
+        with pytest.raises(InputError): read(tmp_path/"bad.npz")
+
+
+def test_damaged_and_uneven_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPHAV_HOME", str(tmp_path))
+    np.savez(tmp_path/"whole.npz", expr=np.zeros((5, 100)), rot=np.zeros((5, 3)), tra=np.zeros((5, 3)))
+    assert len(read_motion(tmp_path/"whole.npz")) == 5
+    data = (tmp_path/"whole.npz").read_bytes()
+    (tmp_path/"cut.npz").write_bytes(data[:len(data)//2])
+    (tmp_path/"empty.npz").write_bytes(b"")
+    np.savez(tmp_path/"uneven.npz", expr=np.zeros((5, 100)), rot=np.zeros((3, 3)), tra=np.zeros((5, 3)))
+    for name in ("cut", "empty", "uneven"):
+        with pytest.raises(InputError): read_motion(tmp_path/f"{name}.npz")
+    frame = dict(R=np.full((3, 3), np.nan), exp=np.zeros((21, 3)), t=np.zeros(3), scale=1.)
+    with pytest.raises(InputError, match="no rotation"): liveportrait_motion({"motion": [frame]*3})
+
+
 def test_liveportrait_file():
     path = FILES/"liveportrait_talking.pkl"
     if not path.exists(): pytest.skip("the shipped motions are not here")

@@ -170,3 +170,9 @@ def test_guard():
     number, reason = choose_round([base, row(sharpness=90.), row(sharpness=99., identity_distance=.34)])
     assert number == 1 and reason.startswith('round 1') and 'round 2 drifts from the person' in reason
     assert choose_round([row(sharpness=0.)]*2)[0] == 0                             # an empty picture, as of a parser that calls everything clothes
+
+
+def test_defaults_are_those_of_quick():
+    from ophav_nb.pipeline import PRESETS
+    quick, config = PRESETS['quick'], RoundsConfig()
+    assert (config.steps0, config.steps) == (quick.steps, quick.round_steps)

@@ -1,5 +1,6 @@
 """The run folder: resume after a kill, locks, invalidation, bad folders."""
 import errno
+import fnmatch
 import json
 import os
 import signal
@@ -183,3 +184,17 @@ def test_write_atomic_leaves_no_scraps(tmp_path):
         raise ZeroDivisionError
     with pytest.raises(ZeroDivisionError): write_atomic(tmp_path/"a.txt", broken)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_writers_left_is_swept(tmp_path):
+    run = Run(tmp_path/"run", {})
+    def build(folder): (folder/"kept.txt").write_text("kept")
+    (tmp_path/"run"/"a.partial").mkdir(); (tmp_path/"run"/"b"/"a.old.partial").mkdir(parents=True)
+    for place in ("", "a.partial"): (tmp_path/"run"/place/".picture.123.partial.png").write_bytes(b"half")
+    (tmp_path/"run"/".mine.txt").write_text("the user's")
+    run.make("a", build)
+    left = {str(p.relative_to(tmp_path/"run")) for p in (tmp_path/"run").rglob("*") if "partial" in p.name}
+    assert not left and (tmp_path/"run"/".mine.txt").exists() and list(run.manifest("a")["files"]) == ["kept.txt"]
+    scraps = []
+    write_atomic(tmp_path/"new.json", lambda path: (scraps.append(path.name), path.write_text("{}")))
+    assert fnmatch.fnmatch(scraps[0], ".*.partial.*")   # the names that are swept are those that are written
