@@ -627,6 +627,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ophav_nb.evaluate.write_results': ('evaluate.html#write_results', 'ophav_nb/evaluate.py')},
             'ophav_nb.field': { 'ophav_nb.field.Field': ('field.html#field', 'ophav_nb/field.py'),
                                 'ophav_nb.field.Field.__init__': ('field.html#field.__init__', 'ophav_nb/field.py'),
+                                'ophav_nb.field.Field.asked': ('field.html#field.asked', 'ophav_nb/field.py'),
                                 'ophav_nb.field.Field.colour': ('field.html#field.colour', 'ophav_nb/field.py'),
                                 'ophav_nb.field.Field.density': ('field.html#field.density', 'ophav_nb/field.py'),
                                 'ophav_nb.field.Field.forward': ('field.html#field.forward', 'ophav_nb/field.py'),

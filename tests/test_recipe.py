@@ -135,6 +135,14 @@ def test_occupancy_skips_what_was_empty(scene):
     assert g.wanted(x).tolist() == [False, True]
 
 
+def test_slope_by_position(scene):
+    field, x = scene[0], (.2 + .6*torch.rand(200, 3)).requires_grad_()
+    g = torch.randn(200, 8)
+    slopes = [torch.autograd.grad((f(x)*g).sum(), x)[0] for f in (field.asked, field.grid)]     # the grid's own: exact, by torch
+    assert torch.equal(field.asked(x), field.grid(x.detach()))
+    assert ((slopes[0] - slopes[1]).abs().max(1).values < .02*slopes[1].abs().max()).float().mean() > .85     # but for those whose stretch crosses a cell's wall
+
+
 def test_offsets_begin_at_nothing(scene):
     field, *_ = scene
     torch.manual_seed(0)
