@@ -6,7 +6,7 @@
 __all__ = ['logger', 'KNEE', 'TILE', 'CELL', 'HAZE', 'RIM', 'SOLID', 'HOLE', 'FINE', 'NEAR', 'SPLIT', 'KNEE_AT', 'FRONT',
            'BEHIND', 'LENGTH', 'LATE', 'STRIDE', 'RAY', 'AT', 'START', 'GUESS', 'LAST', 'NEXT', 'band_widths',
            'mouth_amount', 'Band', 'sample_depths', 'surface_band', 'studio_camera', 'widen_band', 'Rendered',
-           'composite', 'shade', 'render_view']
+           'composite', 'Occupancy', 'shade', 'render_view']
 
 # %% ../nbs/13_render.ipynb #c004
 import logging
@@ -224,6 +224,38 @@ def composite(
     w = torch.exp(-before)*(1 - torch.exp(-depth))
     return Rendered((w[..., None]*rgb).sum(1), w.sum(1), w)
 
+# %% ../nbs/13_render.ipynb #c020c
+class Occupancy:
+    "Which cells of canonical space hold anything, learned from the samples of training (instant-ngp, section 5.4 and appendix E.2)."
+    def __init__(self,
+        cells: int,            # along an axis
+        every: int = 16,       # steps; then all samples are looked at, and the grid follows them
+        least: float = .01,    # opacity of a sample from which on its cell counts
+        decay: float = .95,    # of what a cell held, from one look to the next
+        device='cpu',
+    ):
+        self.cells, self.every, self.least, self.decay, self.steps = cells, every, least, decay, 0
+        self.opacity = torch.full((cells**3,), 2*least, device=device)   # every cell counts until it was found empty
+
+    def _cell(self, x): return ((x.detach()*self.cells).long().clamp(0, self.cells - 1)*torch.tensor([self.cells**2, self.cells, 1], device=x.device)).sum(1)
+
+    def looks(self) -> bool:
+        "Is this a step that looks at all samples?"
+        return self.steps % self.every == 0
+
+    def wanted(self,
+        x,   # canonical points in [0, 1]^3, [N, 3]
+    ):       # bool [N]
+        "Which samples are worth a look."
+        return self.opacity[self._cell(x)] >= self.least
+
+    def follow(self,
+        x,         # [N, 3]
+        opacity,   # of these samples, [N]
+    ) -> None:
+        "What was seen goes into the grid."
+        self.opacity.mul_(self.decay).scatter_reduce_(0, self._cell(x), opacity.detach(), 'amax')
+
 # %% ../nbs/13_render.ipynb #c022
 def shade(
     field: Field,
@@ -235,6 +267,8 @@ def shade(
     jitter,              # place of each sample in its step, 0..1, [R, S]
     condition,           # of each ray's frame, torch [R, C]
     appearance=None,     # of each ray's frame, torch [R, A]
+    pose=None,           # of each ray's frame: what its camera's turn (radians) and place (metres) lack, torch [R, 6]
+    occupancy: Occupancy = None,   # skips samples in empty cells
 ):                       # Rendered, depths of the samples torch [R, S]
     "Render some rays."
     R, S = jitter.shape
@@ -243,8 +277,20 @@ def shade(
     samples = Samples(*(t.to(device) for t in deformer.march(poses, slot, o, d, depth)))
     per_sample = lambda t: t[:, None].expand(R, S, t.shape[1]).reshape(R*S, -1)
     c = None if field.config.condition == 'none' else told(field.config, per_sample(condition), samples.mouth)
-    density, rgb = field(samples.x, samples.direction, c, None if appearance is None else per_sample(appearance), samples.height)
     length = torch.from_numpy(step*np.linalg.norm(d, axis=1, keepdims=True).astype(np.float32)*100).to(device)
+    x = samples.x
+    if pose is not None:    # in canonical space, where the mapping's own turn is small: its derivative is that of a moved camera
+        p, place = per_sample(pose), x*float(deformer.size) + torch.as_tensor(deformer.low, device=device)
+        x = (x + (torch.linalg.cross(p[:, :3], place) + p[:, 3:])/float(deformer.size)).clamp(1e-4, .9999)
+    parts = [x, samples.direction, c, None if appearance is None else per_sample(appearance), samples.height]
+    if occupancy is None or occupancy.looks():
+        density, rgb = field(*parts)
+        if occupancy is not None: occupancy.follow(x, 1 - torch.exp(-density*length.reshape(-1)))
+    else:
+        some = occupancy.wanted(x)
+        few = field(*[None if a is None else a[some] for a in parts])
+        density, rgb = (torch.zeros(R*S, *a.shape[1:], device=device).masked_scatter(some if a.dim() == 1 else some[:, None].expand(-1, 3), a) for a in few)
+    if occupancy is not None: occupancy.steps += 1
     return composite(density.view(R, S), rgb.view(R, S, 3), length), torch.from_numpy(depth).to(device)
 
 # %% ../nbs/13_render.ipynb #c024
@@ -599,7 +645,7 @@ def render_view(
     band = surface_band(vertices, deformer.faces, widths, camera, back, outer=outer)
     poses, pixels = deformer.poses(vertices), np.flatnonzero(band.mask)
     if len(pixels) == 0: return np.zeros((H, W, 4), np.float32)
-    fast = backend == 'numba' or backend == 'auto' and isinstance(field, Field) and field.grid.params.device.type == 'cpu'
+    fast = backend == 'numba' or backend == 'auto' and isinstance(field, Field) and field.grid.params.device.type == 'cpu' and not field.config.offset   # the kernel moves no points
     if fast and scouts and min(H, W) >= 96: return _view_scouted(field, deformer, poses, camera, band, samples, condition, appearance)
     out = np.zeros((H*W, 4), np.float32)
     o, d = camera.rays(np.stack([pixels % W + .5, pixels//W + .5], 1).astype(np.float32))

@@ -222,11 +222,14 @@ class OnePass:
 @lru_cache(maxsize=None)
 def _log_once(message): logger.info(message)
 
-def one_pass_serves(field: Field) -> bool:
-    "Can a step on this field be done in one pass? If not, the log says once why torch does it."
+def one_pass_serves(
+    field: Field,
+    beside: str = '',   # what else in the recipe needs torch
+) -> bool:
+    "Can a step on this field be done in one pass? If not, the log says once why torch does it: codes, offsets and whatever else is not in the default recipe."
     c, device = field.config, field.grid.params.device
     if device.type != 'cpu' or resolve_backend(c.backend, device) != 'numba': return False
-    why = 'appearance codes' if c.appearance else 'bfloat16 was asked for' if c.precision == 'bfloat16' else ''
+    why = 'appearance codes' if c.appearance else 'an offset field' if c.offset else 'bfloat16 was asked for' if c.precision == 'bfloat16' else beside
     if why: _log_once(f'training steps run in torch: {why}')
     return not why
 
