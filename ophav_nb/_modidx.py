@@ -1947,7 +1947,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ophav_nb.track._masked_solve': ('track.html#_masked_solve', 'ophav_nb/track.py'),
                                 'ophav_nb.track._move': ('track.html#_move', 'ophav_nb/track.py'),
                                 'ophav_nb.track._normal': ('track.html#_normal', 'ophav_nb/track.py'),
-                                'ophav_nb.track._objective': ('track.html#_objective', 'ophav_nb/track.py'),
                                 'ophav_nb.track._person_bias': ('track.html#_person_bias', 'ophav_nb/track.py'),
                                 'ophav_nb.track._pixel_rate': ('track.html#_pixel_rate', 'ophav_nb/track.py'),
                                 'ophav_nb.track._recentre': ('track.html#_recentre', 'ophav_nb/track.py'),

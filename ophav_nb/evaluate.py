@@ -64,7 +64,7 @@ class EvaluationPreset:
 
 PRESETS = dict(
     smoke=EvaluationPreset(256, 128, 24, 3, 150, 60, 12, 6),
-    quick=EvaluationPreset(480, 256, 300, 4, 4000, 1300, 150),
+    quick=EvaluationPreset(480, 256, 300, 4, 4000, 1300, 120),
     standard=EvaluationPreset(512, 512, 1500, 10, 12000, 4000, 500),
     paper=EvaluationPreset(512, 512, 4500, 20, 30000, 30000, 1500, field='paper'),
 )

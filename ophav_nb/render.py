@@ -533,7 +533,7 @@ def _packed(field, condition, appearance) -> _Networks:
 
 def _view_fast(field, deformer, poses, o, d, limits, samples, begin=None, end=None, condition=None, appearance=None, thin=1e-3, colours=True, stride=1) -> tuple:
     "By the kernel: straight RGBA of rays [R, 4], and between which depths there is anything [R, 2]. Of the samples, those from `begin` to `end` are looked at."
-    c, f, R = field.config, deformer, len(o)
+    f, R = deformer, len(o)
     rgba, span = np.zeros((R, 4), np.float32), np.zeros((R, 2), np.float32)
     rays = _as_rows(o, d, *limits, samples)
     spans = np.stack(np.broadcast_arrays(0 if begin is None else begin, samples if end is None else end, np.zeros(R))[:2], 1).astype(np.int64)
@@ -551,7 +551,7 @@ def _search_kernel(scout, behind, mask, far, cell, jump, near, end, wanted, lone
             if not mask[i, j]: continue
             seen, known = 0, False
             for nine in range(2):                                  # four scouts around the pixel, or, if they saw nothing, the nine around its cell
-                a0, a1, b0, b1 = nothing, -nothing, nothing, -nothing      # where matter begins and ends, from the end of the band
+                a0, b1 = nothing, -nothing                                  # where matter begins and ends, from the end of the band
                 z0, z1, deep, flat = nothing, -nothing, -nothing, nothing  # and from the camera; how deep these bands' ends are
                 y, x, n = (i//cell - 1, j//cell - 1, 3) if nine else ((i - cell//2)//cell, (j - cell//2)//cell, 2)
                 for q in range(n*n):

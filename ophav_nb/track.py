@@ -378,19 +378,6 @@ def _move(fit: _Fit, d: Tensor, pose: bool):
     fit.z = torch.minimum(torch.maximum(fit.z + d[:, 6*pose:], low), high)
 
 
-def _objective(fit: _Fit) -> float:
-    "What is minimised, a mean over frames."
-    r, w, _, _ = _rows(fit, slice(None), False, False)
-    s, z, E = fit.settings, fit.z, fit.E
-    psi, eyes = z[:, :E], z[:, E + 2:].reshape(-1, 2, 2)
-    amounts = s.gauss*psi.pow(2).sum(1) if fit.model.gaussian else s.sparse*psi.sum(1) + s.small*psi.pow(2).sum(1)
-    own = amounts/E + s.jaw*z[:, E + 1]**2 + s.eyes*(eyes[:, 0] - eyes[:, 1]).pow(2).sum(1)
-    if fit.model.twins:
-        a, b = torch.tensor(fit.model.twins).T
-        own = own + s.symmetry*(psi[:, a] - psi[:, b]).pow(2).mean(1)
-    return float((w*(r*r).sum(-1)).sum(1).mean() + own.mean() + s.shape*fit.shape.pow(2).mean())   # the robust data term, up to a constant each
-
-
 def _limits(fit: _Fit, pose: bool):
     "Current numbers of a frame with their bounds; a pose has none."
     low, high = fit.bounds()
