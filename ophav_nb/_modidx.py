@@ -340,7 +340,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ophav_nb.bench.bench': ('bench.html#bench', 'ophav_nb/bench.py'),
                                 'ophav_nb.bench.compare_benches': ('bench.html#compare_benches', 'ophav_nb/bench.py'),
                                 'ophav_nb.bench.encoder': ('bench.html#encoder', 'ophav_nb/bench.py'),
-                                'ophav_nb.bench.encoder_lean': ('bench.html#encoder_lean', 'ophav_nb/bench.py'),
                                 'ophav_nb.bench.fit': ('bench.html#fit', 'ophav_nb/bench.py'),
                                 'ophav_nb.bench.fit_long': ('bench.html#fit_long', 'ophav_nb/bench.py'),
                                 'ophav_nb.bench.head_rays': ('bench.html#head_rays', 'ophav_nb/bench.py'),

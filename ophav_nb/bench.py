@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['MATRIX', 'GRID', 'LEAN', 'FRAMES', 'NETWORKS', 'PARTS', 'PARTS_OF_NETWORKS', 'MORE', 'Part', 'interleaved', 'matrix',
-           'measure', 'TorchHashGrid', 'band_points', 'encoder', 'encoder_lean', 'posed_head', 'head_rays', 'nearest',
-           'raster', 'OurStep', 'NaiveStep', 'TreeStep', 'step', 'step_lean', 'toy_avatar', 'training', 'render',
-           'render_512', 'animator', 'tracker', 'restorer', 'fit', 'fit_long', 'network_part', 'machine',
-           'compare_benches', 'bench']
+           'measure', 'TorchHashGrid', 'band_points', 'encoder', 'posed_head', 'head_rays', 'nearest', 'raster',
+           'OurStep', 'NaiveStep', 'TreeStep', 'step', 'step_lean', 'toy_avatar', 'training', 'render', 'render_512',
+           'animator', 'tracker', 'restorer', 'fit', 'fit_long', 'network_part', 'machine', 'compare_benches', 'bench']
 
 # %% ../nbs/22_bench.ipynb #c004
 import copy
@@ -134,7 +133,7 @@ class TorchHashGrid(nn.Module):
 
 # %% ../nbs/22_bench.ipynb #c010
 GRID = dict(levels=16, features=2, log2_size=17, base=16, scale=1.381912)
-LEAN = dict(levels=8, features=4, log2_size=15, base=16, scale=1.6)
+LEAN = {k: getattr(FieldConfig(), k) for k in ('levels', 'features', 'log2_size', 'base', 'scale')}   # of the CPU's presets
 
 def band_points(rays: int, samples: int = 16, seed: int = 0) -> torch.Tensor:
     "Points as a training step has them: along rays, near the surface of a ball in the unit cube, [rays*samples, 3]."
@@ -150,7 +149,7 @@ def _forward_backward(grid, x, g):
         grid(x).backward(g)
     return turn
 
-def encoder(quick: bool = False, layout: dict = GRID, target: float = 30.) -> Part:
+def encoder(quick: bool = False, layout: dict = GRID) -> Part:
     "Hash grid, forward and backward."
     x = band_points(512 if quick else 4096)
     grid, plain, exact = HashGrid(**layout), TorchHashGrid(**layout), HashGrid(**layout, backend='torch')
@@ -160,11 +159,7 @@ def encoder(quick: bool = False, layout: dict = GRID, target: float = 30.) -> Pa
         error = float((grid(x) - exact(x)).abs().max()/exact.params.abs().max())
     return Part(f"hash grid L{layout['levels']} F{layout['features']} T2^{layout['log2_size']}, forward and backward, {len(x):,} points",
                 dict(ours=_forward_backward(grid, x, g), plain_torch=_forward_backward(plain, x, g), exact_torch=_forward_backward(exact, x, g)),
-                dict(plain_torch=target), error=error)
-
-def encoder_lean(quick: bool = False) -> Part:
-    "The grid of the CPU presets."
-    return encoder(quick, LEAN, 15.)
+                dict(plain_torch=30.), error=error)
 
 # %% ../nbs/22_bench.ipynb #c013
 def posed_head():
@@ -544,7 +539,7 @@ def network_part(name: str, quick: bool = False) -> Part:
     return Part(f'{name} {about}', dict(ours=turn), frames=1, gflop=counter.get_total_flops()/1e9, turns=2 if quick else 3)
 
 # %% ../nbs/22_bench.ipynb #c019
-PARTS = dict(encoder=encoder, encoder_lean=encoder_lean, nearest=nearest, raster=raster, step=step, step_lean=step_lean, training=training, render=render, render_512=render_512,
+PARTS = dict(encoder=encoder, nearest=nearest, raster=raster, step=step, step_lean=step_lean, training=training, render=render, render_512=render_512,
              animator=animator, tracker=tracker, restorer=restorer, fit=fit)
 PARTS_OF_NETWORKS = {f'network_{name}': partial(network_part, name) for name in NETWORKS}
 MORE = dict(fit_long=fit_long, **PARTS_OF_NETWORKS)   # not by default: minutes
