@@ -481,12 +481,14 @@ def _setup_sheet(self, step: int = 2):
     h, w = self.image.shape[:2]
     self.step = step
     f = self.faces[self.kind == _SKIN]
+    standing = self.hair.copy()
     self._press_ears()
-    outer = rasterize(self.camera0.project((self.V0 + np.where(self.ears_shown[:, None], 0, self.pressed)).astype(np.float64)), f, h, w)
+    standing[~self.ears_shown] = self.hair[~self.ears_shown]
+    outer = rasterize(self.camera0.project((self.V0 + np.where(self.ears_shown[:, None], 0, self.hair)).astype(np.float64)), f, h, w)
     scalp = (1 - self.face_mask)[:, None].astype(np.float32)
     scalp[self.faces[self._region('neck') & (self.kind == _SKIN)]] = 0
     hairy = interpolate(scalp, f, outer)[..., 0] > .98          # hair hides the scalp: its depth says little
-    hull = rasterize(self.camera0.project((self.V0 + self.hair).astype(np.float64)), f, h, w)
+    hull = rasterize(self.camera0.project((self.V0 + standing).astype(np.float64)), f, h, w)
     self.hairy = ndi.gaussian_filter(ndi.binary_erosion((hairy | ~outer.mask) & (self.matte > .9), iterations=max(1, int(4*h/512))).astype(np.float32), 2*h/512)
     depth = np.where(outer.mask & ~hairy, outer.depth, np.where(hull.mask, hull.depth, 0))
     away, (i, j) = ndi.distance_transform_edt(depth == 0, return_indices=True)
@@ -529,16 +531,15 @@ def _setup_sheet(self, step: int = 2):
 
 @patch_to(MeshAnimator)
 def _press_ears(self, least: float = .35):
-    "How the ears' vertices come to lie on the head, [V, 3]; and which ears the portrait shows (enough of their pixels look like skin): hair over an ear does not stick out with it."
-    self.pressed, self.ears_shown = np.zeros_like(self.V0), np.ones(len(self.V0), bool)
+    "Under the sheet, which carries them, there are no ears: the hair's hull goes on smoothly. Which of them does the portrait show (enough pixels look like skin)? Hair over an ear does not stick out with it."
+    self.ears_shown = np.ones(len(self.V0), bool)
     far, light = self._unlike_skin()
     skin = (far < 3.5) & (light > .35) & (self.matte > .9)
     for side in ('left_ear', 'right_ear'):
         ear, others = self._region(side), np.ones(len(self.V0), bool)
         if not ear.any(): continue
         others[self.faces[ear]] = False
-        pressed = lambda V: (spread_over(self.faces[self.kind == _SKIN], V, others*1.) - self.V0)[~others]
-        self.pressed[~others], self.hair[~others] = pressed(self.V0), pressed(self.V0 + self.hair)      # under the sheet, which carries them, there are no ears
+        self.hair[~others] = (spread_over(self.faces[self.kind == _SKIN], self.V0 + self.hair, others*1.) - self.V0)[~others]
         on = (self.raster0.face >= 0) & ear[np.maximum(self.raster0.face, 0)]
         self.ears_shown[~others] = on.any() and skin[on].mean() > least
 
