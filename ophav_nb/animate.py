@@ -530,7 +530,7 @@ def _setup_sheet(self, step: int = 2):
     self.follows = sample_bilinear(self.following[..., None], *self.sheet_source.T)[..., 0]
 
 @patch_to(MeshAnimator)
-def _press_ears(self, least: float = .35):
+def _press_ears(self, least: float = .5):
     "Under the sheet, which carries them, there are no ears: the hair's hull goes on smoothly. Which of them does the portrait show (enough pixels look like skin)? Hair over an ear does not stick out with it."
     self.ears_shown = np.ones(len(self.V0), bool)
     far, light = self._unlike_skin()
