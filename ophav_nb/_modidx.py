@@ -245,7 +245,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.avatar.FramePool._rays': ('avatar.html#framepool._rays', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.FramePool.content': ('avatar.html#framepool.content', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.FramePool.load': ('avatar.html#framepool.load', 'ophav_nb/avatar.py'),
-                                 'ophav_nb.avatar.FramePool.window': ('avatar.html#framepool.window', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.Trainer': ('avatar.html#trainer', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.Trainer.__init__': ('avatar.html#trainer.__init__', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.Trainer.checkpoint': ('avatar.html#trainer.checkpoint', 'ophav_nb/avatar.py'),

@@ -357,6 +357,7 @@ def _setup_textures(self):
     more = deep*ndi.gaussian_filter(neck.astype(np.float32), margin)           # a head tilted back shows more of its neck than the portrait does
     self.alpha = (self.matte*np.clip((inside + more + margin)/margin + .5, 0, 1)).astype(np.float32)
     self.spread = bleed(self.image, self.matte)
+    self.unlike, self.light = self._unlike_skin()
     self.alpha *= self._bare_neck()
     self.alpha = np.clip(crisp(self.alpha[..., None])[..., 0], 0, 1)
     self.skin = crisp(without_mouth(self.spread, self.landmarks))
@@ -378,7 +379,7 @@ def _bare_neck(self) -> np.ndarray:
     px = h/512
     core = rasterize(self.P0, self.faces[~self._region('neck')], h, w).mask
     area = ~ndi.binary_dilation(core, iterations=max(1, int(px))) & (np.arange(h)[:, None] > self.landmarks[[61, 291], 1].mean())
-    far, light = self._unlike_skin()
+    far, light = self.unlike, self.light
     beside = ~ndi.binary_dilation(rasterize(self.P0, self.faces[self.kind == _SKIN], h, w).mask, iterations=int(4*px))
     cloth = np.maximum(smoothstep(3.5, 6, far + 2*beside), 1 - smoothstep(.18, .34, light))
     cloth = cloth*area
@@ -533,8 +534,7 @@ def _setup_sheet(self, step: int = 2):
 def _press_ears(self, least: float = .5):
     "Under the sheet, which carries them, there are no ears: the hair's hull goes on smoothly. Which of them does the portrait show (enough pixels look like skin)? Hair over an ear does not stick out with it."
     self.ears_shown = np.ones(len(self.V0), bool)
-    far, light = self._unlike_skin()
-    skin = (far < 3.5) & (light > .35) & (self.matte > .9)
+    skin = (self.unlike < 3.5) & (self.light > .35) & (self.matte > .9)
     for side in ('left_ear', 'right_ear'):
         ear, others = self._region(side), np.ones(len(self.V0), bool)
         if not ear.any(): continue

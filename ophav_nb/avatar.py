@@ -174,14 +174,6 @@ class FramePool:
         self.views = np.stack([np.float32(data.camera(i).c2w[:3]) for i in range(len(data))])
         self.lens = np.float32(data.camera(0)._intrinsics)
 
-    def window(self, step: int) -> np.ndarray:
-        "Slots that may be drawn from at a step; one frame is exchanged every fourth step, if not all have room."
-        if self.room < len(self.order):
-            for place in range(start := step//4, start + self.room):
-                slot, i = place % self.room, int(self.order[place % len(self.order)])
-                if self.frame[slot] not in (-1, i): self.frame[slot] = -1
-        return np.arange(self.room)
-
     def content(self, slot: int, step: int) -> int:
         "Which frame a slot holds at a step."
         if self.room == len(self.order): return int(self.order[slot])
@@ -316,7 +308,8 @@ class Avatar:
         hidden = sum((regions[k] for k in ('mouth_interior', 'upper_teeth', 'lower_teeth', 'tongue') if k in regions), np.zeros(len(head.faces), bool))
         self.outer = np.ascontiguousarray(head.faces[~hidden])
         around = np.linalg.norm(rest[:, None] - head.joint_positions()[None, 3:].numpy(), axis=-1).min(1) < .016
-        self.lids = np.flatnonzero(around & np.isin(np.arange(len(rest)), head.faces[np.asarray(eyes, bool)]))
+        self.lids = np.unique(head.faces[np.asarray(eyes, bool)])
+        self.lids = self.lids[around[self.lids]]
         self.deformer = Deformer(head.canonical(jaw=config.jaw).numpy(), head.faces, mouth_amount(head, rest), regions.get('face') if config.blend else None,
                                  eyes if config.eye_scale else None, config.mapping)
         self.field = Field(config.field).to(self.device)

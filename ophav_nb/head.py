@@ -228,9 +228,8 @@ def canonical(self,
     joints[0, 2, 0] = float(np.radians(jaw))
     lids = {k: blink for k in ('eyeBlinkLeft', 'eyeBlinkRight') if k in self.expression_names}
     vertices = self(shape, self.expression(**lids)[None], joints)[0].clone()
-    if self.has('regions'):
-        for name in ('left_eyeball', 'right_eyeball'):
-            if name in self.regions: vertices[_tensor(self.region_vertices(name), self.device).bool(), 2] -= behind
+    balls = [k for k in ('left_eyeball', 'right_eyeball') if self.has('regions') and k in self.regions]
+    vertices[torch.from_numpy(self.region_vertices(*balls)).to(self.device), 2] -= behind
     return vertices
 
 # %% ../nbs/03_head.ipynb #c015

@@ -9,22 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from meshes import soup
 from ophav_nb.geometry import (Camera, axis_angle_to_matrix, facing_camera, interpolate, kernel, matrix_to_axis_angle, push_pull, rasterize, sample_bilinear,
                                triangle_frames, vertex_normals)
 
 
 @pytest.fixture
 def rng(): return np.random.default_rng(0)
-
-
-def soup(rng, V=300, F=800):
-    "A mesh with everything bad in it: crossing, repeated, needle-like and empty triangles."
-    v, f = rng.normal(size=(V, 3)).astype(np.float32)*.1, rng.integers(0, V, (F, 3)).astype(np.int32)
-    f[:20, 1] = f[:20, 0]                        # an edge
-    f[20:30] = f[20:30, :1]                      # a point
-    v[f[30:40, 2]] = (v[f[30:40, 0]] + v[f[30:40, 1]])/2   # nearly straight
-    f[40:50] = f[50:60]                          # twice
-    return v, f
 
 
 # rotations
