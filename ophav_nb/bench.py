@@ -376,7 +376,7 @@ def animator(quick: bool = False) -> Part:
 
 def tracker(quick: bool = False) -> Part:
     "A film's landmarks, matte, pose and expressions."
-    size, count = (192, 4) if quick else (512, 32)
+    size, count = (192, 4) if quick else (512, 96)      # some seconds, as films are: the shape is fitted once
     head, *_, animator, motion = _clip(size, count)
     film = [(255*animator.composite(a, motion.expression[i], motion.joints[i], motion.translation[i])).clip(0, 255).astype(np.uint8) for i, a in enumerate(animator.frames(motion))]
     detector = Detector()

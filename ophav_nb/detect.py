@@ -503,9 +503,19 @@ def fill_lost(
 
 # %% ../nbs/05_detect.ipynb #c034
 def _box(x: Tensor, radius: int) -> Tensor:
-    "Mean over a square window."
+    "Mean over a square window: its sums grow by doubling (1, 2, 4 ... pixels), which is faster than pooling and loses nothing as running sums do."
     x, k = F.pad(x, (radius,)*4, mode="reflect"), 2*radius + 1
-    return F.avg_pool2d(F.avg_pool2d(x, (k, 1), 1), (1, k), 1)
+    for axis in (2, 3):
+        n, power, width, total, done = x.shape[axis] - k + 1, x, 1, 0, 0        # `power`: sums of `width` pixels from each on
+        while width <= k:
+            if k & width:
+                total = total + power.narrow(axis, done, n)
+                done += width
+            rest = power.shape[axis] - width
+            if 2*width <= k: power = power.narrow(axis, 0, rest) + power.narrow(axis, width, rest)
+            width *= 2
+        x = total
+    return x*(1/k**2)
 
 
 def guided_filter(
@@ -516,27 +526,29 @@ def guided_filter(
     eps: float = 3e-4,      # colour variance below which the windows are flat
 ) -> Tensor:                # [N,1,H,W]
     "The matte as a locally linear function of the picture's colours (He, Sun and Tang 2010, eq. 19-21)."
+    if len(guide) > 1 and guide.device.type == "cpu":       # one by one, the windows' sums stay in the cache
+        return torch.cat([guided_filter(g[None], m[None], size, radius, eps) for g, m in zip(guide, matte)])
     shrink = min(1., size/max(guide.shape[2:]))
     small = [max(8, round(n*shrink)) for n in guide.shape[2:]]
     shape = lambda x, to: F.interpolate(x, to, mode="bilinear", antialias=True, align_corners=False)
     image, p = shape(guide, small), shape(matte, small)
-    mean, mean_p = _box(image, radius), _box(p, radius)
-    cov_p = (_box(image*p, radius) - mean*mean_p).permute(0, 2, 3, 1)[..., None]
     i, j = torch.triu_indices(3, 3, device=guide.device)
-    upper = _box(image[:, i]*image[:, j], radius) - mean[:, i]*mean[:, j]
-    cov = upper.new_empty(*cov_p.shape[:3], 3, 3)
-    cov[..., i, j] = cov[..., j, i] = upper.permute(0, 2, 3, 1)
-    a = _solve_3x3(cov + eps*torch.eye(3, device=guide.device), cov_p)[..., 0].permute(0, 3, 1, 2)
+    mean, mean_p, both, squares = _box(torch.cat([image, p, image*p, image[:, i]*image[:, j]], 1), radius).split((3, 1, 3, 6), 1)
+    spread = squares - mean[:, i]*mean[:, j]
+    spread[:, i == j] += eps
+    a = _solve_symmetric(spread, both - mean*mean_p)
     line = F.interpolate(_box(torch.cat([a, mean_p - (a*mean).sum(1, keepdim=True)], 1), radius), guide.shape[2:], mode="bilinear",
                          align_corners=False)
     return (line[:, :3]*guide).sum(1, keepdim=True) + line[:, 3:]
 
 
-def _solve_3x3(m: Tensor, v: Tensor) -> Tensor:
-    "m^-1 v for symmetric [...,3,3] and [...,3,1] by cofactors: much faster than a general solver on many small matrices."
-    x, y, z = m[..., 0, :], m[..., 1, :], m[..., 2, :]
-    rows = torch.stack([torch.linalg.cross(y, z), torch.linalg.cross(z, x), torch.linalg.cross(x, y)], -1)
-    return rows @ v/(x*rows[..., 0]).sum(-1)[..., None, None]
+def _solve_symmetric(m: Tensor, v: Tensor) -> Tensor:
+    "m^-1 v by cofactors for symmetric matrices, given as planes xx xy xz yy yz zz [N,6,H,W] and [N,3,H,W]."
+    xx, xy, xz, yy, yz, zz = m.unbind(1)
+    x, y, z = v.unbind(1)
+    a, b, c = yy*zz - yz*yz, xz*yz - xy*zz, xy*yz - xz*yy
+    d, e, f = xx*zz - xz*xz, xy*xz - xx*yz, xx*yy - xy*xy
+    return torch.stack([a*x + b*y + c*z, b*x + d*y + e*z, c*x + e*y + f*z], 1)/(xx*a + xy*b + xz*c)[:, None]
 
 
 def foreground(
@@ -545,15 +557,16 @@ def foreground(
     radii: tuple = (.06, .012),  # of the longer side: a wide pass, then a close one
 ) -> np.ndarray:                # uint8, as images
     "The person's own colours where the background shines through hair (blur fusion, Forte 2021)."
-    batch, alpha = to_batch(images), torch.from_numpy(np.asarray(mattes, np.float32)).reshape(-1, 1, *images.shape[-3:-1])
-    own = under = batch
+    if images.ndim == 4: return np.stack([foreground(image, matte, radii) for image, matte in zip(images, mattes)])
+    picture, alpha = to_batch(images[None]), torch.from_numpy(np.asarray(mattes, np.float32))[None, None]
+    own = under = picture
     for r in radii:
-        radius = max(2, round(r*max(batch.shape[2:])))
+        radius = max(2, round(r*max(picture.shape[2:])))
         weight = _box(alpha, radius)
         f = _box(own*alpha, radius)/(weight + 1e-5)
         under = _box(under*(1 - alpha), radius)/(1 - weight + 1e-5)
-        own = (f + alpha*(batch - alpha*f - (1 - alpha)*under)).clamp(0, 1)
-    return to_uint8(np.ascontiguousarray(own.permute(0, 2, 3, 1).numpy())).reshape(images.shape)
+        own = (f + alpha*(picture - alpha*f - (1 - alpha)*under)).clamp(0, 1)
+    return to_uint8(np.ascontiguousarray(own[0].permute(1, 2, 0).numpy()))
 
 # %% ../nbs/05_detect.ipynb #c036
 class Detector(Networks):

@@ -10,7 +10,7 @@ __all__ = ['FIXED', 'PAIRS', 'FIVE', 'FOCAL', 'Track', 'LandmarkModel', 'Person'
 import json, logging, math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-import numpy as np, torch
+import numpy as np, torch, torch.nn.functional as F
 from numba import prange
 from scipy import ndimage as ndi
 from scipy.spatial.transform import Rotation, Slerp
@@ -784,22 +784,27 @@ class _Points:
 
 def _levels(frames: np.ndarray, matte: np.ndarray|None, size: int) -> list[np.ndarray]:
     "Pictures with their matte to compare: [B,size/2,size/2,4] blurred well, [B,size,size,4] blurred a little."
-    x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()/255
-    alpha = torch.zeros_like(x[:, :1]) if matte is None else torch.from_numpy(np.ascontiguousarray(matte, np.float32))[:, None]
-    x = torch.cat([x, alpha if alpha.shape[-2:] == x.shape[-2:] else torch.nn.functional.interpolate(alpha, x.shape[-2:], mode="bilinear")], 1)
-    if x.shape[-1] != size: x = torch.nn.functional.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    fine = _blur(x, 1.)
-    coarse = _blur(torch.nn.functional.avg_pool2d(fine, 2), 1.3)
-    return [np.ascontiguousarray(i.permute(0, 2, 3, 1).numpy()) for i in (coarse, fine)]
+    levels = [np.empty((len(frames), s, s, 4), np.float32) for s in (size//2, size)]
+    def shrunk(plane): return plane if plane.shape[-1] == size else F.interpolate(plane, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    for i, frame in enumerate(frames):                       # one by one: a frame's planes stay in the cache
+        colour = shrunk(torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float())/255
+        alpha = torch.zeros_like(colour[:, :1]) if matte is None else shrunk(torch.from_numpy(np.ascontiguousarray(matte[i], np.float32))[None, None])
+        fine = _blur(torch.cat([colour, alpha], 1), 1.)
+        for level, planes in zip(levels, (_blur(F.avg_pool2d(fine, 2), 1.3), fine)): level[i] = planes[0].permute(1, 2, 0).numpy()
+    return levels
 
 
 def _blur(x: Tensor, sigma: float) -> Tensor:
+    "Gaussian over the planes [B,C,H,W], as sums of shifted pictures."
     n = math.ceil(3*sigma)
     k = torch.exp(-torch.arange(-n, n + 1)**2/(2*sigma*sigma))
-    k = (k/k.sum()).expand(x.shape[1], 1, -1)
-    x = torch.nn.functional.pad(x, (n, n, n, n), mode="replicate")
-    x = torch.nn.functional.conv2d(x, k[..., None, :], groups=x.shape[1])
-    return torch.nn.functional.conv2d(x, k[..., None], groups=x.shape[1])
+    k, x = (k/k.sum()).tolist(), F.pad(x, (n,)*4, mode="replicate")
+    for axis in (2, 3):
+        length = x.shape[axis] - 2*n
+        total = k[n]*x.narrow(axis, n, length)
+        for i in range(n): total.add_(x.narrow(axis, i, length) + x.narrow(axis, 2*n - i, length), alpha=k[i])
+        x = total
+    return x
 
 
 RIM = .3   # what the matte's rim counts beside a colour: 1 moves the face inside for the sake of the outline (measured)
