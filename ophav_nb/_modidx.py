@@ -517,7 +517,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.detect._is_one': ('detect.html#_is_one', 'ophav_nb/detect.py'),
                                  'ophav_nb.detect._none_found': ('detect.html#_none_found', 'ophav_nb/detect.py'),
                                  'ophav_nb.detect._settle': ('detect.html#_settle', 'ophav_nb/detect.py'),
-                                 'ophav_nb.detect._solve_3x3': ('detect.html#_solve_3x3', 'ophav_nb/detect.py'),
+                                 'ophav_nb.detect._solve_symmetric': ('detect.html#_solve_symmetric', 'ophav_nb/detect.py'),
                                  'ophav_nb.detect._tiles': ('detect.html#_tiles', 'ophav_nb/detect.py'),
                                  'ophav_nb.detect.as_faces': ('detect.html#as_faces', 'ophav_nb/detect.py'),
                                  'ophav_nb.detect.blink': ('detect.html#blink', 'ophav_nb/detect.py'),

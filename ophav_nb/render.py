@@ -295,7 +295,7 @@ def shade(
 
 # %% ../nbs/13_render.ipynb #c024
 TILE = GRID_TILE   # rays
-CELL = 4    # pixels along the side of a cell that one ray scouts for
+CELL = 4    # pixels along the side of a cell that one ray scouts for, in a picture of 256
 HAZE = np.float32(.02)   # opacity that a scout overlooks
 RIM = np.float32(.6)   # of a scout's step, around what it saw
 SOLID = .9  # opacity of what should have no holes
@@ -584,26 +584,41 @@ def _index(depth, near, knee, far, samples) -> np.ndarray:
     return np.where(bent & (depth > knee), few + (depth - knee)*(samples - few)/np.maximum(far - knee, 1e-6), front)
 
 def _view_scouted(field, deformer, poses, camera, band, samples, condition, appearance) -> np.ndarray:
-    "Straight RGBA [H, W, 4]: a few rays find out where the head is along its neighbours, which then look there alone, in steps of half the length."
+    """Straight RGBA [H, W, 4]: a few rays find out where the head is along their neighbours, which then look there alone, in steps of half the length;
+    a part of these first, whose neighbours in turn know more exactly where to look."""
     H, W = band.mask.shape
     def look(pixels, *args, **how):
         o, d = camera.rays(np.stack([pixels % W + .5, pixels//W + .5], 1).astype(np.float32))
         return _view_fast(field, deformer, poses, o, d, band.at(pixels), *args, condition=condition, appearance=appearance, stride=STRIDE, **how)
-    grid = np.zeros((H, W), bool)
-    grid[CELL//2::CELL, CELL//2::CELL] = True
-    first = np.flatnonzero(grid & band.mask)
-    _, span = look(first, samples, colours=False, thin=.005)
-    scout = np.full((-(-H//CELL), -(-W//CELL), 2), -1, np.float32)
-    scout[first//W//CELL, first % W//CELL] = span
-    near, far, wanted, lonely = _search(scout, band.mask, band.far)
-    pixels = np.flatnonzero(wanted)
-    start, knee, end = band.at(pixels)
-    near, far, lonely, fine = near.ravel()[pixels], far.ravel()[pixels], lonely.ravel()[pixels], FINE*samples
-    begin, stop = np.floor(_index(near, start, knee, end, fine)), np.ceil(_index(far, start, knee, end, fine))
-    alone = lonely | (stop <= 0) | (begin >= fine)                           # nobody looked, or the neighbours' depths lie outside this pixel's band
-    begin, stop = np.where(alone, 0, np.clip(begin, 0, fine - 1)), np.where(alone, fine, np.clip(stop, 1, fine))
-    out = np.zeros((H*W, 4), np.float32)
-    out[pixels] = look(pixels, fine, begin, stop, thin=.004)[0]
+    def every(cell):
+        "The pixels in the middle of cells."
+        grid = np.zeros((H, W), bool)
+        grid[cell//2::cell, cell//2::cell] = True
+        return grid
+    def search(mask, pixels, span, cell):
+        "Where to look, from what the middles of cells saw."
+        scout = np.full((-(-H//cell), -(-W//cell), 2), -1, np.float32)
+        scout[pixels//W//cell, pixels % W//cell] = span
+        return _search(scout, mask, band.far, cell)
+    cell = CELL*2**max(0, round(np.log2(min(H, W)/256)))
+    pixels = np.flatnonzero(every(cell) & band.mask)
+    _, span = look(pixels, samples, colours=False, thin=.005)
+    near, far, wanted, lonely = search(band.mask, pixels, span, cell)
+    out, fine = np.zeros((H*W, 4), np.float32), FINE*samples
+    while cell > 1:
+        cell //= 2
+        pixels = np.flatnonzero(wanted & every(cell))
+        start, knee, end = band.at(pixels)
+        begin, stop = (_index(z.ravel()[pixels], start, knee, end, fine) for z in (near, far))
+        begin, stop, alone = np.floor(begin), np.ceil(stop), lonely.ravel()[pixels]
+        alone |= (stop <= 0) | (begin >= fine)                               # nobody looked, or the neighbours' depths lie outside this pixel's band
+        begin, stop = np.where(alone, 0, np.clip(begin, 0, fine - 1)), np.where(alone, fine, np.clip(stop, 1, fine))
+        out[pixels], span = look(pixels, fine, begin, stop, thin=.004)
+        if cell == 1: break
+        wanted.ravel()[pixels] = False
+        nearer, farther, wanted, unknown = search(wanted, pixels, span, cell)
+        seen = wanted & ~unknown                                             # where nobody looked, what was known before stands
+        near, far, lonely = np.where(seen, nearer, near), np.where(seen, farther, far), lonely & ~seen
     alpha, n = out[:, 3].reshape(H, W), round(HOLE*H)                         # a hole in what is solid: its matter lies elsewhere than the neighbours' (a mouth behind lips)
     square = dict(size=2*n + 1, mode='constant')
     closed = ndi.minimum_filter(ndi.maximum_filter(np.pad((alpha > SOLID).astype(np.uint8), n), **square), **square)[n:-n, n:-n] > 0

@@ -131,9 +131,9 @@ def test_holes_are_looked_at_again(scene, monkeypatch):
     see = lambda: render_view(field, deformer, rest, studio_camera(192, width=.2), widths, np.zeros(16))
     right, region = see(), (slice(90, 100), slice(80, 100))
     assert right[region][..., 3].min() > .95
-    def misjudged(scout, mask, far):
-        near, end, *others = search(scout, mask, far)
-        near[region], end[region] = far[region] - .0225, far[region] - .0205      # in the band, but before the face
+    def misjudged(*args):
+        near, end, *others = search(*args)
+        near[region], end[region] = args[2][region] - .0225, args[2][region] - .0205      # in the band, but before the face
         return near, end, *others
     monkeypatch.setattr(render, '_search', misjudged)
     assert np.abs(see() - right).max() < .02
