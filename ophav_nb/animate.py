@@ -88,7 +88,7 @@ _SKIN, _EYE, _MOUTH, _TEETH = 0, 1, 2, 3
 
 @kernel(parallel=True)
 def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, alpha, out):
-    "The face over the sheet. fixed: place (2), place with lids shut (2), seen, tooth, twin's place (2), seen there, its light; moving: lids' weight, own colour (3), opacity."
+    "The face over the sheet. fixed: place (2), place with lids shut (2), seen, tooth, twin's place (2), seen there, its light (negative: hair, whose colours are taken); moving: lids' weight, own colour (3), opacity."
     h, w = face.shape
     for y in prange(h):
         for x in range(w):
@@ -113,9 +113,11 @@ def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, alpha,
                 twin = a*fixed[p, 8] + b*fixed[q, 8] + c*fixed[r, 8]
                 if seen < 1 and twin > 0:
                     kr, kg, kb = _look(skin, a*fixed[p, 6] + b*fixed[q, 6] + c*fixed[r, 6], a*fixed[p, 7] + b*fixed[q, 7] + c*fixed[r, 7])
-                    light = (kr + kg + kb)/max(a*fixed[p, 9] + b*fixed[q, 9] + c*fixed[r, 9], np.float32(.05))
-                    light = 1 + twin*(min(max(light, np.float32(.6)), np.float32(1.35)) - 1)
-                    cr, cg, cb = cr*light, cg*light, cb*light
+                    light = a*fixed[p, 9] + b*fixed[q, 9] + c*fixed[r, 9]
+                    if light < 0: cr, cg, cb = cr + twin*(kr - cr), cg + twin*(kg - cg), cb + twin*(kb - cb)      # hair, as it is
+                    else:
+                        light = 1 + twin*(min(max((kr + kg + kb)/max(light, np.float32(.05)), np.float32(.6)), np.float32(1.35)) - 1)
+                        cr, cg, cb = cr*light, cg*light, cb*light
                 if seen > 0:
                     kr, kg, kb = _look(skin, sx, sy)
                     shut = a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0]
@@ -130,7 +132,7 @@ def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, alpha,
                 if kind[f] == _TEETH:                                     # the gaps between teeth
                     u = a*fixed[p, 5] + b*fixed[q, 5] + c*fixed[r, 5]
                     u = (u - np.round(u))*np.float32(9)
-                    u = np.float32(1) - np.float32(.16)*np.exp(-u*u)
+                    u = np.float32(1) - np.float32(.11)*np.exp(-u*u)
                     cr, cg, cb = cr*u, cg*u*(np.float32(.25) + np.float32(.75)*u), cb*u*(np.float32(.25) + np.float32(.75)*u)
             out[y, x, 0] = out[y, x, 0]*(1-t) + cr*t
             out[y, x, 1] = out[y, x, 1]*(1-t) + cg*t
@@ -457,18 +459,24 @@ def _lid_shade(self, V) -> np.ndarray:
 # %% ../nbs/08_animate.ipynb #g5c
 @patch_to(MeshAnimator)
 def _setup_own_colours(self):
-    "Where the portrait shows nothing of the skin: the colours around, with the details (light and dark) of the other side."
+    "Where the portrait shows nothing of the skin: the face's colours around (not those of hair or neck), with the details (light and dark) of the other side."
     P, V = self.T0, self.rest
     at = lambda image, p: sample_bilinear(image, p[:, 0].astype(np.float32), p[:, 1].astype(np.float32))
     colour = at(self.skin, P)
     w = self.seen*(at(self.matte[..., None], P)[:, 0] > .9)
+    inner = ndi.minimum_filter(self.matte, 2*max(1, round(3*self.size/512)) + 1)                # the rim's pixels hold something of the background
+    self.sure = w*smoothstep(.3, .55, self._facing(self.V0, self.normals0, self.camera0))*(at(inner[..., None], P)[:, 0] > .9)
     twin = self.skin_vertices[cKDTree(V[self.skin_vertices]).query(V*[-1, 1, 1])[1]]
     self.mirror, self.mirror_seen = P[twin], (w[twin]*smoothstep(.2, .8, w[twin])).astype(np.float32)
-    spread = self._spread
-    self.own = np.clip(spread(colour, w), 0, 1).astype(np.float32)
-    self.twin_light = spread(colour, w)[twin].sum(1)
+    self.own = np.clip(self._spread(colour, self.sure*self._is_face()), 0, 1).astype(np.float32)
+    self.twin_light = self._spread(colour, w)[twin].sum(1)
     cheek = self.landmarks[[50, 280, 4, 205, 425, 151], :2]
     self.skin_colour = np.median(sample_bilinear(self.skin, cheek[:, 0], cheek[:, 1]), axis=0)
+
+@patch_to(MeshAnimator)
+def _is_face(self) -> np.ndarray:
+    "Neither scalp nor neck, [V]."
+    return ~self.head.region_vertices('scalp') & ~self.head.region_vertices('neck')
 
 @patch_to(MeshAnimator)
 def _spread(self, data, weight) -> np.ndarray:
@@ -527,6 +535,7 @@ def _setup_sheet(self, step: int = 2):
     near = ((near + near.T) > 0).astype(np.float64) + 2*sparse.eye(n)
     near = sparse.diags(1/np.asarray(near.sum(1)).ravel()) @ near
     self.binding = (near @ (near @ binding)).astype(np.float32).tocsr()       # neighbours move alike
+    self.beside = near.astype(np.float32).tocsr()
     self.following = self._following()
     self.follows = sample_bilinear(self.following[..., None], *self.sheet_source.T)[..., 0]
 
@@ -557,15 +566,17 @@ def _setup_back(self):
     self.hair[:, 0] += self._slimmer(bared, (below > 0) & ~(scalp & (self.rest[:, 1] > self.joints3[3, 1] - .045)))
     self.back, Q = np.zeros((n, 5), np.float32), self.camera0.project((self.V0 + self.hair).astype(np.float64))
     skin = sample_bilinear(self.skin, P[:, 0].astype(np.float32), P[:, 1].astype(np.float32))
-    bare = self.seen*~scalp*(at(self.alpha, P) > .9)*(at(ndi.maximum_filter(np.maximum(self.cloth, self.hanging), 5), P) < .1)
+    bare = self.sure*~scalp*(at(self.alpha, P) > .9)*(at(ndi.maximum_filter(np.maximum(self.cloth, self.hanging), 5), P) < .1)
     hairy = smoothstep(.2, .8, self._spread(scalp[:, None]*1., np.full(n, .01)))          # no teeth where hair meets the neck
     covered = scalp*smoothstep(.15, .4, self._facing(self.V0, self.normals0, self.camera0))*(at(solid, Q) > .95)
     hair = sample_bilinear(self.spread, Q[:, 0].astype(np.float32), Q[:, 1].astype(np.float32))
-    self.back[:, 1:4] = np.clip(self._spread(hair, covered)*hairy + self._spread(skin, bare)*(1 - hairy), 0, 1)
+    self.back[:, 1:4] = np.clip(self._spread(hair, covered)*hairy + np.where(self._is_face()[:, None], self.own, self._spread(skin, bare))*(1 - hairy), 0, 1)
     level = self.rest[:, 1] - self.joints3[3, 1]                                 # above the eyes, metres
     self.behind = self.fixed.copy()
     self.behind[scalp] = 0                                                       # beyond its edge the hair goes on as it came: mirrored
     self.behind[scalp, :2], self.behind[scalp, 4] = Q[scalp, :2], smoothstep(.5, .9, at(self.hairy, Q))[scalp]
+    twin = self.skin_vertices[cKDTree(self.rest[self.skin_vertices]).query(self.rest[scalp]*[-1, 1, 1])[1]]      # and where a side shows none: the other side's
+    self.behind[scalp, 6:8], self.behind[scalp, 8], self.behind[scalp, 9] = Q[twin, :2], (covered*smoothstep(.5, .9, at(self.hairy, Q)))[twin], -1
     upper = smoothstep(.5, .9, attached)*np.where(scalp, smoothstep(-.10, -.02, level), smoothstep(-.045, -.02, level))
     self.back[:, 4] = np.where(scalp, 1, smoothstep(.4, .9, at(solid, Q)))*np.maximum(upper, below)
     self.neck = self.back.copy()
@@ -769,6 +780,7 @@ def _render(self, V, A, jaw: float, size: int) -> np.ndarray:
     cloth = rasterize(screen - offset, self.sheet_faces, h, w)
     keep = np.empty(len(screen), np.float32)
     _stretched(screen, self.sheet_faces, 2**.5*self.step*size*s/self.size, keep)
+    keep = self.beside @ (self.beside @ (self.beside @ keep))
     _paint_sheet(cloth.face, cloth.bary, self.sheet_faces, self.sheet_source, self.flesh, self.alpha, keep, fine)   # no edge of a collar
     N = vertex_normals(V, self.faces)
     mesh_screen = camera.project(V) - offset

@@ -1160,8 +1160,7 @@ def refit(
         fit.offset = T(np.zeros_like(track.landmarks[0]) if track.bias is None else track.bias)
         if step is not None and track.doubt is not None: _turn_along(fit, T(np.ascontiguousarray(step, np.float32)), T(track.doubt))
         fit.target = T(np.asarray(aim, np.float32)[..., :2] - np.float32([w/2, h/2]))
-        _fit_faces(fit)
-        bias = _person_bias(fit)
-    out = _track_of(fit, track.landmarks, track.ok, (w, h), track.motion.fps, bias.numpy(), track.info, track.doubt)
+        _fit_frames(fit, 8, pose=False, smooth=True)           # the person's own offsets stay: they would swallow what the aim always lacks
+    out = _track_of(fit, track.landmarks, track.ok, (w, h), track.motion.fps, track.bias, track.info, track.doubt)
     out.info = out.info | _summary(out, head)
     return out
