@@ -221,11 +221,11 @@ class MeshAnimator:
         self.A0 = self._transform(m.joints[0], m.translation[0])
         self.V0 = self.vertices(m.expression[:1], m.joints[:1])[0]
         self.cut = NeckCut(head, self.shape)
+        self.scalp = head.region_vertices('scalp')
         self._setup_mesh()
         self._setup_textures()
         self._setup_lids()
         self._setup_own_colours()
-        self.scalp = head.region_vertices('scalp')
         self.hair = self.normals0*hair_thickness(head, self.V0, self.camera0, self.matte)[:, None]
         self._setup_sheet()
         self._setup_teeth()
@@ -468,7 +468,9 @@ def _setup_own_colours(self):
     self.sure = w*smoothstep(.3, .55, self._facing(self.V0, self.normals0, self.camera0))*(at(inner[..., None], P)[:, 0] > .9)
     twin = self.skin_vertices[cKDTree(V[self.skin_vertices]).query(V*[-1, 1, 1])[1]]
     self.mirror, self.mirror_seen = P[twin], (w[twin]*smoothstep(.2, .8, w[twin])).astype(np.float32)
-    self.own = np.clip(self._spread(colour, self.sure*self._is_face()), 0, 1).astype(np.float32)
+    below = (V[:, 1] < self._points(V, [14])[0, 1]) & ~self.scalp
+    self.shadow = (1 - .45*smoothstep(.15, .85, -vertex_normals(V, self.faces)[:, 1])*below*(1 - self.sure))[:, None].astype(np.float32)
+    self.own = np.clip(self._spread(colour, self.sure*self._is_face()), 0, 1).astype(np.float32)*self.shadow      # light comes from above: under the chin there is little
     self.twin_light = self._spread(colour, w)[twin].sum(1)
     cheek = self.landmarks[[50, 280, 4, 205, 425, 151], :2]
     self.skin_colour = np.median(sample_bilinear(self.skin, cheek[:, 0], cheek[:, 1]), axis=0)
@@ -476,7 +478,7 @@ def _setup_own_colours(self):
 @patch_to(MeshAnimator)
 def _is_face(self) -> np.ndarray:
     "Neither scalp nor neck, [V]."
-    return ~self.head.region_vertices('scalp') & ~self.head.region_vertices('neck')
+    return ~self.scalp & ~self.head.region_vertices('neck')
 
 @patch_to(MeshAnimator)
 def _spread(self, data, weight) -> np.ndarray:
@@ -570,7 +572,7 @@ def _setup_back(self):
     hairy = smoothstep(.2, .8, self._spread(scalp[:, None]*1., np.full(n, .01)))          # no teeth where hair meets the neck
     covered = scalp*smoothstep(.15, .4, self._facing(self.V0, self.normals0, self.camera0))*(at(solid, Q) > .95)
     hair = sample_bilinear(self.spread, Q[:, 0].astype(np.float32), Q[:, 1].astype(np.float32))
-    self.back[:, 1:4] = np.clip(self._spread(hair, covered)*hairy + np.where(self._is_face()[:, None], self.own, self._spread(skin, bare))*(1 - hairy), 0, 1)
+    self.back[:, 1:4] = np.clip(self._spread(hair, covered)*hairy + np.where(self._is_face()[:, None], self.own, self._spread(skin, bare)*self.shadow)*(1 - hairy), 0, 1)
     level = self.rest[:, 1] - self.joints3[3, 1]                                 # above the eyes, metres
     self.behind = self.fixed.copy()
     self.behind[scalp] = 0                                                       # beyond its edge the hair goes on as it came: mirrored

@@ -362,9 +362,10 @@ class Corrections(torch.nn.Module):
 
 # %% ../nbs/14_avatar.ipynb #c024
 def memory_mb(device='cpu') -> float:
-    "Most memory used so far: the GPU's where there is one, else the process's."
+    "Memory in use: the GPU's most so far where there is one, else the process's own, without files that are mapped (the system drops those when it needs the room)."
     if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
+    try: return sum(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(('RssAnon', 'RssShmem')))/2**10
+    except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
 class Trainer:
     "One call of `Avatar.fit`: optimiser, average, checkpoints, log."

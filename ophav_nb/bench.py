@@ -612,16 +612,20 @@ def bench(
     if compare is not None:
         try: old = json.loads(Path(compare).read_text(encoding='utf-8'))
         except (OSError, ValueError) as cause: raise InputError(f'{compare}: cannot be read as an earlier bench.json ({cause})') from cause
-    result = dict(format=2, machine=machine(), quick=quick, parts={})
+    result = dict(format=2, machine=machine(), quick=quick, parts={}, reached=False)
+    def save():
+        if out: write_atomic(Path(out), json.dumps(result, indent=1) + '\n')
+    save()                    # a folder that cannot be written to is noticed now, and a stopped measurement keeps its parts
     for name in progress(names, desc='bench'):
         _forget_peak()
         part = makers[name](quick)
         result['parts'][name] = row = part if isinstance(part, dict) else measure(part, seconds=0 if quick else seconds, repeats=3 if quick else 5)
         row['peak_mb'] = round(_peak_mb())
         for line in _lines(name, row): say(line)
+        save()
     result['reached'] = all(all(r['reached'].values()) for r in result['parts'].values())
     if old is not None:
         result['compared'] = compare_benches(old, result)
         for r in result['compared']: say(f"{r['part']:14}{r['reference']}: {r['old']:.3g}x before, {r['new']:.3g}x now{'   LOST' if r['lost'] else ''}")
-    if out: write_atomic(Path(out), json.dumps(result, indent=1) + '\n')
+    save()
     return result

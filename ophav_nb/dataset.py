@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'PARSING', 'BROWS', 'NOSE', 'ARRAYS', 'face_labels', 'parse_frame', 'HeadDataset', 'film_dataset',
-           'film_heads', 'tracker_dataset']
+           'cut_heads', 'tracker_dataset']
 
 # %% ../nbs/09_dataset.ipynb #c003
 import errno
@@ -414,10 +414,10 @@ def film_dataset(
     test: int = 0,  # last frames kept from training
 ) -> HeadDataset:
     "A real film's heads: the truth of an evaluation, and what a monocular avatar is trained on."
-    frames_of = lambda start: film_heads(frames, track, matte, head, size, start)
+    frames_of = lambda start: cut_heads(frames, track, matte, head, size, start)
     return HeadDataset.from_frames(frames_of, track.motion, track.shape, track.camera, head, folder=folder, size=size, test=test)
 
-def film_heads(frames, track, matte, head: HeadModel, size: int, start: int = 0):
+def cut_heads(frames, track, matte, head: HeadModel, size: int, start: int = 0):
     "Head-only frames of a film, straight RGBA, uint8 [size, size, 4], one after the other."
     cut = NeckCut(head, track.shape)
     for i in range(start, len(frames)):

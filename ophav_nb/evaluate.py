@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'PRESETS', 'EvaluationPreset', 'pick_preset', 'with_regions', 'add_clip', 'add_truth', 'first_frame',
-           'add_coarse', 'compared_frames', 'shown_frames', 'Comparison', 'pick_baselines', 'add_baseline',
+           'add_reenactment', 'compared_frames', 'shown_frames', 'Comparison', 'pick_baselines', 'add_baseline',
            'render_frames', 'compare', 'self_protocol', 'monocular_protocol', 'write_results', 'comparison', 'labelled',
            'results_table', 'evaluate_clip', 'measure_driven', 'evaluate_run']
 
@@ -27,7 +27,7 @@ from .layers import head_alpha
 from .animators import NETWORKS, film_heads, make_animator, make_baseline
 from .avatar import Avatar, AvatarConfig
 from .dataset import HeadDataset
-from .dataset import film_heads as cut_heads
+from .dataset import cut_heads
 from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector, detect_like
 from .geometry import Camera
 from .flame import load_head
@@ -140,7 +140,7 @@ def first_frame(
     return SimpleNamespace(image=np.asarray(film.frames[0]), matte=np.asarray(film.matte[0], np.float32), track=track)
 
 
-def add_coarse(
+def add_reenactment(
     run: Run,
     film: SimpleNamespace,
     preset: EvaluationPreset,
@@ -329,7 +329,7 @@ def self_protocol(
     "Portrait = first frame, motion = the clip's own, truth = its matted head."
     head, detector = load_head(head), Detector(device=device)
     film = add_clip(run, clip, preset, head, device, matte, finder)
-    real, coarse = add_truth(run, film, preset, head, 0, device, parser), add_coarse(run, film, preset, head, animator, device, matte, parser, finder)
+    real, coarse = add_truth(run, film, preset, head, 0, device, parser), add_reenactment(run, film, preset, head, animator, device, matte, parser, finder)
     table = compare(run, film, real, preset, detector, finder=finder)
     motion, camera = film.track.motion[table.numbers], film.track.camera.resized(preset.size, preset.size)
     table.add('source', lambda: np.repeat(table.portrait[None], len(table.numbers), 0))

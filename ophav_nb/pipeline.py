@@ -14,9 +14,11 @@ __all__ = ['log', 'PRESETS', 'FILM_NOTE', 'VIEWS', 'Preset', 'get_preset', 'matt
 import json
 import logging
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -308,11 +310,18 @@ def write_coarse(
     frames: Callable[[int], Iterator[np.ndarray]],   # RGBA frames from a given one on
     total: int,                                      # how many there are
 ) -> None:
-    "Write `frames/%05d.png`, going on after those that a killed call left."
+    "Write `frames/%05d.png`, going on after those that a killed call left; a thread packs a frame while the next one is made."
     (folder / "frames").mkdir(exist_ok=True)
-    start = len(list((folder / "frames").glob("[0-9]*.png")))
-    for i, rgba in enumerate(progress(frames(start), total - start, "coarse frames"), start):
-        write_image(folder / "frames" / f"{i:05d}.png", rgba, compress=1)
+    place = lambda i: folder / "frames" / f"{i:05d}.png"
+    start, waiting = next(i for i in count() if not place(i).exists()), deque()
+    with ThreadPoolExecutor(1) as packer:
+        try:
+            for i, rgba in enumerate(progress(frames(start), total - start, "coarse frames"), start):
+                waiting.append(packer.submit(write_image, place(i), rgba, compress=1))
+                if len(waiting) > 8: waiting.popleft().result()
+            while waiting: waiting.popleft().result()
+        finally:
+            for task in waiting: task.cancel()
 
 
 def frame_pose(

@@ -215,7 +215,7 @@ def test_evaluation_through_a_network(base, tmp_path, animator):
     run = Run(tmp_path/'evaluation', {})
     with run:
         run.make('clip', lambda folder: None)
-        coarse = evaluate.add_coarse(run, short_film(base), SimpleNamespace(size=48), HeadModel.load(), animator)
+        coarse = evaluate.add_reenactment(run, short_film(base), SimpleNamespace(size=48), HeadModel.load(), animator)
     assert len(coarse) == 3 and coarse.rgb.shape[1:] == (48, 48, 3) and not run.path('rounds', '0', 'dataset', 'film').exists()
 
 
@@ -229,12 +229,12 @@ def test_evaluation_reads_regions_in_whole_pictures(base, tmp_path, monkeypatch)
     run, size, head = Run(tmp_path/'evaluation', {}), SimpleNamespace(size=48), HeadModel.load()
     with run:
         run.make('clip', lambda folder: None)
-        before = [make(run, film, size, head) for make in (evaluate.add_truth, evaluate.add_coarse)]
+        before = [make(run, film, size, head) for make in (evaluate.add_truth, evaluate.add_reenactment)]
         assert not seen and before[0].alpha.max() == 255
         keys = [run.manifest(name)['key'] for name in ('clip', 'truth', 'rounds/0/dataset')]
-        truth, coarse = evaluate.add_truth(run, film, size, head, parser='bisenet'), evaluate.add_coarse(run, film, size, head, parser='bisenet')
+        truth, coarse = evaluate.add_truth(run, film, size, head, parser='bisenet'), evaluate.add_reenactment(run, film, size, head, parser='bisenet')
         again = [run.manifest(name)['key'] for name in ('clip', 'truth', 'rounds/0/dataset')]
-        evaluate.add_coarse(run, film, size, head, parser='bisenet')
+        evaluate.add_reenactment(run, film, size, head, parser='bisenet')
     assert [a == b for a, b in zip(keys, again)] == [True, False, False] and len(seen) == 2
     np.testing.assert_array_equal(seen[0], film.frames)
     assert not truth.alpha.any()                                     # all of it was called clothes

@@ -58,14 +58,14 @@ def test_options_exist_in_the_functions():
     import inspect
     from ophav_nb import bench, evaluate, pipeline
     known = {"create": pipeline.create, "animate": pipeline.animate, "bench": bench.bench, "evaluate": evaluate.evaluate_clip}
-    for action in cli.make_parser()._subparsers._group_actions:
+    for action in cli.argument_parser()._subparsers._group_actions:
         for name, function in known.items():
             offered = {a.dest for a in action.choices[name]._actions} - {"help", "folder", "quiet"} - ({"motion"} if name == "evaluate" else set())
             assert offered <= set(inspect.signature(function).parameters), name
     from ophav_nb.motion import SCRIPTS
     from ophav_nb.pipeline import PRESETS
     assert set(cli.PRESETS) == set(PRESETS) and set(cli.SCRIPTS) == set(SCRIPTS)
-    told = cli.make_parser()._subparsers._group_actions[0].choices["create"].epilog
+    told = cli.argument_parser()._subparsers._group_actions[0].choices["create"].epilog
     for name, p in PRESETS.items(): assert re.search(rf"{name} +{p.frames:,} frames, +{p.size} px, +{p.steps:,} steps", told), name
 
 
@@ -108,7 +108,7 @@ def test_help_is_fast_and_teaches():
     text = subprocess.run([sys.executable, "-c", "from ophav_nb.cli import main; main(['create', '--help'])"], capture_output=True, text=True, check=True).stdout
     seconds = time.perf_counter() - start
     assert "examples:" in text and "ophav create astronaut" in text
-    heavy = subprocess.run([sys.executable, "-c", "import sys; from ophav_nb.cli import make_parser; make_parser(); print([m for m in "
+    heavy = subprocess.run([sys.executable, "-c", "import sys; from ophav_nb.cli import argument_parser; argument_parser(); print([m for m in "
                             "('torch', 'numpy', 'numba', 'av', 'papermill') if m in sys.modules])"], capture_output=True, text=True).stdout
     assert heavy.strip() == "[]" and seconds < 5   # under a second where nothing else runs
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ophav_nb.detect import (INNER_LIPS, IRIS, LEFT_IRIS, RIGHT_IRIS, Detector, blink, cut, eye_opening, fill_lost, foreground, head_crop,
-                             merge, overlap, parsing, roi_of_landmarks, to_batch, uncut)
+from ophav_nb.detect import (INNER_LIPS, IRIS, LEFT_IRIS, RIGHT_IRIS, Detector, _box, _solve_symmetric, blink, cut, eye_opening, fill_lost, foreground,
+                             guided_filter, head_crop, merge, overlap, parsing, roi_of_landmarks, to_batch, uncut)
 from ophav_nb.media import read_image, resize
 from ophav_nb.nets.mediapipe import load_networks
 from ophav_nb.run import InputError
@@ -156,6 +156,25 @@ def test_matte_covers_the_head(detector, image, face):
     y, x = face.landmarks[:, 1].astype(int), face.landmarks[:, 0].astype(int)
     assert np.percentile(matte[y, x], 5) > .9
     assert foreground(image, matte).shape == image.shape
+
+
+def test_windows_are_means():
+    x = torch.rand(2, 3, 40, 53)
+    for r in (1, 2, 3, 6, 13):
+        right = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(x, (r,)*4, mode="reflect"), 2*r + 1, 1)
+        torch.testing.assert_close(_box(x, r), right, atol=3e-6, rtol=0)
+
+
+def test_matte_follows_its_guide():
+    a = torch.rand(4, 3, 3, 5, 6)
+    m = torch.einsum("nikhw,njkhw->nijhw", a, a) + .1*torch.eye(3)[None, :, :, None, None]
+    v, (i, j) = torch.rand(4, 3, 5, 6), torch.triu_indices(3, 3)
+    right = torch.linalg.solve(m.permute(0, 3, 4, 1, 2), v.permute(0, 2, 3, 1)[..., None])[..., 0].permute(0, 3, 1, 2)
+    torch.testing.assert_close(_solve_symmetric(m[:, i, j], v), right, atol=1e-4, rtol=1e-3)
+    guide = torch.rand(2, 3, 64, 64)
+    matte = (guide*torch.tensor([.5, .3, .1])[:, None, None]).sum(1, keepdim=True) + .05      # a linear function of the colours passes
+    torch.testing.assert_close(guided_filter(guide, matte), matte, atol=.01, rtol=0)
+    torch.testing.assert_close(guided_filter(guide[:1], matte[:1]), guided_filter(guide, matte)[:1], atol=1e-6, rtol=0)
 
 
 def test_crop_blink_and_parsing(image, face):
