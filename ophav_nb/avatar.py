@@ -177,7 +177,7 @@ class FramePool:
     def content(self, slot: int, step: int) -> int:
         "Which frame a slot holds at a step."
         if self.room == len(self.order): return int(self.order[slot])
-        start = step//4
+        start = step//8        # to prepare a frame takes as long as several steps
         return int(self.order[(start + (slot - start) % self.room) % len(self.order)])
 
     def load(self, slot: int, step: int) -> int:
