@@ -48,7 +48,7 @@ def _add_create(commands) -> None:
 presets (training film, side of its pictures, steps of round 0):
   smoke        24 frames,  96 px,    150 steps    a minute: does everything run?
   quick       300 frames, 256 px,  4,000 steps    minutes on two cores
-  standard  1,500 frames, 512 px, 12,000 steps    a CPU, and patience
+  standard  1,500 frames, 512 px, 12,000 steps    half an hour on two cores
   paper     4,500 frames, 512 px, 30,000 steps    INSTA's own networks; wants a GPU
 The same command again continues where it stopped; changed options redo only what they touch.""", _create)
     p.add_argument("portrait", help="a picture with one face, or the word astronaut")
