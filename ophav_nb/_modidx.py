@@ -267,6 +267,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.avatar.patch_loss': ('avatar.html#patch_loss', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.person_arrays': ('avatar.html#person_arrays', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.person_head': ('avatar.html#person_head', 'ophav_nb/avatar.py'),
+                                 'ophav_nb.avatar.status_mb': ('avatar.html#status_mb', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.toy_film': ('avatar.html#toy_film', 'ophav_nb/avatar.py')},
             'ophav_nb.batch': { 'ophav_nb.batch.__getattr__': ('batch.html#__getattr__', 'ophav_nb/batch.py'),
                                 'ophav_nb.batch._badge_cells': ('batch.html#_badge_cells', 'ophav_nb/batch.py'),

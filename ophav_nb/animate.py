@@ -299,9 +299,9 @@ def _setup_mesh(self):
     near = ndi.maximum_filter(np.where(self.raster0.depth > 0, self.raster0.depth, 0), 3)
     visible = P[:, 2] < sample_bilinear(near[..., None], P[:, 0], P[:, 1])[..., 0] + .004
     self.normals0 = vertex_normals(self.V0, f)
-    facing = self._facing(self.V0, self.normals0, self.camera0)
+    self.facing0 = self._facing(self.V0, self.normals0, self.camera0)
     for k in range(3): visible[f[:, k][~visible[f].all(1)]] = False           # the rim of what is hidden is not to be trusted
-    self.seen = (smoothstep(.10, .38, facing)*visible).astype(np.float32)
+    self.seen = (smoothstep(.10, .38, self.facing0)*visible).astype(np.float32)
     self.skin_vertices = np.unique(f[self.kind == _SKIN])
     self.face_mask = self._face_mask()
     self.T0 = self.P0[:, :2] + self._misfit(self.P0)
@@ -465,8 +465,8 @@ def _setup_own_colours(self):
     colour = at(self.skin, P)
     w = self.seen*(at(self.matte[..., None], P)[:, 0] > .9)
     inner = ndi.minimum_filter(self.matte, 2*max(1, round(3*self.size/512)) + 1)                # the rim's pixels hold something of the background
-    self.sure = w*smoothstep(.3, .55, self._facing(self.V0, self.normals0, self.camera0))*(at(inner[..., None], P)[:, 0] > .9)
-    twin = self.skin_vertices[cKDTree(V[self.skin_vertices]).query(V*[-1, 1, 1])[1]]
+    self.sure = w*smoothstep(.3, .55, self.facing0)*(at(inner[..., None], P)[:, 0] > .9)
+    twin = self.twin = self.skin_vertices[cKDTree(V[self.skin_vertices]).query(V*[-1, 1, 1])[1]]
     self.mirror, self.mirror_seen = P[twin], (w[twin]*smoothstep(.2, .8, w[twin])).astype(np.float32)
     below = (V[:, 1] < self._points(V, [14])[0, 1]) & ~self.scalp
     self.shadow = (1 - .45*smoothstep(.15, .85, -vertex_normals(V, self.faces)[:, 1])*below*(1 - self.sure))[:, None].astype(np.float32)
@@ -570,14 +570,14 @@ def _setup_back(self):
     skin = sample_bilinear(self.skin, P[:, 0].astype(np.float32), P[:, 1].astype(np.float32))
     bare = self.sure*~scalp*(at(self.alpha, P) > .9)*(at(ndi.maximum_filter(np.maximum(self.cloth, self.hanging), 5), P) < .1)
     hairy = smoothstep(.2, .8, self._spread(scalp[:, None]*1., np.full(n, .01)))          # no teeth where hair meets the neck
-    covered = scalp*smoothstep(.15, .4, self._facing(self.V0, self.normals0, self.camera0))*(at(solid, Q) > .95)
+    covered = scalp*smoothstep(.15, .4, self.facing0)*(at(solid, Q) > .95)
     hair = sample_bilinear(self.spread, Q[:, 0].astype(np.float32), Q[:, 1].astype(np.float32))
     self.back[:, 1:4] = np.clip(self._spread(hair, covered)*hairy + np.where(self._is_face()[:, None], self.own, self._spread(skin, bare)*self.shadow)*(1 - hairy), 0, 1)
     level = self.rest[:, 1] - self.joints3[3, 1]                                 # above the eyes, metres
     self.behind = self.fixed.copy()
     self.behind[scalp] = 0                                                       # beyond its edge the hair goes on as it came: mirrored
     self.behind[scalp, :2], self.behind[scalp, 4] = Q[scalp, :2], smoothstep(.5, .9, at(self.hairy, Q))[scalp]
-    twin = self.skin_vertices[cKDTree(self.rest[self.skin_vertices]).query(self.rest[scalp]*[-1, 1, 1])[1]]      # and where a side shows none: the other side's
+    twin = self.twin[scalp]                                                      # and where a side shows none: the other side's
     self.behind[scalp, 6:8], self.behind[scalp, 8], self.behind[scalp, 9] = Q[twin, :2], (covered*smoothstep(.5, .9, at(self.hairy, Q)))[twin], -1
     upper = smoothstep(.5, .9, attached)*np.where(scalp, smoothstep(-.10, -.02, level), smoothstep(-.045, -.02, level))
     self.back[:, 4] = np.where(scalp, 1, smoothstep(.4, .9, at(solid, Q)))*np.maximum(upper, below)

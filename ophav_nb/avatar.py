@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'PATCH', 'AvatarConfig', 'toy_film', 'person_arrays', 'person_head', 'FramePool', 'Batch', 'patch_loss',
-           'losses', 'Avatar', 'Corrections', 'memory_mb', 'Trainer', 'load_avatar']
+           'losses', 'Avatar', 'Corrections', 'status_mb', 'memory_mb', 'Trainer', 'load_avatar']
 
 # %% ../nbs/14_avatar.ipynb #c003
 import copy
@@ -361,10 +361,16 @@ class Corrections(torch.nn.Module):
         return None if p is None else (p - p.mean(0))[self.place[frame]]
 
 # %% ../nbs/14_avatar.ipynb #c024
+def status_mb(
+    *names: str,   # rows of Linux's /proc/self/status, e.g. 'VmHWM'
+) -> float:
+    "What the system says of this process' memory, the rows summed; an `OSError` where it says nothing."
+    return sum(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(names))/2**10
+
 def memory_mb(device='cpu') -> float:
     "Memory in use: the GPU's most so far where there is one, else the process's own, without files that are mapped (the system drops those when it needs the room)."
     if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
-    try: return sum(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(('RssAnon', 'RssShmem')))/2**10
+    try: return status_mb('RssAnon', 'RssShmem')
     except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
 class Trainer:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from .animate import head_alpha, make_animator
-from .avatar import Avatar, AvatarConfig, Batch, Trainer, memory_mb, toy_film
+from .avatar import Avatar, AvatarConfig, Batch, Trainer, memory_mb, status_mb, toy_film
 from .deform import Deformer
 from .detect import Detector
 from .encoding import HashGrid, spherical_harmonics
@@ -559,8 +559,8 @@ def _forget_peak() -> None:
 
 def _peak_mb() -> float:
     "Most memory since then."
-    try: return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM'))/2**10
-    except (OSError, StopIteration): return memory_mb()
+    try: return status_mb('VmHWM')
+    except OSError: return memory_mb()
 
 def machine() -> dict:
     "What the numbers were measured on."

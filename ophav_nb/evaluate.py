@@ -26,8 +26,7 @@ from .animate import echo
 from .layers import head_alpha
 from .animators import NETWORKS, film_heads, make_animator, make_baseline
 from .avatar import Avatar, AvatarConfig
-from .dataset import HeadDataset
-from .dataset import cut_heads
+from .dataset import HeadDataset, cut_heads
 from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector, detect_like
 from .geometry import Camera
 from .flame import load_head
