@@ -613,19 +613,22 @@ def bench(
         try: old = json.loads(Path(compare).read_text(encoding='utf-8'))
         except (OSError, ValueError) as cause: raise InputError(f'{compare}: cannot be read as an earlier bench.json ({cause})') from cause
     result = dict(format=2, machine=machine(), quick=quick, parts={}, reached=False)
-    def save():
-        if out: write_atomic(Path(out), json.dumps(result, indent=1) + '\n')
-    save()                    # a folder that cannot be written to is noticed now, and a stopped measurement keeps its parts
+    meanwhile = Path(out).with_name(Path(out).name + '.partial') if out else None
+    def save(path):
+        if path: write_atomic(path, json.dumps(result, indent=1) + '\n')
+    save(meanwhile)           # a folder that cannot be written to is noticed now; a stopped measurement keeps its parts, and the last one's file
     for name in progress(names, desc='bench'):
         _forget_peak()
         part = makers[name](quick)
         result['parts'][name] = row = part if isinstance(part, dict) else measure(part, seconds=0 if quick else seconds, repeats=3 if quick else 5)
         row['peak_mb'] = round(_peak_mb())
         for line in _lines(name, row): say(line)
-        save()
+        save(meanwhile)
     result['reached'] = all(all(r['reached'].values()) for r in result['parts'].values())
     if old is not None:
         result['compared'] = compare_benches(old, result)
         for r in result['compared']: say(f"{r['part']:14}{r['reference']}: {r['old']:.3g}x before, {r['new']:.3g}x now{'   LOST' if r['lost'] else ''}")
-    save()
+    if out:
+        save(Path(out))
+        meanwhile.unlink(missing_ok=True)
     return result
