@@ -11,7 +11,7 @@ __all__ = ['logger', 'Backend', 'GRID_TILE', 'Layout', 'tcnn', 'Levels', 'grid_l
 import importlib
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Literal
 
 import numba
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .geometry import kernel
-from .lanes import _Emit, _float, _int
+from .lanes import LANES, _Emit, _float, _int
 
 # %% ../nbs/10_encoding.ipynb #c005
 logger = logging.getLogger(__name__)
@@ -98,64 +98,75 @@ def _grid_torch(
     return torch.cat(out, -1)
 
 # %% ../nbs/10_encoding.ipynb #c012
-_P1, _P2 = np.uint32(_PRIMES[1]), np.uint32(_PRIMES[2])
 GRID_TILE = 64   # positions
+_wholes = ir.VectorType(ir.IntType(32), LANES)
 
-@kernel
-def _weights(x, s, weight):
-    "Weights of the eight corners (bit d of the corner's number: +1 along d) of a tile's positions x [3, GRID_TILE]."
-    half, one = float32(.5), float32(1)
-    X, Y, Z = x[0], x[1], x[2]
-    w0, w1, w2, w3, w4, w5, w6, w7 = weight[0], weight[1], weight[2], weight[3], weight[4], weight[5], weight[6], weight[7]
-    for j in range(GRID_TILE):
-        px, py, pz = X[j]*s + half, Y[j]*s + half, Z[j]*s + half
-        u, v, w = px - np.floor(px), py - np.floor(py), pz - np.floor(pz)
-        u_, v_, w_ = one - u, one - v, one - w
-        a, b, c, d = v_*w_, v*w_, v_*w, v*w
-        w0[j], w1[j], w2[j], w3[j], w4[j], w5[j], w6[j], w7[j] = a*u_, a*u, b*u_, b*u, c*u_, c*u, d*u_, d*u
+def _whole(value):
+    "The same whole number in all lanes, modulo 2^32."
+    return ir.Constant(_wholes, [value & _MASK]*LANES)
 
-@kernel(inline=True)
-def _whole(x, s):
-    "The cell along one axis."
-    return uint32(int32(np.floor(x*s + float32(.5))))
+def _around(e, x, begin, stride, at, s, weight):
+    "Of sixteen positions, from `at` on in the tile that begins there: store the weights of the eight corners (bit d of the corner's number: +1 along d), and return the cell, one vector an axis."
+    cells, shares, scale = [], [], e.spread(s)
+    half, one = (ir.Constant(scale.type, [v]*LANES) for v in (.5, 1.))
+    for d in range(3):
+        p = e.multiply_add(e.load(x, e.add(begin, at, e.times(stride, d))), scale, half)
+        low = e.floor(p)
+        part = e.b.fsub(p, low)
+        cells.append(e.b.fptosi(low, _wholes))
+        shares.append((e.b.fsub(one, part), part))
+    for k in range(8): e.store(e.b.fmul(e.b.fmul(shares[1][k >> 1 & 1], shares[2][k >> 2]), shares[0][k & 1]), weight, e.add(at, GRID_TILE*k))
+    return cells
 
-@kernel
-def _hashed(x, s, n, c):
-    "Entries of the corners in a level where points share them."
-    X, Y, Z, one, m = x[0], x[1], x[2], uint32(1), uint32(n - uint32(1))       # such a level's size is a power of two
-    c0, c1, c2, c3, c4, c5, c6, c7 = c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]
-    for j in range(GRID_TILE):
-        x0, y0, z0 = _whole(X[j], s), uint32(_whole(Y[j], s)*_P1), uint32(_whole(Z[j], s)*_P2)
-        x1, y1, z1 = uint32(x0 + one), uint32(y0 + _P1), uint32(z0 + _P2)
-        p, q, r, t = y0 ^ z0, y1 ^ z0, y0 ^ z1, y1 ^ z1
-        c0[j], c1[j], c2[j], c3[j] = (x0 ^ p) & m, (x1 ^ p) & m, (x0 ^ q) & m, (x1 ^ q) & m
-        c4[j], c5[j], c6[j], c7[j] = (x0 ^ r) & m, (x1 ^ r) & m, (x0 ^ t) & m, (x1 ^ t) & m
-
-@kernel
-def _dense(x, s, r, n, c):
-    "Entries of the corners in a level where every point has its own."
-    X, Y, Z, one, r2, outside = x[0], x[1], x[2], uint32(1), uint32(r*r), uint32(0)
-    c0, c1, c2, c3, c4, c5, c6, c7 = c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]
-    for j in range(GRID_TILE):
-        ix, iy, iz = _whole(X[j], s), _whole(Y[j], s), _whole(Z[j], s)
-        a = uint32(ix + uint32(iy*r) + uint32(iz*r2))
-        b = uint32(a + r2)
-        c0[j], c1[j], c2[j], c3[j] = a, uint32(a + one), uint32(a + r), uint32(a + r + one)
-        c4[j], c5[j], c6[j], c7[j] = b, uint32(b + one), uint32(b + r), uint32(b + r + one)
-        outside |= uint32(ix >= r) | uint32(iy >= r) | uint32(iz >= r) | uint32(b + r + one >= n)
-    if outside:                                                                # at the edge, or beyond
+@intrinsic
+def _hashed(typing, x, begin, stride, at, s, n, entry, weight, features):
+    "Entries and weights around sixteen positions in a level where points share them. `features` is an array of as many dimensions as an entry has numbers: so the compiler knows."
+    def code(context, builder, signature, args):
+        e, F = _Emit(context, builder, signature, args), features.ndim
+        x, begin, stride, at, s, n, entry, weight, _ = e.args
+        last = e.spread(e.b.mul(e.b.sub(n, ir.Constant(n.type, 1)), ir.Constant(n.type, F)))       # such a level's size is a power of two
+        line = []
+        for cell, prime in zip(_around(e, x, begin, stride, at, s, weight), _PRIMES):
+            low = e.b.mul(cell, _whole(prime*F))
+            line.append((low, e.b.add(low, _whole(prime*F))))
         for k in range(8):
-            for j in range(GRID_TILE): c[k, j] = c[k, j] % n
+            mixed = e.b.xor(e.b.xor(line[1][k >> 1 & 1], line[2][k >> 2]), line[0][k & 1])
+            e.store(e.b.and_(mixed, last), entry, e.add(at, GRID_TILE*k))
+        return context.get_dummy_value()
+    return types.void(x, types.intp, types.intp, types.intp, types.float32, types.uint32, entry, weight, features), code
+
+@intrinsic
+def _dense(typing, x, begin, stride, at, s, r, n, entry, weight, features):
+    "The same in a level where every point has its own; returns lanes' bits that are at the edge or beyond: there, entries are wrong."
+    def code(context, builder, signature, args):
+        e, F = _Emit(context, builder, signature, args), features.ndim
+        x, begin, stride, at, s, r, n, entry, weight, _ = e.args
+        number, times = lambda v: ir.Constant(r.type, v), lambda *v: reduce(e.b.mul, v)
+        cells, step = _around(e, x, begin, stride, at, s, weight), [number(F), times(r, number(F)), times(r, r, number(F))]
+        lowest = reduce(e.b.add, [e.b.mul(cell, e.spread(d)) for cell, d in zip(cells, step)])
+        for k in range(8):
+            corner = e.b.add(lowest, e.spread(reduce(e.b.add, [step[d] if k >> d & 1 else number(0) for d in range(3)])))
+            e.store(corner, entry, e.add(at, GRID_TILE*k))
+        above = [e.b.icmp_unsigned('>=', cell, e.spread(r)) for cell in cells] + [e.b.icmp_unsigned('>=', corner, e.spread(times(n, number(F))))]
+        return e.b.zext(e.b.bitcast(reduce(e.b.or_, above), ir.IntType(LANES)), _int)
+    return types.int64(x, types.intp, types.intp, types.intp, types.float32, types.uint32, types.uint32, entry, weight, features), code
 
 @kernel
-def _corners(x, s, r, n, hashed, first, F, entry, weight):
-    "Weights, and places in the flat table, of the corners of a tile's positions in one level."
-    _weights(x, s, weight)
-    if hashed: _hashed(x, s, n, entry)
-    else: _dense(x, s, r, n, entry)
-    for k in range(8):
-        row = entry[k]
-        for j in range(GRID_TILE): row[j] = first + F*row[j]
+def _wrapped(x, begin, stride, s, r, n, F, entry):
+    "Entries around a tile's positions in a dense level, wherever they are: indices of 32 bits wrap around, and so does the level."
+    for j in range(GRID_TILE):
+        i = uint32(0)
+        for d, step in enumerate((uint32(1), r, uint32(r*r))): i = uint32(i + uint32(uint32(int32(np.floor(x[begin+d*stride+j]*s + float32(.5))))*step))
+        for k in range(8): entry[k*GRID_TILE+j] = uint32(i + uint32(k & 1) + uint32((k >> 1 & 1)*r) + uint32(uint32((k >> 2)*r)*r)) % n*F
+
+@kernel
+def _corners(x, begin, stride, s, r, n, hashed, entry, weight, features):
+    "Weights, and places in the level's part of the table, of the corners of a tile's positions in one level; flat arrays, of x from `begin` on, `stride` from axis to axis."
+    outside = 0
+    for j in range(0, GRID_TILE, LANES):
+        if hashed: _hashed(x, begin, stride, j, s, n, entry, weight, features)
+        else: outside |= _dense(x, begin, stride, j, s, r, n, entry, weight, features)
+    if outside: _wrapped(x, begin, stride, s, r, n, uint32(features.ndim), entry)
 
 # %% ../nbs/10_encoding.ipynb #c012b
 def _together(e, vectors):
@@ -164,48 +175,48 @@ def _together(e, vectors):
     return vectors[0]
 
 def _eight(e, entry, weight, at, F):
-    "Place, and weight in F lanes, of the corners of one position."
+    "Place in the level, and weight in F lanes, of the corners of one position."
     for k in range(8):
         w = e.load(weight, e.add(at, GRID_TILE*k), _float)
         w = e.b.insert_element(ir.Constant(ir.VectorType(_float, F), ir.Undefined), w, ir.Constant(ir.IntType(32), 0))
         yield e.b.zext(e.load(entry, e.add(at, GRID_TILE*k), ir.IntType(32)), _int), e.pick(w, w, [0]*F)
 
 @intrinsic
-def _read(typing, table, entry, weight, at, rows, line, features):
-    "Read four positions, from `at` on in the tile, into rows that begin at `line`. `features` is an array of as many dimensions as an entry has numbers: so the compiler knows the vectors' size."
+def _read(typing, table, first, entry, weight, at, rows, line, stride, features):
+    "Read four positions, from `at` on in the tile, of a level that begins at `first`, into rows that begin at `line`, `stride` from one to the next."
     def code(context, builder, signature, args):
-        e, F, found = _Emit(context, builder, signature, args), features.ndim, []
-        table, entry, weight, at, rows, line, _ = e.args
-        for q in range(4):
-            total = ir.Constant(ir.VectorType(_float, F), [0.]*F)
-            for place, w in _eight(e, entry, weight, e.add(at, q), F): total = e.multiply_add(w, e.load(table, place, total.type), total)
-            found.append(total)
-        found = _together(e, found)
-        for f in range(F): e.store(e.pick(found, found, range(f, 4*F, F)), rows, e.add(line, at, GRID_TILE*f))
+        e, F = _Emit(context, builder, signature, args), features.ndim
+        table, first, entry, weight, at, rows, line, stride, _ = e.args
+        level, one = e.b.gep(table, [first]), ir.VectorType(_float, F)
+        total = ir.Constant(ir.VectorType(_float, 4*F), [0.]*4*F)
+        for k in range(8):
+            place, w = e.add(at, GRID_TILE*k), e.load(weight, e.add(at, GRID_TILE*k), ir.VectorType(_float, 4))
+            four = _together(e, [e.load(level, e.b.zext(e.load(entry, e.add(place, q), ir.IntType(32)), _int), one) for q in range(4)])
+            total = e.multiply_add(e.pick(w, w, [q for q in range(4) for _ in range(F)]), four, total)
+        for f in range(F): e.store(e.pick(total, total, range(f, 4*F, F)), rows, e.add(line, at, e.times(stride, f)))
         return context.get_dummy_value()
-    return types.void(table, entry, weight, types.intp, rows, types.intp, features), code
+    return types.void(table, types.intp, entry, weight, types.intp, rows, types.intp, types.intp, features), code
 
 @intrinsic
-def _add(typing, table, entry, weight, at, rows, line, features):
+def _add(typing, table, first, entry, weight, at, rows, line, stride, features):
     "Add four positions' rows to their entries: `_read` backward."
     def code(context, builder, signature, args):
         e, F = _Emit(context, builder, signature, args), features.ndim
-        table, entry, weight, at, rows, line, _ = e.args
-        given = _together(e, [e.load(rows, e.add(line, at, GRID_TILE*f), ir.VectorType(_float, 4)) for f in range(F)])
+        table, first, entry, weight, at, rows, line, stride, _ = e.args
+        level = e.b.gep(table, [first])
+        given = _together(e, [e.load(rows, e.add(line, at, e.times(stride, f)), ir.VectorType(_float, 4)) for f in range(F)])
         for q in range(4):
             mine = e.pick(given, given, range(q, 4*F, 4))
-            for place, w in _eight(e, entry, weight, e.add(at, q), F): e.store(e.multiply_add(w, mine, e.load(table, place, mine.type)), table, place)
+            for place, w in _eight(e, entry, weight, e.add(at, q), F): e.store(e.multiply_add(w, mine, e.load(level, place, mine.type)), level, place)
         return context.get_dummy_value()
-    return types.void(table, entry, weight, types.intp, rows, types.intp, features), code
+    return types.void(table, types.intp, entry, weight, types.intp, rows, types.intp, types.intp, features), code
 
 # %% ../nbs/10_encoding.ipynb #c013
 @kernel
-def _tile(x, first, n, X):
-    "Positions of a tile, the last repeated."
-    for d in range(3):
-        row, mine = x[d], X[d]
-        for j in range(n): mine[j] = row[first+j]
-        for j in range(n, GRID_TILE): mine[j] = row[first+n-1]
+def _padded(rows, first, n, out):
+    "The last columns of some rows, in room for a whole tile; what is beyond them is zero."
+    out[:] = 0
+    out[:, :n] = rows[:, first:first+n]
 
 @kernel
 def _touch(table, n):
@@ -226,46 +237,50 @@ def _turn(a, out):
 
 @kernel
 def encode_tile(X, table, scale, resolution, offset, size, hashed, features, entry, weight, out):
-    "Features of a tile's positions X [3, GRID_TILE], all levels, into the first rows, of GRID_TILE columns, of a flat array; `entry` and `weight` are room [8, GRID_TILE]."
-    e, w, F = entry.reshape(-1), weight.reshape(-1), features.ndim
+    "Features of a tile's positions X [3, GRID_TILE], all levels, into the first rows, of GRID_TILE columns, of a flat array; `entry` and `weight` are room [8 GRID_TILE]."
+    x, F = X.reshape(-1), features.ndim
     for l in range(scale.size):
-        _corners(X, scale[l], uint32(resolution[l]), uint32(size[l]), hashed[l], uint32(offset[l]*F), uint32(F), entry, weight)
-        for j in range(0, GRID_TILE, 4): _read(table, e, w, j, out, l*F*GRID_TILE, features)
+        _corners(x, 0, GRID_TILE, scale[l], uint32(resolution[l]), uint32(size[l]), hashed[l], entry, weight, features)
+        for j in range(0, GRID_TILE, 4): _read(table, offset[l]*F, entry, weight, j, out, l*F*GRID_TILE, GRID_TILE, features)
 
 @kernel(parallel=True)
 def _forward(x, table, scale, resolution, offset, size, hashed, features, out, groups, parts):
-    N, F = x.shape[1], features.ndim
+    N, F, positions, found = x.shape[1], features.ndim, x.reshape(-1), out.reshape(-1)
     for t in prange(groups*parts):
-        X, entry, weight, rows = np.empty((3, GRID_TILE), np.float32), np.empty((8, GRID_TILE), np.uint32), np.empty((8, GRID_TILE), np.float32), np.empty((F, GRID_TILE), np.float32)
-        e, w, o = entry.reshape(-1), weight.reshape(-1), rows.reshape(-1)
+        entry, weight, rest, rows = np.empty(8*GRID_TILE, np.uint32), np.empty(8*GRID_TILE, np.float32), np.empty((3, GRID_TILE), np.float32), np.empty((F, GRID_TILE), np.float32)
         a, b = t % parts*N//parts, (t % parts + 1)*N//parts
+        _padded(x, b - (b - a) % GRID_TILE, (b - a) % GRID_TILE, rest)
         for l in range(t//parts, scale.size, groups):
-            X[0, 0] = _touch(table[offset[l]*F:(offset[l] + size[l])*F], b - a)
-            for first in range(a, b, GRID_TILE):
-                n = min(GRID_TILE, b - first)
-                _tile(x, first, n, X)
-                _corners(X, scale[l], uint32(resolution[l]), uint32(size[l]), hashed[l], uint32(offset[l]*F), uint32(F), entry, weight)
-                for j in range(0, n, 4): _read(table, e, w, j, o, 0, features)
-                for f in range(F): out[l*F+f, first:first+n] = rows[f, :n]
+            s, r, n, h, begin = scale[l], uint32(resolution[l]), uint32(size[l]), hashed[l], offset[l]*F
+            weight[0] = _touch(table[begin:begin + size[l]*F], b - a)
+            for first in range(a, b - GRID_TILE + 1, GRID_TILE):
+                _corners(positions, first, N, s, r, n, h, entry, weight, features)
+                for j in range(0, GRID_TILE, 4): _read(table, begin, entry, weight, j, found, l*F*N + first, N, features)
+            last = (b - a) % GRID_TILE
+            if last:
+                _corners(rest.reshape(-1), 0, GRID_TILE, s, r, n, h, entry, weight, features)
+                for j in range(0, last, 4): _read(table, begin, entry, weight, j, rows.reshape(-1), 0, GRID_TILE, features)
+                out[l*F:l*F+F, b-last:b] = rows[:, :last]
 
 @kernel(parallel=True)
 def _backward(x, g, scale, resolution, offset, size, hashed, features, grad, groups, fresh):
-    N, F = x.shape[1], features.ndim
+    N, F, positions, given = x.shape[1], features.ndim, x.reshape(-1), g.reshape(-1)
+    last = N % GRID_TILE
     for t in prange(groups):
-        X, entry, weight, rows = np.empty((3, GRID_TILE), np.float32), np.empty((8, GRID_TILE), np.uint32), np.empty((8, GRID_TILE), np.float32), np.empty((F, GRID_TILE), np.float32)
-        e, w, o = entry.reshape(-1), weight.reshape(-1), rows.reshape(-1)
+        entry, weight, rest, rows = np.empty(8*GRID_TILE, np.uint32), np.empty(8*GRID_TILE, np.float32), np.empty((3, GRID_TILE), np.float32), np.empty((F, GRID_TILE), np.float32)
+        _padded(x, N - last, last, rest)
         for l in range(t, scale.size, groups):
-            mine = grad[offset[l]*F:(offset[l] + size[l])*F]
+            s, r, n, h, begin = scale[l], uint32(resolution[l]), uint32(size[l]), hashed[l], offset[l]*F
+            mine = grad[begin:begin + size[l]*F]
             if fresh: mine[:] = 0
-            else: X[0, 0] = _touch(mine, N)
-            for first in range(0, N, GRID_TILE):
-                n = min(GRID_TILE, N - first)
-                _tile(x, first, n, X)
-                _corners(X, scale[l], uint32(resolution[l]), uint32(size[l]), hashed[l], uint32(offset[l]*F), uint32(F), entry, weight)
-                for f in range(F):
-                    rows[f, :n] = g[l*F+f, first:first+n]
-                    rows[f, n:] = 0
-                for j in range(0, n, 4): _add(grad, e, w, j, o, 0, features)
+            else: weight[0] = _touch(mine, N)
+            for first in range(0, N - GRID_TILE + 1, GRID_TILE):
+                _corners(positions, first, N, s, r, n, h, entry, weight, features)
+                for j in range(0, GRID_TILE, 4): _add(grad, begin, entry, weight, j, given, l*F*N + first, N, features)
+            if last:
+                _corners(rest.reshape(-1), 0, GRID_TILE, s, r, n, h, entry, weight, features)
+                _padded(g[l*F:l*F+F], N - last, last, rows)
+                for j in range(0, last, 4): _add(grad, begin, entry, weight, j, rows.reshape(-1), 0, GRID_TILE, features)
 
 # %% ../nbs/10_encoding.ipynb #c015
 Layout = tuple   # levels, features, log2_size, base, scale

@@ -52,14 +52,23 @@ class _Emit:
 
     def spread(self, number):
         "One number in all lanes."
-        v = self.b.insert_element(ir.Constant(_vector, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+        v = self.b.insert_element(ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
         return self.pick(v, v, [0]*LANES)
+
+    def _call(self, name, *args):
+        "An operation of the compiler on vectors of floats."
+        kind = args[0].type
+        name = f'llvm.{name}.v{kind.count}f32'
+        f = self.b.module.globals.get(name) or ir.Function(self.b.module, ir.FunctionType(kind, [kind]*len(args)), name)
+        return self.b.call(f, args)
 
     def multiply_add(self, a, b, c):
         "a b + c, rounded once."
-        name = f'llvm.fma.v{a.type.count}f32'
-        f = self.b.module.globals.get(name) or ir.Function(self.b.module, ir.FunctionType(a.type, [a.type]*3), name)
-        return self.b.call(f, [a, b, c])
+        return self._call('fma', a, b, c)
+
+    def floor(self, a):
+        "The whole number below."
+        return self._call('floor', a)
 
     def loop(self, count, step: int, sums, body):
         "sums = body(k, sums) for k = 0, step, ... below count (at least once)."

@@ -479,7 +479,7 @@ def _stretch(first, last, rays, spans, S, stride, way, table, networks, thin, co
     carried, ahead, now = np.zeros((TILE, 8), np.float32), np.zeros((TILE, 8), np.float32), np.zeros((TILE, 8), np.float32)
     flat, later, x = np.zeros(rows*TILE, np.float32), np.zeros(rows*TILE, np.float32), np.full((3, TILE), .5, np.float32)      # those on their way, and those that wait for a colour
     X, Y = flat.reshape((rows, TILE)), later.reshape((rows, TILE))
-    entry, corner = np.empty((8, TILE), np.uint32), np.empty((8, TILE), np.float32)
+    entry, corner = np.empty(8*TILE, np.uint32), np.empty(8*TILE, np.float32)
     passed, bits = np.ones(TILE, np.float32), np.empty(TILE, np.int32)
     total, waiting, weight = np.zeros((last - first, 4), np.float32), np.zeros(TILE, np.int64), np.zeros(TILE, np.float32)
     shown, coming, first_leaf, alive = 0, first, -1, 1
