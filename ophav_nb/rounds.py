@@ -24,6 +24,7 @@ from scipy import ndimage
 
 # %% ../nbs/17_rounds.ipynb #c004
 from .layers import head_alpha
+from .animate import as_driven
 from .avatar import Avatar, AvatarConfig
 from .dataset import HeadDataset
 from .detect import Detector, detect_like
@@ -300,7 +301,7 @@ class Rounds:
     def restorer(self, reference: np.ndarray):
         "Built for the portrait, prepared with the avatar's render of it."
         size = (self.dataset.height, self.dataset.width)
-        image = np.clip(resize(to_float(self.portrait.image), size), 0, 1)
+        image = np.clip(resize(as_driven(to_float(self.portrait.image), self.portrait.track, self.head), size), 0, 1)
         matte = np.clip(resize(head_alpha(self.portrait.matte, self.head, self.portrait.track, 0), size), 0, 1)
         made = make_restorer(self.config.restorer, image=image, alpha=matte, context=self.context(self.portrait_motion, 0, self.portrait_camera),
                              head=self.head, device=self.device, **self.config.settings)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'PAIRS', 'FIVE', 'FOCAL', 'Track', 'LandmarkModel', 'Person', 'FitSettings', 'landmark_error', 'mica_shape',
-           'shape_prior', 'fit_portrait', 'draw_track', 'in_crop', 'track_portrait', 'fit_film', 'track_film', 'refit']
+           'shape_prior', 'fit_portrait', 'draw_track', 'in_crop', 'track_portrait', 'fit_film', 'track_film',
+           'closing', 'constant_offset', 'refit']
 
 # %% ../nbs/06_track.ipynb #c002
 import json, logging, math
@@ -22,7 +23,7 @@ from .weights import find_weight
 from .media import Crop, resize
 from .geometry import Camera, axis_angle_to_matrix, facing_camera, kernel, matrix_to_axis_angle, rasterize, sample_bilinear, vertex_normals
 from .head import HeadModel, Motion, hair_thickness
-from .detect import INNER_FACE, LEFT_EYE, LID_PAIRS, LIP_PAIRS, LIPS, OVAL, RIGHT_EYE, Detector, fill_lost, head_crop
+from .detect import INNER_FACE, LEFT_EYE, LEFT_IRIS, LID_PAIRS, LIP_PAIRS, LIPS, OVAL, RIGHT_EYE, RIGHT_IRIS, Detector, fill_lost, head_crop
 
 # %% ../nbs/06_track.ipynb #c005
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Track:
     ok: np.ndarray             # bool [T]: frames where the face was seen
     bias: np.ndarray|None = None   # [478,3] offset of the person's landmarks in head space, metres
     doubt: np.ndarray|None = None  # [T] how little the picture settled the head's pose, 0..1
+    correction: np.ndarray|None = None   # [478,3] what re-enactments of the film's first frame lack in all frames (see `animate.echo`), head space, metres
     info: dict = field(default_factory=dict)   # diagnostics: numbers and short lists
 
     def __len__(self): return len(self.motion)
@@ -75,6 +77,7 @@ class Track:
                       K=self.camera.K, c2w=self.camera.c2w, size=[self.camera.width, self.camera.height], landmarks=self.landmarks,
                       error=self.error, ok=self.ok, bias=np.zeros((0, 3), np.float32) if self.bias is None else self.bias,
                       doubt=np.zeros(0, np.float32) if self.doubt is None else self.doubt,
+                      correction=np.zeros((0, 3), np.float32) if self.correction is None else self.correction,
                       info=json.dumps(self.info))
         def writer(temporary):
             with open(temporary, "wb") as file: np.savez_compressed(file, **arrays)
@@ -91,7 +94,8 @@ class Track:
                 motion = Motion(z["expression"], z["joints"], z["translation"], z["fps"], str(z["basis"]))
                 camera = Camera(z["K"], z["c2w"], *(int(n) for n in z["size"]))
                 return cls(motion, z["shape"], camera, z["landmarks"], z["error"], z["ok"], z["bias"] if len(z["bias"]) else None,
-                           z["doubt"] if "doubt" in z and len(z["doubt"]) else None, json.loads(str(z["info"])))
+                           z["doubt"] if "doubt" in z and len(z["doubt"]) else None, z["correction"] if "correction" in z and len(z["correction"]) else None,
+                           json.loads(str(z["info"])))
         except (KeyError, ValueError, OSError) as cause: raise InputError(f"{path}: not a track ({cause})") from cause
 
 # %% ../nbs/06_track.ipynb #c009
@@ -469,7 +473,7 @@ def _track_of(fit: _Fit, landmarks, ok, size, fps, bias=None, info=None, doubt=N
     translation = fit.tau - J + fit.R @ J
     motion = Motion(expression, joints, translation, fps, head.name)
     track = Track(motion, shape.numpy(), facing_camera(float(fit.logf.exp()), *size), landmarks.astype(np.float32), np.zeros(T, np.float32), ok,
-                  bias, doubt, info or {})
+                  bias, doubt, info=info or {})
     track.error = landmark_error(track.fitted(head), landmarks)
     return track
 
@@ -1025,20 +1029,24 @@ def _recentre(R, t, R0, t0, ok):
     return R @ mean.as_matrix(), t + R @ shift
 
 # %% ../nbs/06_track.ipynb #c029
-def _person_bias(fit: _Fit, rounds: int = 6) -> Tensor:
-    "Offsets in head space that explain the landmarks' constant errors, [L,3] (least absolute deviations)."
+def _constant(A: Tensor, e: Tensor, seen: Tensor, damping=(.03, .03, .03), rounds: int = 6) -> Tensor:
+    "The offsets [L,3] that explain errors e [T,L,2] best (least absolute deviations), given how errors follow from them, A [T,L,2,3]; damped along each axis."
+    offset = torch.zeros(A.shape[1], 3)
+    for _ in range(rounds):
+        left = e - (A @ offset[None, ..., None])[..., 0]
+        w = seen[:, None]/torch.sqrt(left.pow(2).sum(-1) + 1e-5)
+        H = torch.einsum("tl,tlki,tlkj->lij", w, A, A)
+        H = H + torch.diagonal(H, dim1=1, dim2=2).mean(1)[:, None, None]*torch.diag(torch.tensor(damping))
+        offset = torch.linalg.solve(H, torch.einsum("tl,tlki,tlk->li", w, A, e))
+    return offset
+
+
+def _person_bias(fit: _Fit) -> Tensor:
+    "Offsets in head space that explain the landmarks' constant errors, [L,3]."
     X = fit.model.person(fit.shape).points(fit.z, False)
     free = replace(fit, offset=torch.zeros_like(fit.offset))
     q, Y = free.project(X, fit.R, fit.tau)
-    A, e = _pixel_rate(Y, fit.logf.exp()) @ fit.R[:, None]/fit.iod, (fit.target - q)/fit.iod
-    offset = torch.zeros_like(fit.offset)
-    for _ in range(rounds):
-        left = e - (A @ offset[None, ..., None])[..., 0]
-        w = fit.seen[:, None]/torch.sqrt(left.pow(2).sum(-1) + 1e-5)
-        H = torch.einsum("tl,tlki,tlkj->lij", w, A, A)
-        H = H + .03*torch.diagonal(H, dim1=1, dim2=2).mean(1)[:, None, None]*torch.eye(3)
-        offset = torch.linalg.solve(H, torch.einsum("tl,tlki,tlk->li", w, A, e))
-    return offset
+    return _constant(_pixel_rate(Y, fit.logf.exp()) @ fit.R[:, None]/fit.iod, (fit.target - q)/fit.iod, fit.seen)
 
 
 def _fit_faces(fit: _Fit):
@@ -1146,6 +1154,31 @@ def _turn_along(fit: _Fit, step: Tensor, share: Tensor, slack: float = .03):
     fit.R, fit.tau = axis_angle_to_matrix(d[:, :3]) @ fit.R, fit.tau + d[:, 3:]
 
 # %% ../nbs/06_track.ipynb #c036
+def closing(
+    offset: np.ndarray,   # of landmarks, [478,3]
+) -> np.ndarray:          # [478,3]
+    "Offsets with which what closes still closes: an eye's lids and iris move as one, lips that face each other too; the oval, which slides along the outline, stays."
+    offset = np.array(offset, np.float32)
+    for eye in (LEFT_EYE + LEFT_IRIS, RIGHT_EYE + RIGHT_IRIS): offset[eye] = offset[eye].mean(0)
+    for pair in LIP_PAIRS: offset[list(pair)] = offset[list(pair)].mean(0)
+    offset[OVAL] = 0
+    return offset
+
+
+def constant_offset(
+    track: Track,
+    head: HeadModel,
+    step: np.ndarray,            # how far landmarks are to move, px of the crop, [T,478,2]
+) -> tuple[np.ndarray, np.ndarray]:   # offsets in head space, metres, [478,3]; how far they move the landmarks, px, [T,478,2]
+    "What of the landmarks' steps is the same in all frames, as `closing` allows it."
+    with torch.no_grad():
+        fit = _fit_of(track, head, FitSettings())
+        _, Y = fit.project(fit.model.person(fit.shape).points(fit.z, False), fit.R, fit.tau)
+        A = _pixel_rate(Y, fit.logf.exp()) @ fit.R[:, None]
+        offset = closing(_constant(A/fit.iod, torch.from_numpy(np.asarray(step, np.float32))/fit.iod, fit.seen, (.03, .03, 1.)).numpy())    # hardly in depth: a film that does not turn its head doesn't know it
+        return offset, (A @ torch.from_numpy(offset)[None, ..., None])[..., 0].numpy()
+
+
 def refit(
     track: Track,
     head: HeadModel,

@@ -8,10 +8,12 @@ import pytest
 import ophav_nb  # noqa: F401  (before torch: it decides about threads)
 import torch
 from ophav_nb.animate import MeshAnimator, VideoAnimator, make_animator
+from ophav_nb.detect import INNER_FACE
 from ophav_nb.layers import EYES, NeckCut, bleed, head_alpha, inflate, polygon_mask, without_mouth
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.run import InputError
+from ophav_nb.track import Track
 
 SIZE = 192
 
@@ -39,7 +41,7 @@ def portrait(head):
     motion = Motion.still(1, head.n_expression)
     motion.translation[:] = [0, -.02, -.6]
     image, matte, landmarks = drawn(head, shape, motion, camera)
-    track = SimpleNamespace(motion=motion, shape=shape, camera=camera, landmarks=landmarks[None], error=np.zeros(1), ok=np.ones(1, bool))
+    track = Track(motion, shape, camera, landmarks[None], np.zeros(1), np.ones(1, bool))
     return image, track, matte
 
 
@@ -63,6 +65,23 @@ def test_at_rest_it_is_the_portrait(animator, portrait, head):
     a = head_alpha(matte, head, track)
     assert np.abs(f[..., 3] - a).mean() < .01
     assert f.dtype == np.float32 and f.min() >= 0 and f.max() <= 1
+
+
+def test_a_face_that_is_not_the_models_stays_itself(portrait, head):
+    "Landmarks beside the mesh's are the person's own: at rest they stay there, and a correction moves what is driven, not the portrait."
+    image, track, matte = portrait
+    inner, beside = np.array(INNER_FACE), track.landmarks + np.float32([3, -2, 0])
+    moved = np.roll(image, (-2, 3), (0, 1))
+    own = MeshAnimator(moved, replace(track, landmarks=beside), head, np.roll(matte, (-2, 3), (0, 1)), supersample=1)
+    lies = own.camera0.project(own._points(own.V0, inner))[:, :2]
+    assert np.abs(lies - beside[0, inner, :2]).mean() < .5
+    f, (x0, y0), (x1, y1) = own.frame(*state(track, head)), *(beside[0, inner, :2].min(0).astype(int) + 12, beside[0, inner, :2].max(0).astype(int) - 12)
+    assert np.abs(f[y0:y1, x0:x1, :3] - moved[y0:y1, x0:x1]/255.).mean() < .02
+    driven = MeshAnimator(image, replace(track, correction=np.tile(np.float32([.004, 0, 0]), (478, 1))), head, matte, supersample=1)
+    face = inner[np.abs(track.landmarks[0, inner, 1] - track.landmarks[0, 1, 1]) < 15]
+    p = [driven.camera0.project(driven._points(v, face))[:, 0] for v in (driven.V0, driven._at(*state(track, head))[0])]
+    np.testing.assert_allclose(p[0], track.landmarks[0, face, 0], atol=.5)
+    assert 2 < (p[1] - p[0]).mean() < 2.6            # 4 mm are 2.4 pixels here
 
 
 def test_it_lands_where_the_mesh_does(animator, portrait, head):

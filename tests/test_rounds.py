@@ -16,6 +16,7 @@ from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import to_uint8
 from ophav_nb.rounds import RoundsConfig, choose_round, film_camera, finish_alpha, plan_round, read_log, run_rounds
 from ophav_nb.run import Run
+from ophav_nb.track import Track
 
 SIZE, FRAMES = 64, 8
 HEAD = HeadModel.load()
@@ -87,7 +88,7 @@ def stage(monkeypatch, coarse):
         calls.append(len(shown))
         return dict(identity_distance=.3, landmark_drift=1., sharpness=10. + len(calls)), np.zeros((len(shown), 128))
     monkeypatch.setattr(rounds, 'measure_round', measure)
-    track = SimpleNamespace(motion=coarse.motion[0], shape=coarse.shape, camera=CAMERA, landmarks=np.zeros((1, 478, 3), np.float32))
+    track = Track(coarse.motion[0], coarse.shape, CAMERA, np.zeros((1, 478, 3), np.float32), np.zeros(1), np.ones(1, bool))
     portrait = SimpleNamespace(image=coarse.rgb[0], matte=coarse.alpha[0]/255, track=track)
     return SimpleNamespace(calls=calls, go=lambda run, **c: run_rounds(run, coarse, portrait, HEAD, RoundsConfig(**{**dict(
         rounds=2, steps0=30, steps=20, render_frames=6, restorer='none'), **c}), detector='unused'))

@@ -1,16 +1,17 @@
 "Tests of the tracker: the model knows its own landmarks; files; films with lost frames."
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ophav_nb.detect import Detector
+from ophav_nb.detect import INNER_FACE, LEFT_EYE, LID_PAIRS, LIP_PAIRS, OVAL, Detector
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel
 from ophav_nb.media import read_image, read_video
 from ophav_nb.run import InputError
-from ophav_nb.track import LandmarkModel, Track, fit_film, fit_portrait, track_film, track_portrait
+from ophav_nb.track import LandmarkModel, Track, closing, constant_offset, fit_film, fit_portrait, track_film, track_portrait
 
 CLIPS = Path(__file__).parents[2]/"shared"/"data"/"clips"
 
@@ -79,9 +80,25 @@ def test_save_and_load(head, tmp_path):
     again = Track.load(track.save(tmp_path/"track.npz"))
     np.testing.assert_array_equal(again.motion.expression, track.motion.expression)
     np.testing.assert_allclose(again.camera.K, track.camera.K)
-    assert again.info == track.info and again.bias is None
+    assert again.info == track.info and again.bias is None and again.correction is None
+    corrected = replace(track, correction=np.ones((478, 3), np.float32))
+    np.testing.assert_array_equal(Track.load(corrected.save(tmp_path/"track.npz")).correction, corrected.correction)
     (tmp_path/"bad.npz").write_text("no")
     with pytest.raises(InputError): Track.load(tmp_path/"bad.npz")
+
+
+def test_what_is_the_same_in_all_frames(head):
+    "A person's offsets, seen in a film whose landmarks also err on their own, and in some frames by far."
+    points, shape, expression, joints = posed(head, 24)
+    track, rng = fit_film(None, points, np.ones(24, bool), head, size=256), np.random.default_rng(0)
+    true = closing(rng.normal(0, .001, (478, 3))*[1, 1, 0])
+    for pair in LID_PAIRS + LIP_PAIRS: np.testing.assert_allclose(true[pair[0]], true[pair[1]], atol=1e-9)
+    assert not true[OVAL].any() and np.ptp(true[LEFT_EYE], 0).max() < 1e-9
+    step = replace(track, bias=true).fitted(head, bias=True) - track.fitted(head)
+    noisy = step[..., :2] + rng.normal(0, .1, (24, 478, 2))
+    noisy[::8] += 20
+    offset, moved = constant_offset(track, head, noisy)
+    assert np.abs(offset - true)[INNER_FACE].max() < 5e-4 and np.abs(moved - step[..., :2])[:, INNER_FACE].mean() < .05
 
 
 def test_astronaut(head):
