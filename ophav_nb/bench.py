@@ -37,7 +37,7 @@ from .head import HeadModel, Motion
 from .media import read_image
 from .metrics import psnr
 from .nearest import TriangleTree
-from .render import render_view
+from .render import FINE, render_view
 from .restore import DetailRestorer, frame_context
 from .run import InputError, progress, write_atomic
 from .track import track_film, track_portrait
@@ -347,9 +347,9 @@ def render(quick: bool = False, size: int = 256, goal: float = 12.) -> Part:
     see = lambda view, samples=avatar.config.samples, **how: render_view(avatar.shown, avatar.deformer, *view[:2], avatar.widths, view[2], samples,
                                                                          back=avatar.config.back_band, outer=avatar.outer, **how)
     white = lambda r: r[..., :3]*r[..., 3:] + 1 - r[..., 3:]
-    error = max(float(np.sqrt(np.square(white(see(v)) - white(see(v, 24, scouts=False))).mean())) for v in views)
-    return Part(f'render {size}x{size}, {len(views)} views; error: against 24 samples everywhere', dict(ours=lambda: [see(v) for v in views],
-                torch=lambda: [see(v, 24, backend='torch') for v in views]), dict(torch=3.), error=error, frames=len(views), goal=goal, turns=3)
+    error = max(float(np.sqrt(np.square(white(see(v)) - white(see(v, 48, scouts=False))).mean())) for v in views)
+    return Part(f'render {size}x{size}, {len(views)} views; error: against 48 samples everywhere', dict(ours=lambda: [see(v) for v in views],
+                torch=lambda: [see(v, round(FINE*avatar.config.samples), backend='torch') for v in views]), dict(torch=3.), error=error, frames=len(views), goal=goal, turns=3)
 
 def render_512(quick: bool = False) -> Part:
     "The same, larger."

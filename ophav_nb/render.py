@@ -296,11 +296,11 @@ def shade(
 # %% ../nbs/13_render.ipynb #c024
 TILE = GRID_TILE   # rays
 CELL = 4    # pixels along the side of a cell that one ray scouts for, in a picture of 256
-HAZE = np.float32(.02)   # opacity that a scout overlooks
+HAZE = np.float32(.01)   # opacity that a scout overlooks (.02: a decibel less against the film that the avatar was trained on)
 RIM = np.float32(.6)   # of a scout's step, around what it saw
 SOLID = .9  # opacity of what should have no holes
 HOLE = .04  # half the width of a hole that is looked at again, of the picture's height
-FINE = 2    # as many samples a ray has a picture's grid as the scouts'
+FINE = 1.75 # as many samples a ray has a picture's grid as the scouts'
 
 # %% ../nbs/13_render.ipynb #c025
 NEAR, SPLIT, KNEE_AT, FRONT, BEHIND, LENGTH = range(6, 12)   # of a row of rays, after origin and direction: see `_as_rows`
@@ -584,7 +584,7 @@ def _index(depth, near, knee, far, samples) -> np.ndarray:
     return np.where(bent & (depth > knee), few + (depth - knee)*(samples - few)/np.maximum(far - knee, 1e-6), front)
 
 def _view_scouted(field, deformer, poses, camera, band, samples, condition, appearance) -> np.ndarray:
-    """Straight RGBA [H, W, 4]: a few rays find out where the head is along their neighbours, which then look there alone, in steps of half the length;
+    """Straight RGBA [H, W, 4]: a few rays find out where the head is along their neighbours, which then look there alone, in shorter steps;
     a part of these first, whose neighbours in turn know more exactly where to look."""
     H, W = band.mask.shape
     def look(pixels, *args, **how):
@@ -604,7 +604,7 @@ def _view_scouted(field, deformer, poses, camera, band, samples, condition, appe
     pixels = np.flatnonzero(every(cell) & band.mask)
     _, span = look(pixels, samples, colours=False, thin=.005)
     near, far, wanted, lonely = search(band.mask, pixels, span, cell)
-    out, fine = np.zeros((H*W, 4), np.float32), FINE*samples
+    out, fine = np.zeros((H*W, 4), np.float32), round(FINE*samples)
     while cell > 1:
         cell //= 2
         pixels = np.flatnonzero(wanted & every(cell))

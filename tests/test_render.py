@@ -97,8 +97,8 @@ def test_scouts_find_the_head(scene):
     deformer = Deformer(head.canonical().numpy(), head.faces, mouth_amount(head, rest))
     see = lambda **how: (lambda r: r[..., :3]*r[..., 3:] + 1 - r[..., 3:])(render_view(field, deformer, rest, studio_camera(128), widths, np.zeros(16), **how))
     truth = see(samples=64, scouts=False)
-    assert np.square(see(samples=12) - truth).mean() < 1e-4     # 40 dB: scouts overlook a haze of two hundredths
-    assert np.square(see(samples=12) - see(samples=24, scouts=False)).mean() < 2e-5   # 47 dB: the picture's grid is that of 24 samples everywhere
+    assert np.square(see(samples=12) - truth).mean() < 1e-4     # 40 dB: scouts overlook a haze of a hundredth
+    assert np.square(see(samples=12) - see(samples=24, scouts=False)).mean() < 2e-5   # 47 dB
 
 
 def test_interpolated_way_to_canonical_space(scene):
