@@ -199,6 +199,14 @@ def _shrink(fine, factor, x0, y0, cut, out):
                 out[y, x, 0] = out[y, x, 1] = out[y, x, 2] = out[y, x, 3] = np.float32(0)
 
 # %% ../nbs/08_animate.ipynb #c020
+def _fading(points, offset, at, metre: float = 1.) -> np.ndarray:
+    "Offsets of the landmarks of INNER_FACE and OVAL, smoothed, at other places; they fade beside the face. `metre`: how long one is in the places' unit."
+    away = cKDTree(points[:len(INNER_FACE)]).query(at)[0]/metre
+    out, some = np.zeros(at.shape), away < FADE[1]
+    out[some] = RBFInterpolator(points, offset, neighbors=60, smoothing=SMOOTHING*metre, kernel='linear')(at[some])*(1 - smoothstep(*FADE, away[some]))[:, None]
+    return out
+
+
 class MeshAnimator:
     "A portrait that moves: a tracked mesh carries its pixels."
     name = 'mesh'
@@ -295,13 +303,9 @@ def _beside(self, V) -> np.ndarray:
 
 @patch_to(MeshAnimator)
 def _over_face(self, V, offset) -> np.ndarray:
-    "Landmarks' offsets [478, 3], smoothed, over a mesh, [V, 3]; they fade beside the face."
-    index, out = np.array(INNER_FACE + OVAL), np.zeros(V.shape, np.float32)
-    P = self._points(V, index)
-    away = cKDTree(P[:len(INNER_FACE)]).query(V)[0]
-    some = away < FADE[1]
-    out[some] = RBFInterpolator(P, offset[index], neighbors=60, smoothing=SMOOTHING, kernel='linear')(V[some])*(1 - smoothstep(*FADE, away[some]))[:, None]
-    return out
+    "Landmarks' offsets [478, 3] over a mesh, [V, 3]."
+    index = np.array(INNER_FACE + OVAL)
+    return _fading(self._points(V, index), offset[index], V).astype(np.float32)
 
 # %% ../nbs/08_animate.ipynb #g2c
 @patch_to(MeshAnimator)
@@ -1058,9 +1062,7 @@ def as_driven(
     metre = track.camera.focal/here[:, 2].mean()*scale
     y, x = (np.arange(0, n + step, step) + .5 for n in (h, w))
     at = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
-    away, shift = cKDTree(there[:len(INNER_FACE), :2]*scale).query(at)[0]/metre, np.zeros(at.shape)
-    some = away < FADE[1]
-    shift[some] = RBFInterpolator(there[:, :2]*scale, (there - here)[:, :2]*scale, neighbors=60, smoothing=SMOOTHING*metre, kernel='linear')(at[some])*(1 - smoothstep(*FADE, away[some]))[:, None]
+    shift = _fading(there[:, :2]*scale, (there - here)[:, :2]*scale, at, metre)
     shift = sample_bilinear(shift.reshape(len(y), len(x), 2).astype(np.float32), *((pixel_centres(h, w) - .5)/step + .5).astype(np.float32).T).reshape(h, w, 2)
     i, j = np.mgrid[:h, :w]
     return np.stack([ndi.map_coordinates(image[..., c], [i - shift[..., 1], j - shift[..., 0]], order=3, mode='nearest') for c in range(image.shape[2])], -1).clip(0, 1).astype(np.float32)

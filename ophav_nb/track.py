@@ -1041,12 +1041,16 @@ def _constant(A: Tensor, e: Tensor, seen: Tensor, damping=(.03, .03, .03), round
     return offset
 
 
+def _rates(fit: _Fit) -> tuple[Tensor, Tensor]:
+    "Where the model puts the landmarks without offsets, px [T,L,2], and how they follow offsets in head space, px a metre [T,L,2,3]."
+    q, Y = replace(fit, offset=torch.zeros_like(fit.offset)).project(fit.model.person(fit.shape).points(fit.z, False), fit.R, fit.tau)
+    return q, _pixel_rate(Y, fit.logf.exp()) @ fit.R[:, None]
+
+
 def _person_bias(fit: _Fit) -> Tensor:
     "Offsets in head space that explain the landmarks' constant errors, [L,3]."
-    X = fit.model.person(fit.shape).points(fit.z, False)
-    free = replace(fit, offset=torch.zeros_like(fit.offset))
-    q, Y = free.project(X, fit.R, fit.tau)
-    return _constant(_pixel_rate(Y, fit.logf.exp()) @ fit.R[:, None]/fit.iod, (fit.target - q)/fit.iod, fit.seen)
+    q, A = _rates(fit)
+    return _constant(A/fit.iod, (fit.target - q)/fit.iod, fit.seen)
 
 
 def _fit_faces(fit: _Fit):
@@ -1173,8 +1177,7 @@ def constant_offset(
     "What of the landmarks' steps is the same in all frames, as `closing` allows it."
     with torch.no_grad():
         fit = _fit_of(track, head, FitSettings())
-        _, Y = fit.project(fit.model.person(fit.shape).points(fit.z, False), fit.R, fit.tau)
-        A = _pixel_rate(Y, fit.logf.exp()) @ fit.R[:, None]
+        _, A = _rates(fit)
         offset = closing(_constant(A/fit.iod, torch.from_numpy(np.asarray(step, np.float32))/fit.iod, fit.seen, (.03, .03, 1.)).numpy())    # hardly in depth: a film that does not turn its head doesn't know it
         return offset, (A @ torch.from_numpy(offset)[None, ..., None])[..., 0].numpy()
 

@@ -7,13 +7,13 @@ import pytest
 
 import ophav_nb  # noqa: F401  (before torch: it decides about threads)
 import torch
-from ophav_nb.animate import MeshAnimator, VideoAnimator, make_animator
+from ophav_nb.animate import MeshAnimator, VideoAnimator, as_driven, make_animator
 from ophav_nb.detect import INNER_FACE
 from ophav_nb.layers import EYES, NeckCut, bleed, head_alpha, inflate, polygon_mask, without_mouth
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.run import InputError
-from ophav_nb.track import Track
+from ophav_nb.track import Track, closing
 
 SIZE = 192
 
@@ -82,6 +82,21 @@ def test_a_face_that_is_not_the_models_stays_itself(portrait, head):
     p = [driven.camera0.project(driven._points(v, face))[:, 0] for v in (driven.V0, driven._at(*state(track, head))[0])]
     np.testing.assert_allclose(p[0], track.landmarks[0, face, 0], atol=.5)
     assert 2 < (p[1] - p[0]).mean() < 2.6            # 4 mm are 2.4 pixels here
+
+
+def test_portrait_as_driven(portrait, head):
+    "The portrait is shifted as driven frames are: the same correction in the picture as on the mesh."
+    image, track, matte = portrait
+    image = image/np.float32(255)
+    assert as_driven(image, track, head) is image
+    corrected = replace(track, correction=closing(np.tile(np.float32([.004, 0, 0]), (478, 1))))
+    shown = as_driven(image, corrected, head)
+    driven = MeshAnimator(image, corrected, head, matte, supersample=1).frame(*state(track, head))
+    x, y = track.landmarks[0, 1, :2].astype(int)
+    window = np.s_[y-20:y+15, x-20:x+20]
+    off = lambda picture: np.abs(picture[..., :3] - driven[..., :3])[window].mean()
+    assert off(shown) < .5*off(image)
+    np.testing.assert_array_equal(shown[:20], image[:20])
 
 
 def test_it_lands_where_the_mesh_does(animator, portrait, head):
