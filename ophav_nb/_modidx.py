@@ -1914,6 +1914,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ophav_nb.track.Track': ('track.html#track', 'ophav_nb/track.py'),
                                 'ophav_nb.track.Track.__len__': ('track.html#track.__len__', 'ophav_nb/track.py'),
                                 'ophav_nb.track.Track.fitted': ('track.html#track.fitted', 'ophav_nb/track.py'),
+                                'ophav_nb.track.Track.frame': ('track.html#track.frame', 'ophav_nb/track.py'),
                                 'ophav_nb.track.Track.load': ('track.html#track.load', 'ophav_nb/track.py'),
                                 'ophav_nb.track.Track.save': ('track.html#track.save', 'ophav_nb/track.py'),
                                 'ophav_nb.track.Track.vertices': ('track.html#track.vertices', 'ophav_nb/track.py'),

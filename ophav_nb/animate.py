@@ -1032,7 +1032,7 @@ def echo(
     scale, first = np.float32(size/track.camera.width), int(np.flatnonzero(track.ok)[0])
     aim, seen, correction = track.landmarks.copy(), track.landmarks*scale, None
     for k in range(rounds):
-        still = replace(track, correction=None, motion=track.motion[first], landmarks=track.landmarks[first:first + 1], error=track.error[first:first + 1], ok=track.ok[first:first + 1])
+        still = replace(track.frame(first), correction=None)
         animator = MeshAnimator(frames[first], still, head, matte[first])
         missed = np.zeros((len(track), seen.shape[1], 2), np.float32)
         for at in progress(range(0, len(track), chunk), desc=f'echo {k + 1} of {rounds}'):

@@ -134,9 +134,7 @@ def first_frame(
     film: SimpleNamespace,
 ) -> SimpleNamespace:   # image, matte, track of one frame
     "The film's first frame as the portrait."
-    t = film.track
-    track = replace(t, motion=t.motion[0], landmarks=t.landmarks[:1], error=t.error[:1], ok=t.ok[:1])
-    return SimpleNamespace(image=np.asarray(film.frames[0]), matte=np.asarray(film.matte[0], np.float32), track=track)
+    return SimpleNamespace(image=np.asarray(film.frames[0]), matte=np.asarray(film.matte[0], np.float32), track=film.track.frame(0))
 
 
 def add_reenactment(

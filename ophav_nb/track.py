@@ -45,6 +45,12 @@ class Track:
 
     def __len__(self): return len(self.motion)
 
+    def frame(self,
+        i: int,
+    ) -> "Track":
+        "One frame alone, as the track of a portrait."
+        return replace(self, motion=self.motion[i], landmarks=self.landmarks[i:i + 1], error=self.error[i:i + 1], ok=self.ok[i:i + 1])
+
     def vertices(self,
         head: HeadModel,
         i: int,                # frame
