@@ -22,7 +22,7 @@ from scipy.spatial import cKDTree
 from .detect import INNER_FACE, INNER_LIPS, INNER_LIPS_UPPER, OVAL, detect_like
 from .geometry import axis_angle_to_matrix, interpolate, kernel, pixel_centres, push_pull, rasterize, sample_bilinear, smoothstep, spread_over, vertex_normals
 from .head import HeadModel, Motion, hair_thickness
-from .layers import EYES, NeckCut, bleed, blurred, closed_lids, crisp, depth_shell, head_alpha, polygon_mask, pose_of, whole_eyes, without_mouth
+from .layers import EYES, NeckCut, bleed, blurred, closed_lids, crisp, depth_shell, head_alpha, polygon_mask, pose_of, warmth, whole_eyes, without_mouth
 from .media import on_background, resize, to_float, to_uint8
 from .run import InputError, patch_to, progress
 from .track import closing, constant_offset, refit
@@ -88,8 +88,8 @@ def _paint_sheet(face, bary, faces, source, image, alpha, keep, out):
 _SKIN, _EYE, _MOUTH, _TEETH = 0, 1, 2, 3
 
 @kernel(parallel=True)
-def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, alpha, out):
-    "The face over the sheet. fixed: place (2), place with lids shut (2), seen, tooth, twin's place (2), seen there, its light (negative: hair, whose colours are taken); moving: lids' weight, own colour (3), opacity."
+def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, whites, alpha, out):
+    "The face over the sheet. fixed: place (2), place with lids shut (2), seen, tooth, twin's place (2), seen there, its light (negative: hair, whose colours are taken); moving: weight of lids (or, of an eye, of its whites), own colour (3), opacity."
     h, w = face.shape
     for y in prange(h):
         for x in range(w):
@@ -106,6 +106,10 @@ def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, alpha,
             own_b = a*moving[p, 3] + b*moving[q, 3] + c*moving[r, 3]
             if kind[f] == _EYE:
                 cr, cg, cb = _look(eyes, sx, sy)
+                more = a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0]
+                if more > 0:
+                    kr, kg, kb = _look(whites, sx, sy)
+                    cr, cg, cb = cr + more*(kr - cr), cg + more*(kg - cg), cb + more*(kb - cb)
                 cr, cg, cb = cr*own_r, cg*own_g, cb*own_b
                 t = np.float32(1)
             else:
@@ -319,6 +323,7 @@ def _setup_mesh(self):
     self.kind[self._region('upper_teeth') | self._region('lower_teeth')] = _TEETH
     self.eye_vertices = np.zeros(len(self.V0), bool)
     self.eye_vertices[f[self.kind == _EYE]] = True
+    self.balls = {side: np.unique(f[self._region(eye['ball'])]) for side, eye in EYES.items()}
     P = self.P0 = self.camera0.project(self.V0.astype(np.float64))
     h, w = self.image.shape[:2]
     self.raster0 = rasterize(P, f, h, w)
@@ -389,7 +394,7 @@ def _setup_textures(self):
     self.alpha *= self._bare_neck()
     self.alpha = np.clip(crisp(self.alpha[..., None])[..., 0], 0, 1)
     self.skin = crisp(without_mouth(self.spread, self.landmarks))
-    self.eyes = crisp(whole_eyes(self.spread/self._lid_shade_seen()[..., None], self.landmarks))
+    self.eyes, self.whites = map(crisp, whole_eyes(self.spread/self._lid_shade_seen()[..., None], self.landmarks, self.face_colour))
 
 @patch_to(MeshAnimator)
 def _unlike_skin(self) -> tuple:
@@ -398,6 +403,7 @@ def _unlike_skin(self) -> tuple:
     face = sample_bilinear(self.image, *self.T0[(self.face_mask > .9) & (self.seen > .9) & ~self.eye_vertices].T.astype(np.float32))
     middle = np.median(chroma(face), axis=0)
     spread = 1.48*np.median(np.abs(chroma(face) - middle), axis=0) + .012
+    self.face_colour = np.median(face, axis=0)
     return np.sqrt((((chroma(self.image) - middle)/spread)**2).sum(-1)), self.image.sum(-1)/np.median(face.sum(-1))
 
 @patch_to(MeshAnimator)
@@ -676,8 +682,7 @@ def _setup_teeth(self):
     self.teeth_weight = np.zeros((h, w), np.float32)
     skin = self.skin_colour
     grey = float(skin.mean())
-    warm = np.clip(skin[0]/max(skin[2], .05)/1.53, 1, 2.4)  # of the light (or the varnish): red over blue, against skin in white light; red cheeks say nothing
-    tooth = np.array([1.08*warm**.5, .98, .91*warm**-.5])
+    tooth = np.array([1.08, .98, .91])*warmth(skin)**np.array([.5, 0, -.5])
     self.tooth_colour = tooth*min(1.24*grey, .95/tooth.max())          # lit teeth beside lit skin: 1.21-1.28 on films
     self.teeth_faces = None
     if gap > .06*wide and (inner > .8).sum() > 12:
@@ -770,13 +775,17 @@ def _lip_shade(self, V) -> np.ndarray:
 # %% ../nbs/08_animate.ipynb #g10c
 @patch_to(MeshAnimator)
 def _moving(self, V, N, camera) -> np.ndarray:
-    "What changes each frame for each vertex: lids' weight, colour, opacity, [V, 5]."
+    "What changes each frame for each vertex: weight of lids or whites, colour, opacity, [V, 5]."
     out = np.empty((len(V), 5), np.float32)
     out[:, 0] = 0
     for side, eye in EYES.items():
         start, end = getattr(self, f'gap_{side}')
-        closed = (start - self._lid_gap(V, eye))/max(start - end, 1e-5)
+        gap = self._lid_gap(V, eye)
+        closed = (start - gap)/max(start - end, 1e-5)
         out[:, 0] += np.maximum(self.lids_of[side]*smoothstep(.06, .4, closed), self.rims_of[side]*smoothstep(.7, .95, closed))
+        ball = self.balls[side]
+        turned = np.linalg.norm(V[ball] - self.V0[ball], axis=1).mean()/.012                        # radians, about
+        out[ball, 0] = max(smoothstep(1.05, 1.4, gap/max(start, 1e-5)), smoothstep(.06, .25, turned))
     out[:, 1:4] = self.base
     out[self.eye_vertices, 1:4] = self._lid_shade(V)[:, None]
     i = self.inside
@@ -813,7 +822,7 @@ def _render(self, V, A, jaw: float, size: int) -> np.ndarray:
     N = vertex_normals(V, self.faces)
     mesh_screen = camera.project(V) - offset
     mesh = rasterize(mesh_screen, self.faces, h, w)
-    _paint_mesh(mesh.face, mesh.bary, self.faces, self.kind, self.fixed, self._moving(V, N, camera), self.skin, self.lids, self.eyes, self.alpha, fine)
+    _paint_mesh(mesh.face, mesh.bary, self.faces, self.kind, self.fixed, self._moving(V, N, camera), self.skin, self.lids, self.eyes, self.whites, self.alpha, fine)
     if self.teeth_faces is not None: self._paint_teeth(V, camera, offset, mesh, fine)
     self._meet_lips(V, camera, offset, mesh, fine)
     _shrink(fine, s, int(lo[0]), int(lo[1]), self.cut(self.camera.resized(size, size).moved(A), jaw), out)
@@ -823,7 +832,7 @@ def _render(self, V, A, jaw: float, size: int) -> np.ndarray:
 def _paint_back(self, V, camera, offset, fine):
     "Under all: the sides and back of the head that the portrait does not show, as far out as its hair."
     r = rasterize(camera.project(V + self.hair) - offset, self.back_faces, *fine.shape[:2])
-    _paint_mesh(r.face, r.bary, self.back_faces, np.zeros(len(self.back_faces), np.int8), self.behind, self.back, self.skin, self.skin, self.skin, self.full, fine)
+    _paint_mesh(r.face, r.bary, self.back_faces, np.zeros(len(self.back_faces), np.int8), self.behind, self.back, *[self.skin]*4, self.full, fine)
 
 @patch_to(MeshAnimator)
 def _paint_teeth(self, V, camera, offset, mesh, fine):
@@ -938,7 +947,7 @@ def _paint_neck(self, V, camera, A, fine):
     moved, still = camera.moved(A).project(V + self.hair), camera.moved(self.A0).project(self.V0 + self.hair)
     w = self.attached[:, None]
     r = rasterize(moved*w + still*(1 - w), self.back_faces, *fine.shape[:2])
-    _paint_mesh(r.face, r.bary, self.back_faces, np.zeros(len(self.back_faces), np.int8), self.behind, self.neck, self.skin, self.skin, self.skin, self.full, fine)
+    _paint_mesh(r.face, r.bary, self.back_faces, np.zeros(len(self.back_faces), np.int8), self.behind, self.neck, *[self.skin]*4, self.full, fine)
 
 @patch_to(MeshAnimator)
 def composite(self,

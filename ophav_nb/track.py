@@ -1149,19 +1149,28 @@ def _fit_of(track: Track, head: HeadModel, settings: FitSettings) -> _Fit:
                 T(m.translation.copy()) + J - R @ J, z, torch.zeros(len(head.landmark_faces), 3), logf.float())
 
 
+TURN = .7            # how much of a step the head turns along where the picture settled its pose (1 costs outline and gains little: measured)
+PIVOT = .0935        # metres behind the eyes: about such a point a head turns and its outline stays
+
 def _turn_along(fit: _Fit, step: Tensor, share: Tensor, slack: float = .03):
-    "Move the head so that its solid landmarks go a step [T,L,2] px, as far as `share` [T] allows."
+    "Move the head so that its solid landmarks go a step [T,L,2] px: in any way where the picture left its pose in doubt (share [T]), else by turning alone. The picture fixes the outline; how far the face is turned inside it, it hardly tells."
     X = fit.model.person(fit.shape).points(fit.z, False) + fit.offset
     Y = torch.einsum("tij,tlj->tli", fit.R, X) + fit.tau[:, None]
-    rate, arm = _pixel_rate(Y, fit.logf.exp()), Y - fit.tau[:, None]
-    cross = torch.stack([torch.linalg.cross(axis.expand_as(arm), arm) for axis in torch.eye(3)], -1)
-    solid = [i for i in INNER_FACE if i not in LIPS]
-    J, e = torch.cat([rate @ cross, rate], -1)[:, solid].flatten(1, 2).double(), step[:, solid].flatten(1).double()
+    middle = fit.model.head.joint_positions(_full_shape(fit)).cpu()[3:].mean(0) - torch.tensor([0, 0, PIVOT])
+    middle = fit.R @ middle + fit.tau
+    rate, solid = _pixel_rate(Y, fit.logf.exp()), [i for i in INNER_FACE if i not in LIPS]
+    e = step[:, solid].flatten(1).double()
     w = 1/torch.sqrt(1 + (e/(slack*fit.iod))**2)
-    H = (J*w[..., None]).mT @ J
-    d = torch.linalg.solve(H + .01*torch.diag_embed(torch.diagonal(H, dim1=1, dim2=2)), (J*w[..., None]).mT @ e[..., None])[..., 0]
-    d = torch.from_numpy(ndi.gaussian_filter1d((d*share[:, None]).numpy(), .7, axis=0)).float()
-    fit.R, fit.tau = axis_angle_to_matrix(d[:, :3]) @ fit.R, fit.tau + d[:, 3:]
+    def turns(about): return rate @ torch.stack([torch.linalg.cross(axis.expand_as(Y), Y - about[:, None]) for axis in torch.eye(3)], -1)
+    def smallest(J, share):
+        J = J[:, solid].flatten(1, 2).double()
+        H = (J*w[..., None]).mT @ J
+        d = torch.linalg.solve(H + .01*torch.diag_embed(torch.diagonal(H, dim1=1, dim2=2)), (J*w[..., None]).mT @ e[..., None])[..., 0]
+        return torch.from_numpy(ndi.gaussian_filter1d((d*share[:, None]).numpy(), .7, axis=0)).float()
+    d, turn = smallest(torch.cat([turns(fit.tau), rate], -1), share), smallest(turns(middle)[..., :2], TURN*(1 - share))
+    turn = axis_angle_to_matrix(F.pad(turn, (0, 1)))
+    R, tau = turn @ fit.R, torch.einsum("tij,tj->ti", turn, fit.tau - middle) + middle
+    fit.R, fit.tau = axis_angle_to_matrix(d[:, :3]) @ R, tau + d[:, 3:]
 
 # %% ../nbs/06_track.ipynb #c036
 def closing(
@@ -1192,7 +1201,7 @@ def refit(
     track: Track,
     head: HeadModel,
     aim: np.ndarray,             # landmarks to reach, px of the crop, [T,478,>=2]
-    step: np.ndarray|None = None,   # how far they moved since the last fit, px, [T,478,2]: the pose follows where it is in doubt
+    step: np.ndarray|None = None,   # how far they moved since the last fit, px, [T,478,2]: the head turns along, and goes along where its pose is in doubt
     settings: FitSettings|None = None,
 ) -> Track:                      # the same landmarks, another motion
     "Faces fitted to other landmarks than those that were seen."

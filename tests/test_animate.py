@@ -9,7 +9,7 @@ import ophav_nb  # noqa: F401  (before torch: it decides about threads)
 import torch
 from ophav_nb.animate import MeshAnimator, VideoAnimator, as_driven, make_animator
 from ophav_nb.detect import INNER_FACE
-from ophav_nb.layers import EYES, NeckCut, bleed, head_alpha, inflate, polygon_mask, without_mouth
+from ophav_nb.layers import EYES, NeckCut, bleed, head_alpha, inflate, polygon_mask, whole_eyes, without_mouth
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.run import InputError
@@ -133,6 +133,38 @@ def test_lids_close(animator, portrait, head):
     for eye in EYES.values():
         x, y = L[eye['iris'][0], :2].astype(int)
         assert np.abs(shut[y, x, :3] - skin).mean() < .6*np.abs(open_[y, x, :3] - skin).mean()
+
+
+def test_whites_of_eyes_that_show_none(portrait):
+    "Where beside the iris there is only skin, an eye that opens wider gets a white; where there is a white, it stays, and at rest all stays."
+    image, track, _ = portrait
+    skin, points = np.float32([.74, .48, .42]), track.landmarks[0]
+    h, w = image.shape[:2]
+    colourful = lambda c: (c.max(-1) - c.min(-1))/c.max(-1)
+    for ball in ([.72, .47, .42], [.66, .62, .60]):
+        picture = np.broadcast_to(skin, image.shape).copy()
+        for eye in EYES.values():
+            picture[polygon_mask(points[eye['outline'], :2], h, w) > .5] = ball
+            iris = np.hypot(*np.moveaxis(np.mgrid[:h, :w] + .5 - points[eye['iris'][0], 1::-1][:, None, None], 0, 0)) < 1.5
+            picture[iris] = .1
+        rest, wide = whole_eyes(picture, points, skin)
+        for eye in EYES.values():
+            inside, above = polygon_mask(points[eye['outline'], :2], h, w, grow=-1) > .9, (points[eye['outline'][4], :2] - [0, 2]).astype(int)
+            np.testing.assert_allclose(rest[inside], picture[inside], atol=.02)
+            made = wide[above[1], above[0]]
+            assert colourful(made) < .6*colourful(skin)
+            if ball[1] > .6: np.testing.assert_allclose(made, ball, atol=.03)
+            assert made.mean() > .8*np.mean(ball)
+
+
+def test_eyes_opened_wide_show_them(portrait, head):
+    "The second texture of the eyes counts as they open or turn, and at rest not at all."
+    image, track, matte = portrait
+    animator = MeshAnimator(image, track, head, matte, supersample=1)
+    animator.whites = np.zeros_like(animator.whites) + np.float32([0, 1, 0])
+    green = lambda f: int(((f[..., 1] > .5) & (f[..., 0] < .35) & (f[..., 3] > .9)).sum())
+    rest, wide = (animator.frame(*state(track, head, **e)) for e in ({}, dict(eyeWide=1.)))
+    assert green(rest) == 0 and green(wide) > 20
 
 
 def test_mouth_opens_dark_and_closes(animator, portrait, head):

@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from ophav_nb.detect import INNER_FACE, LEFT_EYE, LID_PAIRS, LIP_PAIRS, OVAL, Detector
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel
 from ophav_nb.media import read_image, read_video
 from ophav_nb.run import InputError
-from ophav_nb.track import LandmarkModel, Track, closing, constant_offset, fit_film, fit_portrait, track_film, track_portrait
+from ophav_nb.track import LandmarkModel, Track, closing, constant_offset, fit_film, fit_portrait, refit, track_film, track_portrait
 
 CLIPS = Path(__file__).parents[2]/"shared"/"data"/"clips"
 
@@ -99,6 +100,28 @@ def test_what_is_the_same_in_all_frames(head):
     noisy[::8] += 20
     offset, moved = constant_offset(track, head, noisy)
     assert np.abs(offset - true)[INNER_FACE].max() < 5e-4 and np.abs(moved - step[..., :2])[:, INNER_FACE].mean() < .05
+
+
+def test_a_settled_head_turns_but_stays(head):
+    "Where the picture settled the pose, a head follows landmarks by turning about its middle: its outline stays. Where it did not, it goes along."
+    points, _, _, _ = posed(head, 24)
+    track = fit_film(None, points, np.ones(24, bool), head, size=256)
+    def moved(motion, doubt):
+        "How a refit after the step that leads to `motion` moves the head: degrees, and its ears, px."
+        step = replace(track, motion=motion).fitted(head) - track.fitted(head)
+        again = refit(replace(track, doubt=np.full(24, doubt, np.float32)), head, track.landmarks + step, step[..., :2])
+        turn = Rotation.from_rotvec(again.motion.joints[:, 0])*Rotation.from_rotvec(track.motion.joints[:, 0]).inv()
+        with torch.no_grad(): ears = [head(torch.from_numpy(track.shape), *map(torch.from_numpy, (m.expression, m.joints, m.translation)))[:, head.region_vertices("left_ear")].mean(1).numpy()
+                                      for m in (track.motion, again.motion)]
+        return np.degrees(turn.magnitude()).mean(), np.linalg.norm(np.diff(track.camera.project(np.stack(ears))[..., :2], axis=0), axis=-1).mean()
+    joints, J = track.motion.joints.copy(), head.joint_positions(torch.from_numpy(track.shape)).numpy()
+    joints[:, 0] = (Rotation.from_rotvec([0, np.radians(1.), 0])*Rotation.from_rotvec(joints[:, 0])).as_rotvec()
+    middle = J[3:].mean(0) - [0, 0, .0935] - J[0]                     # relative to the joint that a head turns about
+    back = Rotation.from_rotvec(track.motion.joints[:, 0]).apply(middle) - Rotation.from_rotvec(joints[:, 0]).apply(middle)
+    angle, ears = moved(replace(track.motion, joints=joints, translation=track.motion.translation + back.astype(np.float32)), 0)
+    assert .5 < angle < .9 and ears < .4
+    aside = replace(track.motion, translation=track.motion.translation + np.float32([.002, 0, 0]))
+    assert moved(aside, 0)[1] < .25 and moved(aside, 1)[1] > .4
 
 
 def test_astronaut(head):
