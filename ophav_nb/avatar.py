@@ -25,7 +25,7 @@ from scipy import ndimage as ndi
 from safetensors.numpy import load_file as _load_arrays, save_file as _save_arrays
 
 # %% ../nbs/14_avatar.ipynb #c004
-from .dataset import HeadDataset
+from .dataset import UNKNOWN, HeadDataset
 from .deform import Deformer, Mapping
 from .field import Field, FieldConfig, field_config
 from .geometry import Camera, facing_camera, interpolate, kernel, rasterize, vertex_normals
@@ -192,8 +192,8 @@ class FramePool:
     def _rays(self, i: int):
         "Pixels in the band, their limits, and which of them show mouth or eyes."
         band = surface_band(self.data.vertices[i], self.deformer.faces, self.widths, self.data.camera(i), self.config.back_band, outer=self.outer)
-        pixels = np.flatnonzero(band.mask).astype(np.int32)
         label = np.asarray(self.data.parsing[i])
+        pixels = np.flatnonzero(band.mask & (label != UNKNOWN)).astype(np.int32)
         grow = max(1, round(label.shape[0]/128))
         focus = ((label >= 120) & (label <= 140)) | (label == 200) | (label == 210)
         x, y = self.data.camera(i).project(self.data.vertices[i][self.lids])[:, :2].T.astype(int)      # closed lids show no eye

@@ -26,7 +26,7 @@ from .animate import echo
 from .layers import head_alpha
 from .animators import NETWORKS, film_heads, make_animator, make_baseline
 from .avatar import Avatar, AvatarConfig
-from .dataset import HeadDataset, cut_heads
+from .dataset import UNKNOWN, HeadDataset, cut_heads
 from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector, detect_like
 from .geometry import Camera
 from .flame import load_head
@@ -126,7 +126,7 @@ def add_truth(
     t = film.track
     def build(folder):
         heads = lambda start: with_regions(cut_heads(film.frames, t, film.matte, head, preset.size, start), parser, lambda: islice(film.frames, start, None), device)
-        HeadDataset.from_frames(heads, t.motion, t.shape, t.camera, head, folder=folder, size=preset.size, test=test)
+        HeadDataset.from_frames(heads, t.motion, t.shape, t.camera, head, folder=folder, size=preset.size, test=test, known=t.known(preset.size))
     return HeadDataset.load(run.make('truth', build, ['clip'], dict(size=preset.size, test=test) | unusual(parser=parser)), head)
 
 
@@ -209,9 +209,9 @@ class Comparison:
         if present_networks(): self.params['networks'] = present_networks()   # rows are measured again when weights arrive
         self.numbers, self.spread = compared_frames(len(real), every, in_a_row, first)
         some = self.numbers[:self.spread]
-        self.truth = Truth(real.rgb[some], real.alpha[some], detector, landmarks[some])
+        self.truth = Truth(real.rgb[some], real.alpha[some], detector, landmarks[some], known=real.parsing[some] != UNKNOWN)
         self.images = shown_frames(real, self.numbers)
-        self.heads = [head_mask(real.alpha[i]) for i in self.numbers[self.spread:]]
+        self.heads = [head_mask(real.alpha[i]) & (real.parsing[i] != UNKNOWN) for i in self.numbers[self.spread:]]
         portrait = shown_frames(real, [0])
         self.portrait = portrait[0]
         self.person = identity_embedding(portrait, detect_like(detector, portrait, landmarks[:1]))[0]

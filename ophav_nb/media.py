@@ -274,6 +274,14 @@ class Crop:
         beyond = [int(np.clip(np.ceil(v*self.scale), 0, self.size - 1)) for v in (-y0, y1 - height, -x0, x1 - width)]
         return _soften_border(out, beyond[:2], beyond[2:])
 
+    def covered(
+        self,
+        width: int,      # of the image, px
+        height: int,
+    ) -> np.ndarray:     # left, top, right, bottom, crop px
+        "The part of the window that the image fills; beyond it nothing is known."
+        return np.clip(self.points(np.float32([[0, 0], [width, height]])), 0, self.size).reshape(4)
+
     def points(self, xy):
         "Image pixels -> crop pixels, [...,2] numpy or torch."
         return (xy - self._like(xy))*self.scale

@@ -339,7 +339,9 @@ class Truth:
         detector: Detector,
         landmarks: np.ndarray|None = None,          # [T,478,3] px, where known; else they are found in the frames
         identities: int = 16,                       # frames on which identity is measured
+        known: Sequence[np.ndarray]|None = None,    # [T,H,W] bool: what is compared; None: all
     ):
+        self.known = known
         self.frames, self.alphas, self.detector, self.count = frames, alphas, detector, len(frames)
         self.places, ok = (landmarks, np.ones(self.count, bool)) if landmarks is not None else detector.film(frames)
         self.landmarks, presence = self.locate([self.white(i) for i in range(self.count)])
@@ -359,7 +361,8 @@ class Truth:
         if self.regions[i] is None:
             size, points, interior = self.frames[i].shape[:2], self.landmarks[i], interior_mask(self.alphas[i])
             parts = [make(points, *size) & interior for make in (face_mask, mouth_mask, eyes_mask, sharpness_mask)]
-            self.regions[i] = np.packbits([head_mask(self.alphas[i]), interior, *parts], axis=-1)
+            masks = np.stack([head_mask(self.alphas[i]), interior, *parts])
+            self.regions[i] = np.packbits(masks if self.known is None else masks & self.known[i], axis=-1)
         unpacked = np.unpackbits(self.regions[i], axis=-1, count=self.frames[i].shape[1]).astype(bool)
         return dict(zip(self.REGIONS, unpacked))
 

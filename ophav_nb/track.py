@@ -41,6 +41,7 @@ class Track:
     bias: np.ndarray|None = None   # [478,3] offset of the person's landmarks in head space, metres
     doubt: np.ndarray|None = None  # [T] how little the picture settled the head's pose, 0..1
     correction: np.ndarray|None = None   # [478,3] what re-enactments of the film's first frame lack in all frames (see `animate.echo`), head space, metres
+    picture: np.ndarray|None = None      # [4] what the film itself fills of the crop: left, top, right, bottom, px; None: all
     info: dict = field(default_factory=dict)   # diagnostics: numbers and short lists
 
     def __len__(self): return len(self.motion)
@@ -50,6 +51,16 @@ class Track:
     ) -> "Track":
         "One frame alone, as the track of a portrait."
         return replace(self, motion=self.motion[i], landmarks=self.landmarks[i:i + 1], error=self.error[i:i + 1], ok=self.ok[i:i + 1])
+
+    def known(self,
+        size: int,             # px of the crop's side
+    ) -> np.ndarray|None:      # bool [size,size]; None: everywhere
+        "Where the film shows anything: a head may leave it, and what lies beyond is nobody's background."
+        if self.picture is None: return None
+        left, top, right, bottom = self.picture*(size/self.camera.width)
+        at = np.arange(size) + .5
+        out = ((at > top) & (at < bottom))[:, None] & ((at > left) & (at < right))
+        return None if out.all() else out
 
     def vertices(self,
         head: HeadModel,
@@ -84,7 +95,7 @@ class Track:
                       error=self.error, ok=self.ok, bias=np.zeros((0, 3), np.float32) if self.bias is None else self.bias,
                       doubt=np.zeros(0, np.float32) if self.doubt is None else self.doubt,
                       correction=np.zeros((0, 3), np.float32) if self.correction is None else self.correction,
-                      info=json.dumps(self.info))
+                      picture=np.zeros(0, np.float32) if self.picture is None else self.picture, info=json.dumps(self.info))
         def writer(temporary):
             with open(temporary, "wb") as file: np.savez_compressed(file, **arrays)
         write_atomic(path, writer)
@@ -99,9 +110,8 @@ class Track:
             with np.load(path, allow_pickle=False) as z:
                 motion = Motion(z["expression"], z["joints"], z["translation"], z["fps"], str(z["basis"]))
                 camera = Camera(z["K"], z["c2w"], *(int(n) for n in z["size"]))
-                return cls(motion, z["shape"], camera, z["landmarks"], z["error"], z["ok"], z["bias"] if len(z["bias"]) else None,
-                           z["doubt"] if "doubt" in z and len(z["doubt"]) else None, z["correction"] if "correction" in z and len(z["correction"]) else None,
-                           json.loads(str(z["info"])))
+                some = {k: z[k] for k in ("bias", "doubt", "correction", "picture") if k in z and len(z[k])}
+                return cls(motion, z["shape"], camera, z["landmarks"], z["error"], z["ok"], **some, info=json.loads(str(z["info"])))
         except (KeyError, ValueError, OSError) as cause: raise InputError(f"{path}: not a track ({cause})") from cause
 
 # %% ../nbs/06_track.ipynb #c009
@@ -1133,9 +1143,10 @@ def track_film(
     "From the frames of a film as they come to the fitted head."
     landmarks, ok = detector.film(frames, face)
     crop = head_crop(landmarks[ok], size)
-    squares = np.stack([crop.apply(f) for f in frames])
+    squares, (height, width) = np.stack([crop.apply(f) for f in frames]), np.shape(next(iter(frames)))[:2]
     mattes = detector.matte(squares) if matte else None
-    return crop, squares, mattes, fit_film(squares, in_crop(crop, landmarks), ok, head, mattes, fps)
+    track = fit_film(squares, in_crop(crop, landmarks), ok, head, mattes, fps)
+    return crop, squares, mattes, replace(track, picture=crop.covered(width, height))
 
 # %% ../nbs/06_track.ipynb #c035
 def _fit_of(track: Track, head: HeadModel, settings: FitSettings) -> _Fit:
@@ -1212,6 +1223,6 @@ def refit(
         if step is not None and track.doubt is not None: _turn_along(fit, T(np.ascontiguousarray(step, np.float32)), T(track.doubt))
         fit.target = T(np.asarray(aim, np.float32)[..., :2] - np.float32([w/2, h/2]))
         _fit_frames(fit, 8, pose=False, smooth=True)           # the person's own offsets stay: they would swallow what the aim always lacks
-    out = _track_of(fit, track.landmarks, track.ok, (w, h), track.motion.fps, track.bias, track.info, track.doubt)
+    out = replace(_track_of(fit, track.landmarks, track.ok, (w, h), track.motion.fps, track.bias, track.info, track.doubt), picture=track.picture)
     out.info = out.info | _summary(out, head)
     return out

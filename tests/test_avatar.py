@@ -1,5 +1,6 @@
 "Training, resume, file and animation of an avatar."
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import ophav_nb  # noqa: F401
 from ophav_nb.avatar import Avatar, AvatarConfig, Batch, FramePool, toy_film
+from ophav_nb.dataset import UNKNOWN
 from ophav_nb.field import field_config
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
@@ -94,6 +96,17 @@ def test_long_films_keep_a_window(head, film):
     assert seen == set(np.flatnonzero(film.train))
     fresh = FramePool(film, avatar.deformer, avatar.widths, avatar.config, avatar.outer)
     assert np.array_equal(Batch(pool, 59, 0).truth.rgb, Batch(fresh, 59, 0).truth.rgb)     # a resumed training draws the same
+
+
+def test_no_rays_beyond_the_films_picture(head, film):
+    parsing = film.parsing.copy()
+    parsing[:, :24] = UNKNOWN
+    part, avatar = replace(film, parsing=parsing), Avatar.create(head, film.shape, SMALL)
+    def rows(data):
+        pool = FramePool(data, avatar.deformer, avatar.widths, SMALL, avatar.outer, avatar.lids)
+        pool.load(0, 0)
+        return pool.rays[0][0]//48
+    assert rows(film).min() < 24 <= rows(part).min()
 
 
 def test_divergence_is_survived(head, film, caplog):

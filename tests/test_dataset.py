@@ -9,7 +9,7 @@ import pytest
 
 import ophav_nb  # noqa: F401  (before torch: it decides about threads)
 import torch
-from ophav_nb.dataset import PARSING, HeadDataset, face_labels, parse_frame
+from ophav_nb.dataset import PARSING, UNKNOWN, HeadDataset, face_labels, parse_frame
 from ophav_nb.geometry import facing_camera, rasterize
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.run import InputError
@@ -71,6 +71,15 @@ def test_parts(data):
     seen = set(np.unique(data.parsing))
     assert {0, PARSING['skin'], PARSING['hair'], PARSING['nose'], PARSING['upper_lip'], PARSING['lower_lip']} <= seen
     assert np.all(data.parsing[data.alpha < 128] == 0) and np.all(data.parsing[data.alpha >= 128] > 0)
+
+
+def test_what_the_film_does_not_show_is_unknown(frames, motion, shape, camera, head, data, tmp_path):
+    known = np.ones((SIZE, SIZE), bool)
+    known[:SIZE//2] = False
+    part = HeadDataset.from_frames(frames, motion, shape, camera, head, known=known)
+    assert (part.parsing[:, :SIZE//2] == UNKNOWN).all() and (part.parsing[:, SIZE//2:] == data.parsing[:, SIZE//2:]).all()
+    again = HeadDataset.load(part.save(tmp_path/'part'), head)
+    np.testing.assert_array_equal(again.parsing, part.parsing)
 
 
 def test_hair_is_what_the_mesh_leaves(data, head):

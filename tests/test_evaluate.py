@@ -59,7 +59,7 @@ class Measured:
     "In place of metrics.Truth: the mean difference from the truth is the measure."
     made = 0
 
-    def __init__(self, frames, alphas, detector, landmarks):
+    def __init__(self, frames, alphas, detector, landmarks, known):
         Measured.made += 1
         self.frames, self.landmarks, self.found = frames, landmarks, landmarks
 
@@ -79,7 +79,7 @@ def film(monkeypatch):
 def test_rows_are_kept(tmp_path, film):
     class Real(SimpleNamespace):
         def __len__(self): return 30
-    real, run = Real(**vars(film)), Run(tmp_path/'run', {})
+    real, run = Real(**vars(film), parsing=np.zeros(film.alpha.shape, np.uint8)), Run(tmp_path/'run', {})
     run.make('truth', lambda folder: None)
     calls = []
     def images(kind):

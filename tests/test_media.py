@@ -112,6 +112,7 @@ def test_crop_is_exact_where_it_is_whole(face):
     labels = np.arange(200*200, dtype=np.float32).reshape(200, 200)
     assert (Crop(60, 50, 40, 40).apply(labels, filter="nearest") == labels[30:70, 40:80]).all()
     assert Crop(-500, -500, 40, 16).apply(face).shape == (16, 16, 3)
+    assert Crop(10, 50, 40, 80).covered(200, 60).tolist() == [20, 0, 80, 60] and Crop(60, 50, 40, 40).covered(200, 200).tolist() == [0, 0, 40, 40]
     assert (Crop(60, 50, 40, 40).paste(face, np.zeros((40, 40, 3)))[30:70, 40:80] == 0).all()
 
 

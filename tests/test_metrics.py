@@ -132,6 +132,11 @@ def test_a_row_of_the_table(detector, head):
     assert perfect["flicker"] is None and perfect["lost"] == 0
     worse = truth.score([np.roll(truth.white(0), 3, 1)]*3)
     assert worse["psnr_head"] < 30 and 3 < worse["landmark_distance"] < 12 and worse["identity_distance"] < .3
+    known = np.ones((3, *alpha.shape), bool)
+    known[..., :alpha.shape[1]//2] = False
+    half, broken = m.Truth([image]*3, [alpha]*3, detector, np.stack([points]*3), identities=1, known=known), truth.white(0).copy()
+    broken[:, :alpha.shape[1]//2] = 0
+    assert half.score([broken]*3)["psnr_head"] == 60 > truth.score([broken]*3)["psnr_head"]
     assert set(m.missing_metrics()) == {"csim", "csim100", "lpips", "fid", "aed", "apd", "akd"}
 
 
