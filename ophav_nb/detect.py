@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 # %% ../nbs/05_detect.ipynb #c004
-from .run import InputError, progress
+from .run import InputError, progress, side_by_side
 from .media import Crop, resize, to_uint8
 from .nets import retinaface, s3fd
 from .nets.blocks import batches
@@ -185,6 +185,13 @@ class Networks:
         self.device, self.batch = torch.device(device), batch
         self.nets = {k: net.to(self.device) for k, net in load_networks().items()}
 
+    def _in_batches(self, function, count: int) -> list:
+        "What `function` makes of slices of so many pictures; on a CPU of as many at once as it has threads."
+        here = self.device.type == "cpu"
+        step = max(1, min(self.batch, -(-count//torch.get_num_threads()))) if here else self.batch
+        parts = [slice(i, i + step) for i in range(0, count, step)]
+        return side_by_side(function, parts) if here else list(map(function, parts))
+
     @torch.inference_mode()
     def boxes(
         self,
@@ -203,7 +210,6 @@ class Networks:
             found += [_decode(r, s, anchors, where, least) for r, s, where in zip(raw, scores, rois[i:i + self.batch])]
         return found
 
-    @torch.inference_mode()
     def landmarks(
         self,
         images,                     # uint8 [N,H,W,3], float [N,3,H,W], or one picture for all squares
@@ -211,21 +217,21 @@ class Networks:
     ) -> tuple[np.ndarray, np.ndarray]:   # [N,478,3] image px (z grows away from the viewer), presence [N] 0..1
         "One pass of the attention mesh, in batches."
         rois = np.stack([r.roi if isinstance(r, Face) else r for r in rois]).astype(np.float32)
-        one, net, points, presence = _is_one(images), self.nets["mesh"], [], []
+        one, net = _is_one(images), self.nets["mesh"]
         same = to_batch(images, self.device) if one else None
-        for i in range(0, len(rois), self.batch):
-            some = same if one else to_batch(images[i:i + self.batch], self.device)
-            base, lips, left, right, left_iris, right_iris, flag = net(cut(some, torch.from_numpy(rois[i:i + self.batch]).to(self.device),
-                                                                           net.size))
+        @torch.inference_mode()
+        def look(part):
+            some = same if one else to_batch(images[part], self.device)
+            base, lips, left, right, left_iris, right_iris, flag = net(cut(some, torch.from_numpy(rois[part]).to(self.device), net.size))
             mesh = base.reshape(-1, 468, 3)
             for group, value in ((LIPS, lips), (LEFT_REGION, left), (RIGHT_REGION, right)):
                 mesh[:, group, :2] = value.reshape(len(mesh), -1, 2)
             for ring, value in ((LEFT_EYE, left_iris), (RIGHT_EYE, right_iris)):
                 depth = mesh[:, ring, 2:].mean(1, keepdim=True).expand(-1, 5, -1)
                 mesh = torch.cat([mesh, torch.cat([value.reshape(-1, 5, 2), depth], -1)], 1)
-            points.append((mesh/net.size).cpu().numpy())
-            presence.append(torch.sigmoid(flag.flatten()).cpu().numpy())
-        return uncut(np.concatenate(points), rois), np.concatenate(presence)
+            return (mesh/net.size).cpu().numpy(), torch.sigmoid(flag.flatten()).cpu().numpy()
+        points, presence = (np.concatenate(v) for v in zip(*self._in_batches(look, len(rois))))
+        return uncut(points, rois), presence
 
 
 def _is_one(images) -> bool:
@@ -611,7 +617,6 @@ class Detector(Networks):
         if not ok.all(): log.warning("%d of the film's %d frames show no face: the head is moved through them from its neighbours", (~ok).sum(), len(ok))
         return fill_lost(points, ok), ok
 
-    @torch.inference_mode()
     def matte(
         self,
         images,                     # uint8 [N,H,W,3], a list, or one image [H,W,3]
@@ -619,14 +624,15 @@ class Detector(Networks):
     ) -> np.ndarray:                # float32 [N,H,W], 1 on the person
         "How much each pixel belongs to a person."
         images = images if isinstance(images, (list, tuple)) or images.ndim == 4 else images[None]
-        size, out = (self.nets["matte"].size,)*2, []
-        for i in range(0, len(images), self.batch):
-            some = to_batch(images[i:i + self.batch], self.device)
+        size = (self.nets["matte"].size,)*2
+        @torch.inference_mode()
+        def cut_out(part):
+            some = to_batch(images[part], self.device)
             mask = self.nets["matte"](F.interpolate(some, size, mode="bilinear", antialias=True, align_corners=False))[0]
             if refine: full = ((guided_filter(some, mask) - .12)/.76).clamp(0, 1)
             else: full = F.interpolate(mask, some.shape[2:], mode="bilinear", align_corners=False)
-            out.append(full[:, 0].cpu().numpy())
-        return np.concatenate(out)
+            return full[:, 0].cpu().numpy()
+        return np.concatenate(self._in_batches(cut_out, len(images)))
 
 # %% ../nbs/05_detect.ipynb #c036b
 def detect_like(

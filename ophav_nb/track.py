@@ -18,9 +18,10 @@ from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 
 # %% ../nbs/06_track.ipynb #c003
-from .run import InputError, progress, write_atomic
+from .run import InputError, progress, side_by_side, write_atomic
 from .weights import find_weight
 from .media import Crop, resize
+from .nets.blocks import batches
 from .geometry import Camera, axis_angle_to_matrix, facing_camera, kernel, matrix_to_axis_angle, rasterize, sample_bilinear, vertex_normals
 from .head import HeadModel, Motion, hair_thickness
 from .detect import INNER_FACE, LEFT_EYE, LEFT_IRIS, LID_PAIRS, LIP_PAIRS, LIPS, OVAL, RIGHT_EYE, RIGHT_IRIS, Detector, fill_lost, head_crop
@@ -806,11 +807,12 @@ def _levels(frames: np.ndarray, matte: np.ndarray|None, size: int) -> list[np.nd
     "Pictures with their matte to compare: [B,size/2,size/2,4] blurred well, [B,size,size,4] blurred a little."
     levels = [np.empty((len(frames), s, s, 4), np.float32) for s in (size//2, size)]
     def shrunk(plane): return plane if plane.shape[-1] == size else F.interpolate(plane, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    for i, frame in enumerate(frames):                       # one by one: a frame's planes stay in the cache
-        colour = shrunk(torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float())/255
+    def fill(i):                                             # one by one: a frame's planes stay in the cache
+        colour = shrunk(torch.from_numpy(np.ascontiguousarray(frames[i])).permute(2, 0, 1)[None].float())/255
         alpha = torch.zeros_like(colour[:, :1]) if matte is None else shrunk(torch.from_numpy(np.ascontiguousarray(matte[i], np.float32))[None, None])
         fine = _blur(torch.cat([colour, alpha], 1), 1.)
         for level, planes in zip(levels, (_blur(F.avg_pool2d(fine, 2), 1.3), fine)): level[i] = planes[0].permute(1, 2, 0).numpy()
+    side_by_side(fill, range(len(frames)))
     return levels
 
 
@@ -1143,7 +1145,8 @@ def track_film(
     "From the frames of a film as they come to the fitted head."
     landmarks, ok = detector.film(frames, face)
     crop = head_crop(landmarks[ok], size)
-    squares, (height, width) = np.stack([crop.apply(f) for f in frames]), np.shape(next(iter(frames)))[:2]
+    height, width = np.shape(next(iter(frames)))[:2]
+    squares = np.stack([square for some in batches(frames, 16) for square in side_by_side(crop.apply, some)])
     mattes = detector.matte(squares) if matte else None
     track = fit_film(squares, in_crop(crop, landmarks), ok, head, mattes, fps)
     return crop, squares, mattes, replace(track, picture=crop.covered(width, height))

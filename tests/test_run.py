@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ophav_nb import run as run_module
-from ophav_nb.run import InputError, Run, make_key, plain, write_atomic
+from ophav_nb.run import InputError, Run, make_key, plain, side_by_side, write_atomic
 
 
 def child(code, *args):
@@ -198,3 +198,20 @@ def test_what_killed_writers_left_is_swept(tmp_path):
     scraps = []
     write_atomic(tmp_path/"new.json", lambda path: (scraps.append(path.name), path.write_text("{}")))
     assert fnmatch.fnmatch(scraps[0], ".*.partial.*")   # the names that are swept are those that are written
+
+
+def test_side_by_side():
+    "In order, each item in one thread of torch; torch's threads are as before; an error comes through."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert side_by_side(lambda i: (i, torch.get_num_threads()), range(5)) == [(i, 1) for i in range(5)]
+        assert torch.get_num_threads() == 2 and side_by_side(lambda i: torch.get_num_threads(), [0]) == [2] and side_by_side(str, []) == []
+        with pytest.raises(InputError, match='three'): side_by_side(lambda i: fail(i), range(5))
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(threads)
+
+
+def fail(i):
+    if i == 3: raise InputError('three')
