@@ -78,8 +78,15 @@ def cut(
     rois: Tensor,           # [N,4] centre x, y, side, angle
     size: int,              # px of the squares
 ) -> Tensor:                # [N,3,size,size]; zero outside the picture
-    "Rotated squares, antialiased."
-    step = max(1, int(rois[:, 2].min().item()/size/1.25))
+    "Rotated squares, antialiased; what a square shows is its own matter, whatever else is in the batch."
+    steps = (rois[:, 2].cpu().numpy()/size/1.25).astype(int).clip(1)
+    if (steps != steps[:1]).any():
+        out = images.new_empty(len(rois), images.shape[1], size, size)
+        for step in np.unique(steps):
+            some = torch.from_numpy(steps == step).to(images.device)
+            out[some] = cut(images if len(images) == 1 else images[some], rois[some], size)
+        return out
+    step = int(steps[0]) if len(steps) else 1
     if step > 1: images = F.avg_pool2d(images, step, ceil_mode=True, count_include_pad=False)
     u = (torch.arange(size, device=images.device) + .5)/size - .5
     grid = torch.stack(torch.meshgrid(u, u, indexing="xy"), -1)

@@ -58,9 +58,10 @@ class Track:
     ) -> np.ndarray|None:      # bool [size,size]; None: everywhere
         "Where the film shows anything: a head may leave it, and what lies beyond is nobody's background."
         if self.picture is None: return None
-        left, top, right, bottom = self.picture*(size/self.camera.width)
-        at = np.arange(size) + .5
-        out = ((at > top) & (at < bottom))[:, None] & ((at > left) & (at < right))
+        edges = self.picture*(size/self.camera.width)
+        low, high = edges[:2] + (edges[:2] > 0), edges[2:] - (edges[2:] < size)      # a pixel at the border looks beyond it
+        (x, y), at = zip(low, high), np.arange(size) + .5
+        out = ((at > y[0]) & (at < y[1]))[:, None] & (at > x[0]) & (at < x[1])
         return None if out.all() else out
 
     def vertices(self,

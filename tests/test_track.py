@@ -85,7 +85,7 @@ def test_save_and_load(head, tmp_path):
     corrected = replace(track, correction=np.ones((478, 3), np.float32))
     np.testing.assert_array_equal(Track.load(corrected.save(tmp_path/"track.npz")).correction, corrected.correction)
     part = Track.load(replace(track, picture=np.float32([0, 64, 256, 256])).save(tmp_path/"track.npz"))
-    assert again.known(64) is None and part.known(64)[16:].all() and not part.known(64)[:16].any()
+    assert again.known(64) is None and part.known(64)[17:].all() and not part.known(64)[:17].any()
     assert part.frame(0).known(64) is not None and replace(track, picture=np.float32([0, 0, 256, 256])).known(64) is None
     (tmp_path/"bad.npz").write_text("no")
     with pytest.raises(InputError): Track.load(tmp_path/"bad.npz")
