@@ -261,8 +261,8 @@ def whole_eyes(
         rho = np.hypot(xx - c[0], yy - c[1])
         iris = np.clip(r - rho + .5, 0, 1)[..., None]
         beside = known & (rho > r*1.12)
-        white = push_pull(image, beside.astype(np.float32)) if beside.sum() > 3 else np.broadcast_to(skin.astype(np.float32), image.shape)
-        bright = np.percentile(image[beside].mean(-1), 90) if beside.sum() > 3 else skin.mean()
+        white, bright = np.broadcast_to(skin.astype(np.float32), image.shape), skin.mean()
+        if beside.sum() > 3: white, bright = push_pull(image, beside.astype(np.float32)), np.percentile(image[beside].mean(-1), 90)
         unlike = np.clip((_saturation(white) - _saturation(hue))/max(_saturation(skin) - _saturation(hue), .05), 0, 1)[..., None]
         whiter = white*(1 - unlike) + hue*np.maximum(white.mean(-1, keepdims=True), .95*bright)*unlike
         sure = known & (rho < r)

@@ -358,7 +358,7 @@ def add_dataset(
         track = Track.load(film) if film.exists() else Track.load(run.path("track", "track.npz"))
         motion = track.motion if film.exists() else Motion.load(run.path("motion", "train.npz"))
         paths = sorted(run.path("coarse", "frames").glob("*.png"))
-        HeadDataset.from_frames(heads, motion, track.shape, track.camera, head, folder=folder, size=size, known=track.known(size) if film.exists() else None)
+        HeadDataset.from_frames(heads, motion, track.shape, track.camera, head, folder=folder, size=size, known=track.known(size))
 
     run.make("rounds/0/dataset", build, needs=["coarse", "track"], params=dict(size=size, parser=parser) | halved(parser))
 

@@ -12,7 +12,7 @@ from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel
 from ophav_nb.media import read_image, read_video
 from ophav_nb.run import InputError
-from ophav_nb.track import LandmarkModel, Track, closing, constant_offset, fit_film, fit_portrait, refit, track_film, track_portrait
+from ophav_nb.track import PIVOT, LandmarkModel, Track, closing, constant_offset, fit_film, fit_portrait, refit, track_film, track_portrait
 
 CLIPS = Path(__file__).parents[2]/"shared"/"data"/"clips"
 
@@ -119,7 +119,7 @@ def test_a_settled_head_turns_but_stays(head):
         return np.degrees(turn.magnitude()).mean(), np.linalg.norm(np.diff(track.camera.project(np.stack(ears))[..., :2], axis=0), axis=-1).mean()
     joints, J = track.motion.joints.copy(), head.joint_positions(torch.from_numpy(track.shape)).numpy()
     joints[:, 0] = (Rotation.from_rotvec([0, np.radians(1.), 0])*Rotation.from_rotvec(joints[:, 0])).as_rotvec()
-    middle = J[3:].mean(0) - [0, 0, .0935] - J[0]                     # relative to the joint that a head turns about
+    middle = J[3:].mean(0) - [0, 0, PIVOT] - J[0]                     # relative to the joint that a head turns about
     back = Rotation.from_rotvec(track.motion.joints[:, 0]).apply(middle) - Rotation.from_rotvec(joints[:, 0]).apply(middle)
     angle, ears = moved(replace(track.motion, joints=joints, translation=track.motion.translation + back.astype(np.float32)), 0)
     assert .5 < angle < .9 and ears < .4
