@@ -257,8 +257,8 @@ def whole_eyes(
         r = np.linalg.norm(landmarks[eye['iris'][1:], :2] - c, axis=1).mean()*1.06
         inside = polygon_mask(o, h, w, grow=-.02*wide) > .6
         top = np.roll(inside, int(round(.08*wide)), axis=0)                      # the upper lid's shadow and lashes are not the eye's
-        known = inside & top
         rho = np.hypot(xx - c[0], yy - c[1])
+        known = inside & (top | _glints(image, inside & (rho < r)))               # but a highlight beside them is
         iris = np.clip(r - rho + .5, 0, 1)[..., None]
         beside = known & (rho > r*1.12)
         white, bright = np.broadcast_to(skin.astype(np.float32), image.shape), skin.mean()
@@ -275,6 +275,12 @@ def whole_eyes(
         for k, (ball, own) in enumerate(((white, keep), (whiter, keep*(1 - unlike*(1 - iris))))):
             out[k] = np.where(near, own*image + (1 - own)*(ball*(1 - iris) + hidden*iris), out[k]).astype(np.float32)
     return tuple(out)
+
+def _glints(image, iris) -> np.ndarray:
+    "Highlights: what is much brighter than the rest of an iris (bool [H, W]), with its rim."
+    y = np.asarray(image).mean(-1)
+    bright = iris & (y > np.median(y[iris]) + .12) if iris.any() else iris
+    return ndi.binary_dilation(bright, iterations=max(1, round(.1*np.sqrt(iris.sum()/np.pi)))) & iris
 
 def _saturation(colour) -> np.ndarray:
     "Of colours [..., 3], 0..1."
