@@ -224,6 +224,7 @@ class MeshAnimator:
         supersample: int = 2,  # samples along an output pixel
     ):
         self.image, self.matte = to_float(np.asarray(image)), np.clip(np.asarray(matte, np.float32), 0, 1)
+        if self.matte.max(initial=0) < .5: raise InputError('nothing of a person could be cut out of this picture; use one in which the head stands out from what is behind it')
         self.size, self.supersample, self.head, self.track = self.image.shape[0], supersample, head, track
         h, w = self.image.shape[:2]
         self.camera = track.camera.resized(w, h)
@@ -1071,7 +1072,7 @@ def echo(
 ):                        # `Track`
     "A film's track, corrected by how its re-enactment looks to the same detector."
     size = min(size, int(np.asarray(frames[0]).shape[0]))
-    scale, first = np.float32(size/track.camera.width), int(np.flatnonzero(track.ok)[0])
+    scale, first = np.float32(size/track.camera.width), track.first
     aim, seen, correction = track.landmarks.copy(), track.landmarks*scale, None
     for k in range(rounds):
         still = replace(track.frame(first), correction=None)

@@ -14,9 +14,9 @@ import math
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable
 
 import numpy as np
 import torch
@@ -130,6 +130,10 @@ class HeadDataset:
         "Of a frame, pixels."
         return self.rgb.shape[2]
 
+    def known(self, i) -> np.ndarray:
+        "Where a frame (or some) shows anything, bool [..., H, W]: beyond the film's own picture nothing is known, not even background."
+        return self.parsing[i] != UNKNOWN
+
     def camera(self, i: int) -> Camera:
         "One frame's camera in the head's space."
         return Camera(self.K, self.c2w[i], self.width, self.height)
@@ -163,6 +167,7 @@ class HeadDataset:
         size: int = None, # pixels of the frames, where they come as an iterator
         test: int = 0,    # last frames kept from training
         known=None,       # where the frames show anything, bool [H, W]; None: everywhere
+        ok=None,          # frames worth training on, bool [N]: where the face was found; None: all
     ) -> 'HeadDataset':
         "A film of a head whose motion is known."
         store = _Store(folder, len(motion))
@@ -173,6 +178,7 @@ class HeadDataset:
         size = size or camera.height
         camera = camera.resized(size, size)
         out = cls._without_pictures(motion, shape, camera, head, store, test)
+        if ok is not None: out.train &= np.asarray(ok, bool)
         shapes = dict(rgb=((size, size, 3), np.uint8), alpha=((size, size), np.uint8), parsing=((size, size), np.uint8), depth=((size, size), np.float32))
         for name, (s, dtype) in shapes.items(): setattr(out, name, store.array(name, s, dtype))
         labels = face_labels(head, shape)

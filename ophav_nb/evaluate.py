@@ -26,7 +26,7 @@ from .animate import echo
 from .layers import head_alpha
 from .animators import NETWORKS, film_heads, make_animator, make_baseline
 from .avatar import Avatar, AvatarConfig
-from .dataset import UNKNOWN, HeadDataset, cut_heads
+from .dataset import HeadDataset, cut_heads
 from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector, detect_like
 from .geometry import Camera
 from .flame import load_head
@@ -36,7 +36,7 @@ from .metrics import (Truth, correlation, flicker, head_mask, identity_distance,
                               lid_gap, missing_metrics, mouth_gap, network_metrics, present_networks, sharpness, sharpness_mask)
 from .motion import retarget
 from .nets.blocks import at_half_precision
-from .pipeline import frame_pose, halved, load_portrait, matting_detector, unusual
+from .pipeline import frame_pose, halved, head_key, load_portrait, matting_detector, unusual
 from .regions import make_parser, parsed_heads
 from .rounds import RoundsConfig, mesh_landmarks, read_frames, render_plan, run_rounds, write_frames
 from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
@@ -108,7 +108,7 @@ def add_clip(
         np.save(folder/'matte.npy', np.asarray(alpha, np.float16))
         track.save(folder/'track.npz')
 
-    folder = run.make('clip', build, params=dict(clip=file_hash(clip), crop=preset.crop, frames=preset.frames) | unusual(matte=matte, detector=finder) | unusual('open', head=head.name))
+    folder = run.make('clip', build, params=dict(clip=file_hash(clip), crop=preset.crop, frames=preset.frames) | unusual(matte=matte, detector=finder) | head_key(head))
     return SimpleNamespace(frames=np.load(folder/'frames.npy', mmap_mode='r'), matte=np.load(folder/'matte.npy', mmap_mode='r'),
                            track=Track.load(folder/'track.npz'))
 
@@ -126,15 +126,16 @@ def add_truth(
     t = film.track
     def build(folder):
         heads = lambda start: with_regions(cut_heads(film.frames, t, film.matte, head, preset.size, start), parser, lambda: islice(film.frames, start, None), device)
-        HeadDataset.from_frames(heads, t.motion, t.shape, t.camera, head, folder=folder, size=preset.size, test=test, known=t.known(preset.size))
+        HeadDataset.from_frames(heads, t.motion, t.shape, t.camera, head, folder=folder, size=preset.size, test=test, known=t.known(preset.size), ok=t.ok)
     return HeadDataset.load(run.make('truth', build, ['clip'], dict(size=preset.size, test=test) | unusual(parser=parser)), head)
 
 
 def first_frame(
     film: SimpleNamespace,
 ) -> SimpleNamespace:   # image, matte, track of one frame
-    "The film's first frame as the portrait."
-    return SimpleNamespace(image=np.asarray(film.frames[0]), matte=np.asarray(film.matte[0], np.float32), track=film.track.frame(0))
+    "The film's first frame that shows the face, as the portrait."
+    i = film.track.first
+    return SimpleNamespace(image=np.asarray(film.frames[i]), matte=np.asarray(film.matte[i], np.float32), track=film.track.frame(i))
 
 
 def add_reenactment(
@@ -156,7 +157,7 @@ def add_reenactment(
         made = film_heads(maker, motion, folder/'film', matting_detector(matte, device, finder))
         t = made.track
         heads = lambda start: with_regions(made.frames(size=size, start=start), parser, lambda: islice(made.images, start, None), device)
-        HeadDataset.from_frames(heads, t.motion, t.shape, t.camera, head, folder=folder, size=size)
+        HeadDataset.from_frames(heads, t.motion, t.shape, t.camera, head, folder=folder, size=size, ok=t.ok if t.ok.any() else None)
         shutil.rmtree(folder/'film', ignore_errors=True)
     def build(folder):
         if animator in NETWORKS: return network(folder)
@@ -175,10 +176,15 @@ def compared_frames(
     every: int = 4,
     in_a_row: int = 12,
     first: int = 1,         # the first that may be compared: frame 0 is the portrait
+    ok: np.ndarray|None = None,    # bool [total]: those in which the face was found; None: all
 ) -> tuple[np.ndarray, int]:   # numbers: those spread over the film, then consecutive ones; how many of the first kind
     "Frames spread over the film for the measures of single frames, and some in a row for the flicker."
+    ok = np.ones(total, bool) if ok is None else ok
     spread = np.arange(first, total, every)
+    spread = spread[ok[spread]]
     begin = first + max(0, (total - first - in_a_row)//2)
+    whole = [b for b in range(first, total - in_a_row + 1) if ok[b:b + in_a_row].all()]
+    begin = min(whole, key=lambda b: abs(b - begin), default=begin)
     return np.concatenate([spread, np.arange(begin, min(begin + in_a_row, total))]), len(spread)
 
 # %% ../nbs/20_evaluate.ipynb #c014
@@ -203,18 +209,20 @@ class Comparison:
         in_a_row: int,
         first: int = 1,
         finder: str = 'default',    # who finds the faces for AKD, where FAN's weights are here
+        track: Track|None = None,   # of the film: lost frames are left out, and the first one found is the portrait; None: none is lost
     ):
         self.run, self.real, self.detector, self.device = run, real, detector, str(getattr(detector, 'device', 'cpu'))
         self.params, self.finder = dict(every=every, in_a_row=in_a_row, first=first) | unusual(boxes=finder), finder
         if present_networks(): self.params['networks'] = present_networks()   # rows are measured again when weights arrive
-        self.numbers, self.spread = compared_frames(len(real), every, in_a_row, first)
+        self.numbers, self.spread = compared_frames(len(real), every, in_a_row, first, track and track.ok)
         some = self.numbers[:self.spread]
-        self.truth = Truth(real.rgb[some], real.alpha[some], detector, landmarks[some], known=real.parsing[some] != UNKNOWN)
+        self.truth = Truth(real.rgb[some], real.alpha[some], detector, landmarks[some], known=real.known(some))
         self.images = shown_frames(real, self.numbers)
-        self.heads = [head_mask(real.alpha[i]) & (real.parsing[i] != UNKNOWN) for i in self.numbers[self.spread:]]
-        portrait = shown_frames(real, [0])
+        self.heads = [head_mask(real.alpha[i]) & real.known(i) for i in self.numbers[self.spread:]]
+        at = track.first if track else 0
+        portrait = shown_frames(real, [at])
         self.portrait = portrait[0]
-        self.person = identity_embedding(portrait, detect_like(detector, portrait, landmarks[:1]))[0]
+        self.person = identity_embedding(portrait, detect_like(detector, portrait, landmarks[at:at + 1]))[0]
         self.rows = {}              # name -> pictures, measures
 
     def measure(
@@ -302,11 +310,12 @@ def compare(
     real: HeadDataset,
     preset: EvaluationPreset,
     detector: Detector,
-    first: int = 1,
+    first: int|None = None,   # None: after the portrait
     finder: str = 'default',
 ) -> Comparison:
     "The comparison of a film, at the preset's density."
-    return Comparison(run, real, film.track.landmarks*np.float32(preset.size/preset.crop), detector, preset.every, preset.in_a_row, first, finder)
+    return Comparison(run, real, film.track.landmarks*np.float32(preset.size/preset.crop), detector, preset.every, preset.in_a_row,
+                      film.track.first + 1 if first is None else first, finder, film.track)
 
 
 def self_protocol(
@@ -512,7 +521,7 @@ def evaluate_run(
         head, detector, portrait = load_head(source.params.get('head', 'open')), Detector(device=device), load_portrait(source)
         film = add_clip(run, motion, settings, head, device)
         played = retarget(film.track.motion, portrait.track)
-        numbers, _ = compared_frames(len(played), settings.every, 0, 0)
+        numbers, _ = compared_frames(len(played), settings.every, 0, 0, film.track.ok)
         camera = portrait.track.camera.resized(settings.size, settings.size)
         def render(folder):
             avatar = Avatar.load(source.path('avatar'), device=device)

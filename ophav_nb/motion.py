@@ -467,10 +467,9 @@ VIDEO = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif")
 
 def read_motion(
     path: str|Path,                       # .npz of ours, FLAME sequence .npz, LivePortrait .pkl, or a film
-    detector=None,                        # for films; made when needed
-    head: HeadModel|None = None,
-    max_frames: int|None = None,          # of a film
     basis: str|None = None,               # 'open' or 'flame'; None: FLAME's sequences as the open head's, all else as it is
+    device: str = "cpu",                  # that a film is tracked on
+    finder: str = "default",              # who looks for faces in a film
 ) -> Motion:                              # relative, but for ours, which is as it was written
     "A motion from a file."
     path = Path(path)
@@ -480,7 +479,9 @@ def read_motion(
     if kind in (".pkl", ".pickle"):
         from ophav_nb.weights import load_pickle_restricted
         return liveportrait_motion(load_pickle_restricted(path), path.name)
-    if kind in VIDEO: return _read_film(path, detector, head, max_frames)
+    if kind in VIDEO:
+        from ophav_nb.pipeline import film_motion
+        return film_motion(path, basis, device=device, finder=finder)
     raise InputError(f"{path}: not a motion that can be read; give a film ({' '.join(VIDEO)}), an .npz or a LivePortrait .pkl")
 
 
@@ -501,16 +502,6 @@ def _read_flame(arrays: dict, basis: str, name: str) -> Motion:
     log.warning("%s: FLAME's expressions need FLAME's own file to be translated (`ophav weights add generic_model.pkl`); pose, eyes and translation are kept, "
                 "the face stays still", name)
     return replace(motion, expression=np.zeros((len(motion), len(NAMES))), basis="open")
-
-
-def _read_film(path: Path, detector, head, max_frames) -> Motion:
-    "Track a film."
-    from ophav_nb.media import Film
-    from ophav_nb.track import track_film
-    from ophav_nb.detect import Detector
-    frames = Film(path, size=720, max_frames=max_frames)
-    track = track_film(frames, detector or Detector(), head or HeadModel.load(), size=256, fps=frames.fps)[-1]
-    return relative(track.motion)
 
 # %% ../nbs/07_motion.ipynb #c034
 def flame_motion(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['log', 'PRESETS', 'FILM_NOTE', 'VIEWS', 'Preset', 'get_preset', 'matting_detector', 'unusual', 'halved',
-           'add_portrait', 'add_track', 'run_head', 'load_portrait', 'add_motion', 'resolve_motion', 'film_motion',
-           'add_coarse', 'add_coarse_network', 'driving_film', 'write_coarse_video', 'add_coarse_film', 'write_coarse',
-           'frame_pose', 'film_metadata', 'add_dataset', 'read_rgba', 'shrink', 'add_film', 'publish', 'play',
-           'add_views', 'trained_range', 'beyond', 'create', 'train_rounds', 'copy_folder', 'write_run_report',
-           'animate', 'turned']
+           'add_portrait', 'add_track', 'head_key', 'run_head', 'load_portrait', 'seen_motion', 'load_driven',
+           'add_motion', 'resolve_motion', 'film_motion', 'add_coarse', 'add_coarse_network', 'driving_film',
+           'write_coarse_video', 'add_coarse_film', 'write_coarse', 'frame_pose', 'film_metadata', 'add_dataset',
+           'read_rgba', 'shrink', 'add_film', 'publish', 'play', 'add_views', 'trained_range', 'beyond', 'create',
+           'train_rounds', 'copy_folder', 'write_run_report', 'animate', 'turned']
 
 # %% ../nbs/19_pipeline.ipynb #c002
 import json
@@ -29,19 +29,19 @@ import numpy as np
 from .animate import echo
 from .animators import NETWORKS, film_heads, make_animator, stored_pictures
 from .avatar import Avatar, AvatarConfig
-from .dataset import HeadDataset, film_dataset
+from .dataset import HeadDataset
 from .detect import Detector, detect_like, head_crop
 from .flame import load_head
 from .geometry import axis_angle_to_matrix, matrix_to_axis_angle
 from .head import HeadModel, Motion
-from .media import (Film, VideoWriter, clip_info, iter_video, on_background, read_image, resize, strip, to_float, to_uint8, write_image)
+from .media import (Film, VideoWriter, clip_info, iter_video, on_background, read_image, resize, to_float, to_uint8, write_image)
 from .metrics import identity_distance, identity_embedding, landmark_distance
 from .motion import VIDEO, head_angles, limit, read_motion, relative, retarget, scripted
 from .nets.blocks import at_half_precision, half_precision
 from .regions import make_matte, make_parser, parsed_heads
 from .rounds import RoundsConfig, mesh_landmarks, run_rounds
 from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
-from .track import Track, fit_film, fit_portrait, in_crop, track_film
+from .track import Track, fit_film, fit_portrait, in_crop, track_film, with_shape
 from .weights import check_backends, find_weight
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Preset:
     round_steps: int     # training steps of each later round
     round_frames: int    # frames rendered and restored for each later round
     film_seconds: float  # length of the film that shows the avatar
-    film_size: int       # its side, pixels
+    film_size: int       # side of its rendered head, pixels (the film itself is at least as large as the portrait's crop)
     field: str = "lean"  # grid and networks: 'lean' or 'paper' (INSTA's)
 
 
@@ -115,10 +115,9 @@ def add_portrait(
     finder: str = "default",  # who looks for the face
 ) -> None:
     "Artifact `portrait`: the head's square crop, its matte and its landmarks."
-    detector = matting_detector(matte, device, finder)
-    found = detector.one(image, face=face)
-
     def build(folder: Path) -> None:
+        detector = matting_detector(matte, device, finder)
+        found = detector.one(image, face=face)
         crop = head_crop(found.landmarks[None], size=size)
         square = crop.apply(image, "soft")
         write_image(folder / "crop.png", square)
@@ -139,8 +138,14 @@ def add_track(
         image, landmarks = read_image(run.path("portrait", "crop.png")), np.load(run.path("portrait", "landmarks.npy"))
         fit_portrait(image, landmarks, head, focal=focal).save(folder / "track.npz")
 
-    flame = {} if head.name == "open" else dict(head=head.name, mica=bool(find_weight("mica")))
-    run.make("track", build, needs=["portrait"], params=dict(focal=focal, **flame))
+    run.make("track", build, needs=["portrait"], params=dict(focal=focal) | head_key(head))
+
+
+def head_key(
+    head: HeadModel,
+) -> dict:
+    "What a head other than the open one adds to the keys of what is fitted with it."
+    return {} if head.name == "open" else dict(head=head.name, flame=file_hash(find_weight("flame")), mica=bool(find_weight("mica")))
 
 
 def run_head(
@@ -158,6 +163,26 @@ def load_portrait(
     return SimpleNamespace(image=read_image(run.path("portrait", "crop.png")), matte=to_float(imread(run.path("portrait", "matte.png"))),
                            track=Track.load(run.path("track", "track.npz")))
 
+
+def seen_motion(
+    run: Run,
+) -> tuple[Track, Motion]:   # the person's, and what the coarse frames show
+    "Whose shape and which motion an avatar is trained on: the portrait's and the script's, or those of a coarse film that was tracked."
+    film = run.path("coarse", "track.npz")
+    if not film.exists(): return Track.load(run.path("track", "track.npz")), Motion.load(run.path("motion", "train.npz"))
+    track = Track.load(film)
+    return track, track.motion
+
+
+def load_driven(
+    run: Run,
+    head: HeadModel,
+) -> SimpleNamespace:   # as of `load_portrait`
+    "The portrait with the shape that its avatar was trained on."
+    portrait = load_portrait(run)
+    portrait.track = with_shape(portrait.track, head, seen_motion(run)[0].shape)
+    return portrait
+
 # %% ../nbs/19_pipeline.ipynb #c010
 def add_motion(
     run: Run,
@@ -165,22 +190,27 @@ def add_motion(
     preset: Preset,
     track: Track,       # the portrait's fit
     seed: int = 0,
-    fps: float = 25.,
+    fps: float = 25.,   # of scripts, and of what is trained on
+    device: str = "cpu",      # that a film is tracked on
+    finder: str = "default",  # who looks for faces in a film
 ) -> None:
     "Artifact `motion`: `train.npz` and `film.npz`, both for this person."
     path = Path(motion)
     source = file_hash(path) if path.is_file() else motion
 
     def build(folder: Path) -> None:
-        film = resolve_motion(motion, preset.film_seconds, fps, seed, track.motion.basis)
-        film = limit(retarget(film, track))
+        film = resolve_motion(motion, preset.film_seconds, fps, seed, track.motion.basis, device, finder)
+        film = limit(retarget(film, track), around=track)
         film.save(folder / "film.npz")
+        film = film.resample(fps)
         extra = min(len(film), preset.frames // 4)
         ranged = retarget(scripted("range", (preset.frames - extra) / fps, fps=fps, seed=seed), track)
         chosen = np.linspace(0, len(film) - 1, extra).round().astype(int)
         Motion.concat([ranged[: preset.frames - extra], film[chosen]]).save(folder / "train.npz")
 
-    run.make("motion", build, needs=["track"], params=dict(motion=source, preset=[preset.frames, preset.film_seconds], seed=seed, fps=fps))
+    files = {".npz": dict(flame=bool(find_weight("flame")))}.get(path.suffix.lower(), {})   # a sequence of FLAME's is translated with it
+    if path.suffix.lower() in VIDEO: files = unusual(detector=finder)
+    run.make("motion", build, needs=["track"], params=dict(motion=source, preset=[preset.frames, preset.film_seconds], seed=seed, fps=fps) | files)
 
 
 def resolve_motion(
@@ -189,10 +219,11 @@ def resolve_motion(
     fps: float = 25.,
     seed: int = 0,
     basis: str | None = None,  # of the head it is for, see `read_motion`
+    device: str = "cpu",       # that a film is tracked on
+    finder: str = "default",   # who looks for faces in a film
 ) -> Motion:
     "A motion by its name or file."
-    if Path(motion).suffix.lower() in VIDEO: return film_motion(motion, basis)
-    if Path(motion).suffix: return read_motion(motion, basis=basis)
+    if Path(motion).suffix: return read_motion(motion, basis, device, finder)
     return scripted(motion, seconds, fps=fps, seed=seed)
 
 
@@ -200,10 +231,12 @@ def film_motion(
     film: str | Path,
     basis: str | None = None,  # of the head it is for; None: the open head's
     size: int = 256,           # side of the crops, pixels
+    device: str = "cpu",
+    finder: str = "default",   # who looks for the face
 ) -> Motion:                   # relative
     "What the person in a film does, as an avatar can follow it: tracked, and corrected by its echo."
     frames = Film(film, size=720)
-    detector, head = Detector(), load_head(basis or "open")
+    detector, head = Detector(device=device, finder=finder), load_head(basis or "open")
     _, square, matte, track = track_film(frames, detector, head, size=size, fps=frames.fps)
     return relative(echo(square, matte, track, head, detector).motion)
 
@@ -354,11 +387,10 @@ def add_dataset(
             cut = (shrink(read_rgba(p), size) for p in paths[start:])
             return parsed_heads(cut, network, islice(iter_video(run.path("coarse", "video.mp4")), start, None)) if network else cut
 
-        film = run.path("coarse", "track.npz")
-        track = Track.load(film) if film.exists() else Track.load(run.path("track", "track.npz"))
-        motion = track.motion if film.exists() else Motion.load(run.path("motion", "train.npz"))
+        track, motion = seen_motion(run)
         paths = sorted(run.path("coarse", "frames").glob("*.png"))
-        HeadDataset.from_frames(heads, motion, track.shape, track.camera, head, folder=folder, size=size, known=track.known(size))
+        HeadDataset.from_frames(heads, motion, track.shape, track.camera, head, folder=folder, size=size, known=track.known(size),
+                                ok=track.ok if motion is track.motion and track.ok.any() else None)
 
     run.make("rounds/0/dataset", build, needs=["coarse", "track"], params=dict(size=size, parser=parser) | halved(parser))
 
@@ -427,7 +459,7 @@ def play(
     with VideoWriter(path, motion.fps, metadata=film_metadata(run)) as video:
         for i, rgba in enumerate(progress(rendered, len(motion), f"film {Path(path).name}")):
             head_frame = to_uint8(rgba)
-            video.add(plate.composite(shrink(head_frame, whole), **frame_pose(motion, i)) if plate
+            video.add(plate.composite(shrink(head_frame, max(whole, size)), **frame_pose(motion, i)) if plate
                       else on_background(head_frame))
     return Path(path)
 
@@ -442,7 +474,8 @@ def add_views(
 ) -> Path:
     "Artifact `views`: the avatar's neutral face from a grid of views (`views.jpg`), and how good each is (`views.json`)."
     def build(folder: Path) -> None:
-        portrait, avatar, detector, head = load_portrait(run), Avatar.load(run.path("avatar"), device=device), Detector(device=device), run_head(run)
+        avatar, detector, head = Avatar.load(run.path("avatar"), device=device), Detector(device=device), run_head(run)
+        portrait = load_driven(run, head)
         camera, grid = portrait.track.camera.resized(size, size), [(y, p) for p in VIEWS["pitch"] for y in VIEWS["yaw"]]
         seen = Motion.concat([turned(portrait.track.motion[0], y, p) for y, p in grid])
         shown = np.stack([to_uint8(on_background(to_float(to_uint8(frame)))) for frame in avatar.render(seen, camera)])
@@ -451,7 +484,7 @@ def add_views(
         middle = grid.index((0, 0))
         faces = identity_embedding(shown, found)
         miss = landmark_distance(found - (found[middle] - told[middle]), told)
-        known = trained_range(Motion.load(run.path("motion", "train.npz")))
+        known = trained_range(seen_motion(run)[1])
         row = lambda values: np.round(np.reshape(values, (len(VIEWS["pitch"]), -1)), 4).tolist()
         data = dict(yaw=VIEWS["yaw"], pitch=VIEWS["pitch"], landmark=row(miss), identity=row(identity_distance(faces, faces[middle])), trained=np.round(known, 1).tolist())
         shown = shown[:, size // 16:-size // 16, size // 7:-size // 7]
@@ -522,7 +555,7 @@ def create(
         seed_all(seed)
         add_portrait(run, image, settings.crop, face, device, matte, detector)
         add_track(run, model)
-        add_motion(run, motion, settings, Track.load(run.path("track", "track.npz")), seed)
+        add_motion(run, motion, settings, Track.load(run.path("track", "track.npz")), seed, device=device, finder=detector)
         if coarse is not None: add_coarse_film(run, coarse, model, settings, device, matte, detector)
         elif animator in NETWORKS: add_coarse_network(run, model, settings, animator, driving, matte, device, detector)
         else: add_coarse(run, model, animator, settings.film_size)
@@ -548,7 +581,7 @@ def train_rounds(
     config = RoundsConfig(rounds=rounds, steps0=preset.steps, steps=preset.round_steps, render_frames=preset.round_frames, restorer=restorer,
                           settings=halved(restorer) if restorer.startswith("gfpgan") else {})
     config = replace(config, avatar=AvatarConfig.preset(preset.field, backend=backend))
-    results, chosen = run_rounds(run, HeadDataset.load(run.path("rounds/0/dataset")), load_portrait(run), head, config, seed=seed,
+    results, chosen = run_rounds(run, HeadDataset.load(run.path("rounds/0/dataset")), load_driven(run, head), head, config, seed=seed,
                                  device=device)
     run.make("avatar", lambda folder: copy_folder(run.path(f"rounds/{chosen}/avatar"), folder), needs=[f"rounds/{chosen}/avatar"],
              params=dict(chosen=chosen))
@@ -581,16 +614,17 @@ def animate(
     orbit: float = 0.,             # swing of the camera around the head, degrees to each side
     size: int = 320,               # side of the rendered head, pixels
     seconds: float = 8.,           # length of a scripted motion
-    background: Literal["portrait", "white"] = "portrait",
+    background: Literal["portrait", "white"] = "portrait",   # with an orbit always white: a body does not turn
     device: str = "auto",
     seed: int = 0,
 ) -> Path:
     "Drive a finished avatar with any motion, from any view."
     run = run if isinstance(run, Run) else Run.open(run)
     if not run.has("avatar"): raise InputError(f"{run.folder} has no finished avatar; run the `ophav create` that made it again, it continues")
-    portrait = load_portrait(run)
-    played = turned(retarget(resolve_motion(motion, seconds, seed=seed, basis=portrait.track.motion.basis), portrait.track), yaw, pitch)
-    known = trained_range(Motion.load(run.path("motion", "train.npz")))
+    portrait, device = load_driven(run, run_head(run)), pick_device(device)
+    asked = resolve_motion(motion, seconds, seed=seed, basis=portrait.track.motion.basis, device=device, finder=run.params.get("detector", "default"))
+    played = turned(retarget(asked, portrait.track), yaw, pitch)
+    known = trained_range(seen_motion(run)[1])
     if share := beyond(played, known, orbit):
         log.warning("%.0f%% of the frames show the head from where the avatar was not trained (it knows yaw %.0f to %.0f, pitch %.0f to %.0f degrees): what is seen there is a guess",
                     100 * share, *known[:, 0], *known[:, 1])
@@ -599,7 +633,7 @@ def animate(
         target = played.translation.mean(0)
         angles = orbit * np.sin(np.linspace(0, 2 * np.pi, len(played), endpoint=False))
         cameras = [portrait.track.camera.resized(size, size).orbit(np.radians(a), 0., target) for a in angles]
-    return play(run, played, Path(out), size, background, cameras, pick_device(device))
+    return play(run, played, Path(out), size, background, cameras, device)
 
 
 def turned(

@@ -12,15 +12,13 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from scipy import ndimage
 
 # %% ../nbs/17_rounds.ipynb #c004
 from .layers import head_alpha
@@ -30,7 +28,7 @@ from .dataset import HeadDataset
 from .detect import Detector, detect_like
 from .geometry import Camera, push_pull
 from .head import HeadModel, Motion
-from .media import on_background, resize, strip, to_float, to_uint8, write_image
+from .media import on_background, resize, to_float, to_uint8, write_image
 from .metrics import (flicker, head_mask, identity_distance, identity_embedding, landmark_distance, psnr, sharpness,
                               sharpness_mask)
 from .restore import frame_context, make_restorer
@@ -165,6 +163,7 @@ class Check(NamedTuple):
     portrait: np.ndarray    # head on white, 0..1, [H, W, 3]
     points: np.ndarray      # its landmarks, [478, 3]
     person: np.ndarray      # its identity embedding, [128]
+    known: np.ndarray       # where the coarse frames show anything, bool [n, H, W]
 
 
 def make_check(
@@ -175,11 +174,12 @@ def make_check(
     frames: int = 16,
 ) -> Check:
     "Choose the frames and detect what is fixed."
-    total, size = len(dataset.rgb), dataset.rgb.shape[1:3]
+    good, size = np.flatnonzero(dataset.train), dataset.rgb.shape[1:3]
+    total = len(good)
     run_of = min(max(4, frames//3), total)
     begin = (total - run_of)//2
     spread = np.linspace(0, total - 1, max(1, min(frames - run_of, total))).round().astype(int)
-    numbers = np.concatenate([spread, np.arange(begin, begin + run_of)])
+    numbers = good[np.concatenate([spread, np.arange(begin, begin + run_of)])]
     alpha = np.stack([to_float(dataset.alpha[i]) for i in numbers])
     coarse = np.stack([on_background(np.concatenate([to_float(dataset.rgb[i]), a[..., None]], -1)) for i, a in zip(numbers, alpha)])
     matte = head_alpha(portrait.matte, head, portrait.track, 0)
@@ -188,7 +188,7 @@ def make_check(
     near = np.concatenate([portrait.track.landmarks[:1]*np.float32(size[0]/portrait.image.shape[0]), told])
     landmarks = detect_like(detector, np.concatenate([shown[None], coarse]), near)
     person = identity_embedding([to_uint8(shown)], landmarks[:1])[0]
-    return Check(numbers, slice(len(spread), None), coarse, alpha, landmarks[1:], shown, landmarks[0], person)
+    return Check(numbers, slice(len(spread), None), coarse, alpha, landmarks[1:], shown, landmarks[0], person, dataset.known(numbers))
 
 # %% ../nbs/17_rounds.ipynb #c013
 def measure_round(
@@ -198,7 +198,7 @@ def measure_round(
     previous: tuple|None = None,      # the round before: its renders, and what they gave as faces
 ) -> tuple[dict, np.ndarray]:         # numbers, all of them means over the check's frames; identity embeddings [n, 128]
     "What a round is worth."
-    points, masks = detect_like(detector, shown, check.landmarks), [head_mask(a) for a in check.alpha]
+    points, masks = detect_like(detector, shown, check.landmarks), [head_mask(a) & k for a, k in zip(check.alpha, check.known)]
     faces, size, mean = identity_embedding(to_uint8(shown), points), shown.shape[1:3], lambda values: float(np.mean(list(values)))
     row = dict(
         identity_distance=mean(identity_distance(faces, check.person)),
@@ -288,7 +288,10 @@ class Rounds:
         return self.run.make(self.name(k, 'renders'), build, [self.name(k - 1, 'avatar')],
                              dict(frames=len(plan.source), new_share=self.config.new_share, seed=self.seed, samples=self.config.samples))
 
-    def plan(self, k: int) -> Plan: return plan_round(self.motion, self.config.render_frames, self.config.new_share, self.seed + k)
+    def plan(self, k: int) -> Plan:
+        good = np.flatnonzero(self.dataset.train)
+        plan = plan_round(self.motion[good], self.config.render_frames, self.config.new_share, self.seed + k)
+        return plan._replace(source=good[plan.source])
 
     @property
     def portrait_camera(self) -> Camera: return self.portrait.track.camera.resized(self.dataset.width, self.dataset.height)
@@ -332,7 +335,7 @@ class Rounds:
             for i in range(start, len(motion)):
                 yield np.asarray(Image.open(source/f'{i:05d}.png')) if i < len(plan.source) else coarse.rgba(int(plan.source[again[i - len(plan.source)]]))
         def build(folder):
-            HeadDataset.from_frames(frames, motion, coarse.shape, self.camera, self.head, folder=folder, size=coarse.height)
+            HeadDataset.from_frames(frames, motion, coarse.shape, self.camera, self.head, folder=folder, size=coarse.height, known=coarse.known(0))
         return HeadDataset.load(self.run.make(self.name(k, 'dataset'), build, [self.name(k, 'restored')], dict(replay=self.config.replay)), self.head)
 
     # ---- the avatar of round k
@@ -377,7 +380,7 @@ class Rounds:
         numbers = np.unique(np.linspace(0, len(data) - 1, most).round().astype(int))
         for i, render in zip(numbers, self.load_avatar(k).render(data.motion[numbers], self.camera, samples=self.config.samples)):
             target = to_float(data.rgba(i))
-            values.append(psnr(on_background(to_float(render)), on_background(target), head_mask(target[..., 3])))
+            values.append(psnr(on_background(to_float(render)), on_background(target), head_mask(target[..., 3]) & data.known(i)))
         return float(np.mean(values))
 
     def round(self, k: int) -> RoundResult:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FIXED', 'PAIRS', 'GAZES', 'FIVE', 'FOCAL', 'Track', 'LandmarkModel', 'Person', 'FitSettings', 'landmark_error',
            'mica_shape', 'shape_prior', 'fit_portrait', 'draw_track', 'in_crop', 'track_portrait', 'fit_film',
-           'track_film', 'closing', 'constant_offset', 'refit']
+           'track_film', 'closing', 'constant_offset', 'refit', 'with_shape']
 
 # %% ../nbs/06_track.ipynb #c002
-import json, logging, math
+import json, logging, math, os, tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -47,11 +47,17 @@ class Track:
 
     def __len__(self): return len(self.motion)
 
+    @property
+    def first(self) -> int:
+        "The first frame in which the face was found: the film's portrait."
+        return int(np.flatnonzero(self.ok)[0]) if self.ok.any() else 0
+
     def frame(self,
         i: int,
     ) -> "Track":
         "One frame alone, as the track of a portrait."
-        return replace(self, motion=self.motion[i], landmarks=self.landmarks[i:i + 1], error=self.error[i:i + 1], ok=self.ok[i:i + 1])
+        return replace(self, motion=self.motion[i], landmarks=self.landmarks[i:i + 1], error=self.error[i:i + 1], ok=self.ok[i:i + 1],
+                       doubt=None if self.doubt is None else self.doubt[i:i + 1])
 
     def known(self,
         size: int,             # px of the crop's side
@@ -1140,6 +1146,18 @@ def fit_film(
     return track
 
 
+def _roomy(shape: tuple, dtype, most: int = 1 << 30) -> np.ndarray:
+    "Room for a film's pictures: in memory, or where that takes more than `most` bytes in a file without a name."
+    size = math.prod(shape)*np.dtype(dtype).itemsize
+    if size > most and hasattr(os, "posix_fallocate"):
+        try:
+            with tempfile.TemporaryFile() as file:
+                os.posix_fallocate(file.fileno(), 0, size)           # or a full disk would end the process later
+                return np.memmap(file, dtype, "r+", shape=shape)
+        except OSError: log.warning("no room for %.1f GB of a film's pictures in %s: they are kept in memory", size/1e9, tempfile.gettempdir())
+    return np.empty(shape, dtype)
+
+
 def track_film(
     frames,                          # uint8 [T,H,W,3], or a list
     detector: Detector,
@@ -1153,8 +1171,12 @@ def track_film(
     landmarks, ok = detector.film(frames, face)
     crop = head_crop(landmarks[ok], size)
     height, width = np.shape(next(iter(frames)))[:2]
-    squares = np.stack([square for some in batches(frames, 16) for square in side_by_side(crop.apply, some)])
-    mattes = detector.matte(squares) if matte else None
+    squares, at = _roomy((len(landmarks), size, size, 3), np.uint8), 0
+    for some in batches(frames, 16):
+        squares[at:at + len(some)] = side_by_side(crop.apply, some)
+        at += len(some)
+    mattes = _roomy(squares.shape[:3], np.float32) if matte else None
+    for k in range(0, len(squares) if matte else 0, 64): mattes[k:k + 64] = detector.matte(squares[k:k + 64])
     track = fit_film(squares, in_crop(crop, landmarks), ok, head, mattes, fps)
     return crop, squares, mattes, replace(track, picture=crop.covered(width, height))
 
@@ -1236,3 +1258,17 @@ def refit(
     out = replace(_track_of(fit, track.landmarks, track.ok, (w, h), track.motion.fps, track.bias, track.info, track.doubt), picture=track.picture)
     out.info = out.info | _summary(out, head)
     return out
+
+
+def with_shape(
+    track: Track,          # of one picture
+    head: HeadModel,
+    shape: np.ndarray,     # [S], of the same person in a film
+) -> Track:
+    "A portrait's pose and expression with another shape than its own: what an avatar trained on a film can follow."
+    if np.array_equal(track.shape, shape): return track
+    with torch.no_grad():
+        fit = _fit_of(replace(track, shape=np.asarray(shape, np.float32)), head, FitSettings(sparse=3., small=3., gauss=2., pairs=2.))
+        _fit_rigid(fit)
+        _fit_frames(fit, 10, pose=True, smooth=False)
+    return _track_of(fit, track.landmarks, track.ok, (track.camera.width, track.camera.height), track.motion.fps)

@@ -35,6 +35,10 @@ def drawn(head, shape, motion, camera):
 def head(): return HeadModel.load()
 
 
+def test_no_person_cut_out(head, portrait):
+    with pytest.raises(InputError, match='nothing of a person'): MeshAnimator(*portrait[:2], head, portrait[2]*0)
+
+
 @pytest.fixture(scope='module')
 def portrait(head):
     camera, shape = facing_camera(1.6*SIZE, SIZE, SIZE), np.zeros(head.n_shape, np.float32)
@@ -54,6 +58,27 @@ def state(track, head, yaw=0., jaw=0., **expression):
     j[0, 1], j[2, 0] = np.radians(yaw), np.radians(jaw)
     for name, value in expression.items(): e[[k for k, n in enumerate(head.expression_names) if n.startswith(name)]] = value
     return e, j, t
+
+
+def test_lashes_go_with_the_lid(portrait, head):
+    "What is dark under the upper lid is there at rest, and stays under the lid when it moves."
+    image, track, matte = portrait
+    image, p = image.copy(), track.landmarks[0]
+    yy, xx = np.mgrid[:SIZE, :SIZE] + .5
+    dark = np.zeros((SIZE, SIZE), bool)
+    for eye in EYES.values():
+        top = p[eye['outline'][:9], :2]
+        top = top[np.argsort(top[:, 0])]
+        below = yy - np.interp(xx, top[:, 0], top[:, 1])
+        dark |= (polygon_mask(p[eye['outline'], :2], SIZE, SIZE) > .5) & (below < 2)
+    image[dark] = image[dark]//3
+    made = MeshAnimator(image, track, head, matte)
+    rest, shut = (made.frame(*state(track, head, **kw))[..., :3].mean(-1) for kw in ({}, dict(eyeBlink=.4)))
+    plain = MeshAnimator(portrait[0], track, head, matte)
+    rest0, shut0 = (plain.frame(*state(track, head, **kw))[..., :3].mean(-1) for kw in ({}, dict(eyeBlink=.4)))
+    assert (rest/rest0)[dark].mean() < .65
+    lower = np.roll(dark, 2, axis=0) & ~dark
+    assert (shut/shut0)[lower].mean() < .9 < (rest/rest0)[lower].mean() + .1
 
 
 def test_at_rest_it_is_the_portrait(animator, portrait, head):

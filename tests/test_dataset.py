@@ -82,6 +82,11 @@ def test_what_the_film_does_not_show_is_unknown(frames, motion, shape, camera, h
     np.testing.assert_array_equal(again.parsing, part.parsing)
 
 
+def test_lost_frames_are_not_trained_on(frames, motion, shape, camera, head):
+    ok = np.arange(N) != 1
+    assert HeadDataset.from_frames(frames, motion, shape, camera, head, ok=ok, test=1).train.tolist() == [True, False, True, True, False]
+
+
 def test_hair_is_what_the_mesh_leaves(data, head):
     alpha = np.full((SIZE, SIZE), 255, np.uint8)
     parsing, depth = parse_frame(data.vertices[0], data.camera(0), data.faces, face_labels(head, data.shape), alpha)

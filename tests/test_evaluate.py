@@ -20,6 +20,17 @@ def test_compared_frames():
     numbers, spread = compared_frames(6, 10, 12)
     assert list(numbers) == [1, 1, 2, 3, 4, 5] and spread == 1
     assert list(compared_frames(20, 5, 0)[0]) == [1, 6, 11, 16]
+    seen = ~np.isin(np.arange(40), [0, 1, 11, 20])
+    numbers, spread = compared_frames(40, 5, 8, 3, seen)
+    assert list(numbers[:spread]) == [3, 8, 13, 18, 23, 28, 33, 38] and seen[numbers].all() and (np.diff(numbers[spread:]) == 1).all() and len(numbers) == spread + 8
+
+
+def test_the_portrait_shows_the_face(monkeypatch):
+    "A film that fades in: its first frames hold no face."
+    track = SimpleNamespace(first=2, frame=lambda i: f'frame {i}')
+    film = SimpleNamespace(frames=np.arange(5*12, dtype=np.uint8).reshape(5, 2, 2, 3), matte=np.zeros((5, 2, 2), np.float16), track=track)
+    portrait = evaluate.first_frame(film)
+    assert portrait.track == 'frame 2' and (portrait.image == film.frames[2]).all()
 
 
 def test_presets():
@@ -79,6 +90,7 @@ def film(monkeypatch):
 def test_rows_are_kept(tmp_path, film):
     class Real(SimpleNamespace):
         def __len__(self): return 30
+        def known(self, i): return self.parsing[i] != 255
     real, run = Real(**vars(film), parsing=np.zeros(film.alpha.shape, np.uint8)), Run(tmp_path/'run', {})
     run.make('truth', lambda folder: None)
     calls = []

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 import ophav_nb.rounds as rounds
 from ophav_nb.avatar import AvatarConfig
-from ophav_nb.dataset import HeadDataset
+from ophav_nb.dataset import UNKNOWN, HeadDataset
 from ophav_nb.geometry import facing_camera, interpolate, rasterize
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import to_uint8
@@ -90,7 +90,7 @@ def stage(monkeypatch, coarse):
     monkeypatch.setattr(rounds, 'measure_round', measure)
     track = Track(coarse.motion[0], coarse.shape, CAMERA, np.zeros((1, 478, 3), np.float32), np.zeros(1), np.ones(1, bool))
     portrait = SimpleNamespace(image=coarse.rgb[0], matte=coarse.alpha[0]/255, track=track)
-    return SimpleNamespace(calls=calls, go=lambda run, **c: run_rounds(run, coarse, portrait, HEAD, RoundsConfig(**{**dict(
+    return SimpleNamespace(calls=calls, portrait=portrait, go=lambda run, film=coarse, **c: run_rounds(run, film, portrait, HEAD, RoundsConfig(**{**dict(
         rounds=2, steps0=30, steps=20, render_frames=6, restorer='none'), **c}), detector='unused'))
 
 
@@ -104,6 +104,18 @@ def test_plan_stays_within_the_range():
     assert (plan.motion.joints[plan.known] == m.joints[old]).all() and len(set(old)) == 18
     assert (plan_round(m, 30, .4, 3).motion.joints == plan.motion.joints).all()
     assert len(plan_round(m[:1], 10).source) == 1
+
+
+def test_what_a_film_does_not_show_stays_unknown(tmp_path, stage, coarse):
+    "And frames without a face are not shown again."
+    parsing, train = coarse.parsing.copy(), np.arange(FRAMES) != 3
+    parsing[:, :5] = UNKNOWN
+    film, run = replace(coarse, parsing=parsing, train=train), Run(tmp_path/'run', {})
+    stage.go(run, film, rounds=1)
+    later = HeadDataset.load(run.path('rounds/1/dataset'), HEAD)
+    assert not later.known(0)[:5].any() and (later.parsing[:, 5:] != UNKNOWN).all()
+    made = rounds.Rounds(run, film, stage.portrait, HEAD, RoundsConfig(render_frames=20))
+    assert 3 not in made.plan(1).source and len(set(made.plan(1).source)) == FRAMES - 1
 
 
 def test_film_camera(coarse):

@@ -12,7 +12,8 @@ from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel
 from ophav_nb.media import read_image, read_video
 from ophav_nb.run import InputError
-from ophav_nb.track import PIVOT, LandmarkModel, Track, closing, constant_offset, fit_film, fit_portrait, refit, track_film, track_portrait
+from ophav_nb.track import (PIVOT, LandmarkModel, Track, _roomy, closing, constant_offset, fit_film, fit_portrait, landmark_error, refit, track_film,
+                            track_portrait, with_shape)
 
 CLIPS = Path(__file__).parents[2]/"shared"/"data"/"clips"
 
@@ -125,6 +126,32 @@ def test_a_settled_head_turns_but_stays(head):
     assert .5 < angle < .9 and ears < .4
     aside = replace(track.motion, translation=track.motion.translation + np.float32([.002, 0, 0]))
     assert moved(aside, 0)[1] < .25 and moved(aside, 1)[1] > .4
+
+
+def test_a_frame_of_a_film(head):
+    points, *_ = posed(head, 4)
+    track = replace(fit_film(None, points, np.array([False, True, True, True]), head, size=256), doubt=np.arange(4.))
+    assert track.first == 1 and track.frame(2).doubt == [2] and len(track.frame(2)) == 1
+
+
+def test_portrait_with_the_shape_of_its_film(head):
+    "Its own pose does not fit another shape; the one found again does."
+    points, *_ = posed(head)
+    track, other = fit_portrait(np.zeros((256, 256, 3), np.uint8), points[0], head), np.array(posed(head, seed=5)[1])
+    miss = lambda t: landmark_error(t.fitted(head), t.landmarks)[0]
+    same = with_shape(track, head, track.shape)
+    assert same is track
+    again = with_shape(track, head, .7*track.shape + .3*other)
+    assert np.allclose(again.shape, .7*track.shape + .3*other) and miss(again) < .6*miss(replace(track, shape=again.shape))
+
+
+def test_long_films_lie_on_disk(monkeypatch):
+    small, large = _roomy((4, 8, 8, 3), np.uint8), _roomy((4, 8, 8), np.float32, most=100)
+    large[:] = 2
+    assert not isinstance(small, np.memmap) and isinstance(large, np.memmap) and large.sum() == 512
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('os.posix_fallocate', full)
+    assert not isinstance(_roomy((4, 8, 8), np.float32, most=100), np.memmap)
 
 
 def test_astronaut(head):
