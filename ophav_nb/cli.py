@@ -169,7 +169,7 @@ The same command again redoes what failed or changed; table.csv and table.html a
   ophav bench                              all parts; exit code 1 if one misses its target
   ophav bench --parts encoder --compare bench.json --out new.json""", _bench)
     _option(p, "--out", "the numbers as JSON (default: bench.json)")
-    _option(p, "--parts", "only these, with commas: encoder, nearest, step, render …; networks; all (default: all but networks; a wrong name lists them)"); _option(p, "--compare", "an earlier bench.json: what became slower?", metavar="FILE")
+    _option(p, "--parts", "only these, with commas: encoder, nearest, step, render …; networks; all (default: all but networks and fit_long; a wrong name lists them)"); _option(p, "--compare", "an earlier bench.json: what became slower?", metavar="FILE")
     p.add_argument("--quick", action="store_true", help="small and few turns: does it run at all?")
     _command(commands, "doctor", "say what this machine has and what it lacks", "  ophav doctor", _doctor)
 
@@ -299,7 +299,7 @@ def _torch() -> list[Finding]:
     if (vision := _version("torchvision")) is not None:
         try: import torchvision.ops; fine, why = True, vision
         except (RuntimeError, ImportError, AttributeError) as error: fine, why = False, f"{vision} does not fit torch ({error})"
-        found.append(Finding("torchvision", fine, why, "install the pair named in the README; only gfpgan needs it"))
+        found.append(Finding("torchvision", fine, why, "install the pair that settings.ini names as torch_pair; only the extra pretrained needs it"))
     return found
 
 

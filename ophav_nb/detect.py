@@ -707,7 +707,7 @@ def points_of_68(
 
 # %% ../nbs/05_detect.ipynb #c040
 CODES = {"background": 0, "cloth": 90, "hair": 80, "lower_lip": 120, "upper_lip": 130, "mouth": 140, "nose": 150, "right_eye": 200,
-         "left_eye": 210, "right_brow": 230, "left_brow": 240, "skin": 250}      # INSTA's, in its masks' red channel
+         "left_eye": 210, "right_brow": 230, "left_brow": 240, "skin": 250}      # INSTA's, in its masks' red channel; sides are the subject's
 NOSE = [168, 122, 174, 198, 49, 48, 64, 98, 97, 2, 326, 327, 294, 278, 279, 420, 399, 351]       # a ring around the nose
 
 
@@ -723,7 +723,7 @@ def parsing(
     canvas = Image.fromarray(label)
     draw = ImageDraw.Draw(canvas)
     upper, lower = OUTER_LIPS[:11] + INNER_LIPS[10::-1], OUTER_LIPS[10:] + OUTER_LIPS[:1] + [78] + INNER_LIPS[:9:-1]
-    rings = [(OVAL, "skin"), (NOSE, "nose"), (LEFT_BROW, "left_brow"), (RIGHT_BROW, "right_brow"), (LEFT_EYE, "left_eye"),
-             (RIGHT_EYE, "right_eye"), (INNER_LIPS, "mouth"), (upper, "upper_lip"), (lower, "lower_lip")]
+    rings = [(OVAL, "skin"), (NOSE, "nose"), (LEFT_BROW, "right_brow"), (RIGHT_BROW, "left_brow"), (LEFT_EYE, "right_eye"),
+             (RIGHT_EYE, "left_eye"), (INNER_LIPS, "mouth"), (upper, "upper_lip"), (lower, "lower_lip")]
     for ring, name in rings: draw.polygon([(float(x) - .5, float(y) - .5) for x, y in landmarks[ring, :2]], fill=CODES[name])
     return np.where(matte > .5, np.array(canvas), CODES["background"]).astype(np.uint8)

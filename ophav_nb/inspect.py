@@ -294,8 +294,8 @@ def _example_round(run, k):
     rows = [dict(step=int(s), loss=float(.02*np.exp(-s/400)/(k + 1) + .002*rng.random()), psnr=float(24 + 2*k + 6*(1 - np.exp(-s/400)) + rng.normal()*.2),
                  samples_per_second=float(2e5 + 1e4*rng.normal()), memory_mb=900.) for s in steps]
     write_atomic(run.path('rounds', str(k), 'log.jsonl'), ''.join(json.dumps(r) + '\n' for r in rows))
-    row = dict(round=k, identity_distance=[.31, .32, .36][k], landmark_distance=[1.5, 1.5, 1.7][k], sharpness=[7.3, 8.6, 8.8][k], psnr_coarse=[30.1, 30., 29.5][k],
-               flicker=[.004, .004, .005][k])
+    row = dict(round=k, identity_distance=[.31, .32, .36][k], landmark_distance=[1.5, 1.5, 1.7][k], landmark_drift=[1.2, 1.2, 1.6][k], sharpness=[560, 660, 670][k], psnr_coarse=[30.1, 30., 29.5][k],
+               flicker=[.85, .9, 1.05][k])
     write_atomic(run.path('rounds', str(k), 'metrics.json'), json.dumps(row))
 
 # %% ../nbs/18_inspect.ipynb #c016
@@ -456,7 +456,7 @@ def training_curves(
     return Curves({k: view.log(k) for k in view.rounds})
 
 # %% ../nbs/18_inspect.ipynb #c026
-MEASURES = dict(identity_distance='identity distance', sharpness='sharpness', landmark_distance='landmark distance, %', psnr_coarse='PSNR to coarse, dB', flicker='flicker')
+MEASURES = dict(identity_distance='identity distance', sharpness='sharpness', landmark_distance='landmark distance, %', landmark_drift='landmark drift, %', psnr_coarse='PSNR to coarse, dB', flicker='flicker')
 
 def rounds_strip(
     view: RunView,
@@ -564,7 +564,7 @@ def draw_views(
     rows[0].imshow(picture)
     rows[0].set_xticks([cell[0]*(k + .5) for k in range(len(yaw))], [f'{y}°' for y in yaw], fontsize=7)
     rows[0].set_yticks([cell[1]*(k + .5) for k in range(len(pitch))], [f'{p}°' for p in pitch], fontsize=7)
-    for axis, (name, title, worst) in zip(rows[1:], (('landmark', 'landmarks off, % of the inter-ocular distance', 10.), ('identity', 'identity distance to the portrait (over .6: another person)', .6))):
+    for axis, (name, title, worst) in zip(rows[1:], (('landmark', 'landmarks off, % of the inter-ocular distance', 10.), ('identity', 'identity distance to the portrait (over .55: another person)', .55))):
         values = np.asarray(data[name])
         axis.imshow(values, cmap='RdYlGn_r', vmin=0, vmax=worst, aspect='auto')
         for i, j in np.ndindex(values.shape):
@@ -609,8 +609,8 @@ LESSONS = dict(   # a word to each part of the page, for who sees the first one
     training='Loss should fall and PSNR rise; a jump between rounds is their change of training pictures.')
 
 MEANINGS = dict(
-    identity_distance="from the portrait's face, by dlib's network: lower is closer, above .6 it takes them for two persons",
-    landmark_distance="of facial points from where the mesh has them, % of the distance between the eyes: lower is better",
+    identity_distance="from the portrait's face, by dlib's network: lower is closer, above .55 it takes them for two persons",
+    landmark_distance="of facial points from those detected in the coarse frames, % of the distance between the eyes: lower is better",
     landmark_drift='the same without what is equal in all frames: whether the face follows the motion',
     sharpness="of the face (variance of its Laplacian): higher is sharper", sharpness_of_portrait='the same as a share of the portrait’s',
     psnr_coarse='likeness to the coarse film, dB: higher is closer', psnr_input='likeness to what this round was trained on, dB',

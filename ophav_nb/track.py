@@ -579,7 +579,7 @@ def draw_track(
     i: int = 0,                 # which frame of the track
     head: HeadModel|None = None,
     mesh: bool = True,          # the visible triangles' edges
-    points: bool = True,        # detected (red) and fitted (green) landmarks with the line between
+    points: bool = True,        # detected (green) and fitted (red) landmarks with the line between
     scale: int = 1,             # enlarge the picture
 ) -> np.ndarray:                # uint8 [H*scale,W*scale,3]
     "The fitted mesh and the landmark errors on a frame."
@@ -599,7 +599,7 @@ def draw_track(
         here = track.landmarks[i, :, :2]*[w/track.camera.width, h/track.camera.height]
         for a, b in zip(here, there):
             draw.line([*a, *b], fill=(255, 230, 0, 255))
-            for p, colour in ((b, (60, 220, 60, 255)), (a, (255, 50, 50, 255))): draw.ellipse([*(p - 1), *(p + 1)], fill=colour)
+            for p, colour in ((b, (255, 50, 50, 255)), (a, (60, 220, 60, 255))): draw.ellipse([*(p - 1), *(p + 1)], fill=colour)
     return np.asarray(picture)
 
 # %% ../nbs/06_track.ipynb #c020

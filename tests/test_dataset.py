@@ -10,6 +10,7 @@ import pytest
 import ophav_nb  # noqa: F401  (before torch: it decides about threads)
 import torch
 from ophav_nb.dataset import PARSING, UNKNOWN, HeadDataset, face_labels, parse_frame
+from ophav_nb.detect import parsing
 from ophav_nb.geometry import facing_camera, rasterize
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.run import InputError
@@ -85,6 +86,19 @@ def test_what_the_film_does_not_show_is_unknown(frames, motion, shape, camera, h
 def test_lost_frames_are_not_trained_on(frames, motion, shape, camera, head):
     ok = np.arange(N) != 1
     assert HeadDataset.from_frames(frames, motion, shape, camera, head, ok=ok, test=1).train.tolist() == [True, False, True, True, False]
+
+
+def test_the_mesh_and_the_landmarks_name_the_same_sides(head):
+    "Eyes and brows lie in the same place under the same code, whether the mesh or the landmarks say so; the subject's left is the picture's right."
+    size, camera = 256, facing_camera(400, 256, 256)
+    v = head().numpy()[0] - np.float32([0, 0, .6])
+    labels, _ = parse_frame(v, camera, head.faces, face_labels(head), np.full((size, size), 255, np.uint8))
+    points = camera.project(head.landmarks(torch.from_numpy(v)[None])[0].numpy())
+    drawn = parsing(points, np.ones((size, size), np.float32))
+    middle = lambda codes, name: float(np.nonzero(codes == PARSING[name])[1].mean())
+    for part in ('eye', 'brow'):
+        for name in (f'left_{part}', f'right_{part}'): assert abs(middle(labels, name) - middle(drawn, name)) < 3
+        assert middle(labels, f'right_{part}') < size/2 < middle(labels, f'left_{part}')
 
 
 def test_hair_is_what_the_mesh_leaves(data, head):
