@@ -11,7 +11,6 @@ import copy
 import json
 import logging
 import math
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, field as _field, replace
@@ -25,13 +24,13 @@ from scipy import ndimage as ndi
 from safetensors.numpy import load_file as _load_arrays, save_file as _save_arrays
 
 # %% ../nbs/14_avatar.ipynb #c004
-from .dataset import UNKNOWN, HeadDataset
+from .dataset import ARRAYS, UNKNOWN, HeadDataset
 from .deform import Deformer, Mapping
 from .field import Field, FieldConfig, field_config
 from .geometry import Camera, facing_camera, interpolate, kernel, rasterize, vertex_normals
 from .head import HeadModel, Motion
 from .render import Occupancy, band_widths, mouth_amount, render_view, shade, surface_band, widen_band
-from .run import InputError, patch_to, progress, write_atomic
+from .run import InputError, make_key, patch_to, progress, write_atomic
 from .training import AveragedAdam, OnePass, Truth, one_pass_serves
 
 # %% ../nbs/14_avatar.ipynb #c005
@@ -371,7 +370,10 @@ def memory_mb(device='cpu') -> float:
     "Memory in use: the GPU's most so far where there is one, else the process's own, without files that are mapped (the system drops those when it needs the room)."
     if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
     try: return status_mb('RssAnon', 'RssShmem')
-    except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
+    except OSError:
+        try: import resource
+        except ImportError: return 0.   # Windows says nothing either
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
 class Trainer:
     "One call of `Avatar.fit`: optimiser, average, checkpoints, log."
@@ -391,7 +393,7 @@ class Trainer:
         self.one_pass = OnePass(field, avatar.deformer, c.huber, c.alpha_weight, c.depth_weight) if one_pass_serves(field, c.beside) else None
         self.occupancy = Occupancy(c.occupancy, device=avatar.device) if c.occupancy else None
         self.step, self.rows, self.halved, self.seconds = 0, [], 0, 0.
-        self.sums = np.zeros(3)
+        self.sums = np.zeros(4)   # of loss, squared error, samples and steps, since the last row
 
     @property
     def trained(self) -> list:
@@ -425,7 +427,7 @@ class Trainer:
             self.recover()
             return value
         self.optimiser.step(1 - min(self.config.average, (1 + self.step)/(10 + self.step)))   # the average follows quickly at first, then with the configured inertia
-        self.sums += [value, square, batch.jitter.size]
+        self.sums += [value, square, batch.jitter.size, 1]
         return value
 
     def recover(self) -> None:
@@ -441,8 +443,9 @@ class Trainer:
         self.optimiser.zero_grad()
 
     def report(self, seconds: float) -> None:
-        "A row of the log."
-        loss, square, samples = self.sums/np.array([self.log_every, self.log_every, 1])
+        "A row of the log; none where no step's loss was finite."
+        if self.sums[3] == 0: return
+        loss, square, samples = self.sums[:3]/[self.sums[3], self.sums[3], 1]
         row = dict(step=self.step, loss=round(float(loss), 6), psnr=round(-10*math.log10(max(float(square), 1e-10)), 3),
                    samples_per_second=round(float(samples)/max(seconds, 1e-6)), memory_mb=round(memory_mb(self.avatar.device)))
         self.sums[:] = 0
@@ -455,7 +458,8 @@ class Trainer:
         "All steps that are left."
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.resume()
+            self.key = self.identity()
+            if not self.resume(): (self.folder/'log.jsonl').unlink(missing_ok=True)
         saved, logged = time.monotonic(), time.monotonic()
         for _ in progress(range(self.step, self.steps), self.steps - self.step, 'train'):
             self.one()
@@ -471,6 +475,13 @@ class Trainer:
 
 # %% ../nbs/14_avatar.ipynb #c026
 @patch_to(Trainer)
+def identity(self) -> str:
+    "Hash of all that shapes a training; of the frames, it looks at 16 at most."
+    data, some = self.pool.data, slice(None, None, -(-len(self.pool.data)//16))
+    seen = {k: getattr(data, k)[some] for k in ARRAYS} | {k: getattr(data, k) for k in ('condition', 'c2w', 'K', 'train')}
+    return make_key(dict(steps=self.steps, seed=self.seed, before=self.before, rates=self.rates, config=self.config, data=seen), {})
+
+@patch_to(Trainer)
 def checkpoint(self) -> None:
     "Write the whole state, atomically."
     arrays, n = {}, lambda t: np.ascontiguousarray(t.detach().cpu().numpy())
@@ -479,8 +490,8 @@ def checkpoint(self) -> None:
         for k, v in self.optimiser.state.get(p, {}).items(): arrays[f'optimiser.{k}.{name}'] = n(v).reshape(-1) if v.ndim == 0 else n(v)
     for name, p in self.avatar.shown.named_parameters(): arrays[f'shown.{name}'] = n(p)
     if self.occupancy is not None: arrays['occupancy'] = n(self.occupancy.opacity)
-    arrays |= dict(widths=self.avatar.widths, told_range=self.avatar.told_range, sums=self.sums)
-    state = dict(step=self.step, steps=self.steps, seed=self.seed, before=self.before, halved=self.halved, rows=self.rows)
+    arrays['sums'] = self.sums
+    state = dict(key=self.key, step=self.step, halved=self.halved, rows=self.rows)
     write_atomic(self.folder/'checkpoint.safetensors', lambda p: _save_arrays(arrays, p, metadata=dict(state=json.dumps(state))))
 
 @patch_to(Trainer)
@@ -489,7 +500,7 @@ def resume(self) -> bool:
     path = self.folder/'checkpoint.safetensors'
     if not path.exists(): return False
     state, arrays = _read_metadata(path), _load_arrays(path)
-    if (state['steps'], state['seed'], state['before']) != (self.steps, self.seed, self.before):
+    if state.get('key') != self.key:
         logger.warning('%s belongs to another training; starting anew', path)
         return False
     self.step, self.halved, self.rows = state['step'], state['halved'], state['rows']
@@ -534,7 +545,7 @@ def fit_band(self,
 def fit(self,
     data: HeadDataset,
     steps: int,
-    folder=None,             # for checkpoints: a second call with the same arguments goes on where the first was stopped
+    folder=None,             # for checkpoints: a second call with the same arguments goes on where the first was stopped, one with others starts anew
     log: Callable = None,    # called with every row
     seed: int = 0,
     lr_scale: float = 1.,    # of the learning rates

@@ -128,11 +128,16 @@ def execute(
     return Path(out)
 
 # %% ../nbs/21_batch.ipynb #c012
+def _placed(value, base: Path):
+    "A file's name as its absolute path, seen from the sweep's folder: notebooks run elsewhere. All else as it is."
+    return str(base/value) if isinstance(value, str) and os.path.isfile(base/value) else value
+
+
 def _values(key: str, value, base: Path) -> list:
     "The values that a grid's entry stands for."
     found = []
     for v in value if isinstance(value, list) else [value]:
-        if not (isinstance(v, str) and glob.has_magic(v)): found.append(v); continue
+        if not (isinstance(v, str) and glob.has_magic(v)) or os.path.isfile(base/v): found.append(v); continue
         files = sorted(glob.glob(str(base/v)))
         if not files: raise InputError(f"{key}: no file matches {v} (seen from {base})")
         found += files
@@ -163,9 +168,9 @@ def read_sweep(
     if not isinstance(sweep, dict) or set(sweep) - known:
         odd = ", ".join(map(str, set(sweep) - known)) if isinstance(sweep, dict) else type(sweep).__name__
         raise InputError(f"{path}: {odd} is not part of a sweep; its keys are {', '.join(sorted(known))}")
-    named = str(sweep.get("notebook", "create"))
-    notebook = template(str(path.parent/named) if named.endswith(".ipynb") else named)
-    grid = {k: _values(k, v, path.parent) for k, v in (sweep.get("grid") or {}).items()}
+    named, base = str(sweep.get("notebook", "create")), path.parent.absolute()
+    notebook = template(str(base/named) if named.endswith(".ipynb") else named)
+    grid = {k: _values(k, v, base) for k, v in (sweep.get("grid") or {}).items()}
     special = [dict(zip(grid, v)) for v in itertools.product(*grid.values())] if grid else []
     special += [dict(r) for r in sweep.get("runs") or []]
     items, taken = [], set()
@@ -173,7 +178,8 @@ def read_sweep(
         name = wanted = _clean(str(values.pop("name"))) if "name" in values else _name(values)
         name = next(n for n in itertools.chain([wanted], (f"{wanted}-{i}" for i in itertools.count(2))) if n not in taken)
         taken.add(name)
-        items.append({"name": name, "parameters": {**(sweep.get("parameters") or {}), **values}})
+        parameters = {**(sweep.get("parameters") or {}), **values}
+        items.append({"name": name, "parameters": {k: _placed(v, base) for k, v in parameters.items()}})
     for item in items: _check_parameters(notebook, item["parameters"])
     return notebook, items
 

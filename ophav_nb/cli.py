@@ -99,7 +99,7 @@ _count.__name__, _finite.__name__, _seconds.__name__, _side.__name__ = "number f
 
 def _common(p) -> None:
     _option(p, "--device", "auto (default), cpu, cuda")
-    _option(p, "--seed", "of every random number (default: 0)", type=int)
+    _option(p, "--seed", "of every random number (default: 0)", type=_count)
 
 
 def _add_animate(commands) -> None:
@@ -154,11 +154,12 @@ a sweep, faces.yaml:
   notebook: create                        # a template's name, or the path of any parameterised notebook
   parameters: {preset: quick}             # for every run
   grid: {portrait: faces/*.jpg, seed: [0, 1]}   # every combination; wildcards are files
+                                          # files are seen from the sweep's folder
   runs: [{name: special, portrait: anna.png, rounds: 3}]
 The same command again redoes what failed or changed; table.csv and table.html are written after every run.""", _batch)
     p.add_argument("sweep", help="a YAML file"); p.add_argument("--out", required=True, help="folder of the table and the runs")
     p.add_argument("--dask", metavar="ADDRESS", help="send the runs to this Dask scheduler")
-    p.add_argument("--workers", type=int, help="notebooks at a time on this machine (default: one for two cores)")
+    p.add_argument("--workers", type=_count, help="notebooks at a time on this machine (default: one for two cores)")
     p = _command(commands, "weights", "list, add or fetch weights of others", """\
   ophav weights                          what can be used, its licence, what is here
   ophav weights add GFPGANv1.4.pth       recognise a file that you fetched, and keep it
@@ -217,6 +218,7 @@ def _animate(args) -> int:
 def _evaluate(args) -> int:
     if bool(args.clip) == bool(args.folder): raise InputError("give either --clip FILM, or a run with --motion FILM")
     if args.folder and not args.motion: raise InputError("--motion FILM is missing: the film that drives the run")
+    if args.clip and args.motion: raise InputError("--motion drives a finished run; leave it out beside --clip")
     from ophav_nb import evaluate
     if args.clip: evaluate.evaluate_clip(**_options(args, "folder", "motion"))
     else:

@@ -13,7 +13,7 @@ __all__ = ['INNER_LIPS_UPPER', 'INNER_LIPS_LOWER', 'INNER_LIPS', 'OUTER_LIPS', '
 
 # %% ../nbs/05_detect.ipynb #c003
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image, ImageDraw

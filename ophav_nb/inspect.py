@@ -66,9 +66,9 @@ class RunView:
 
     @property
     def rounds(self) -> list[int]:
-        "Rounds that have left something to see."
-        found = [int(p.name) for p in self.path('rounds').glob('*') if p.name.isdigit()]
-        return sorted(k for k in found if any(self.path('rounds', k, part).exists() for part in ('log.jsonl', 'metrics.json', 'check', 'renders')))
+        "Rounds that have left something to see; those that an earlier command made beyond the last one's are no part of the run."
+        found, last = [int(p.name) for p in self.path('rounds').glob('*') if p.name.isdigit()], self.info.get('parameters', {}).get('rounds')
+        return sorted(k for k in found if (last is None or k <= last) and any(self.path('rounds', k, part).exists() for part in ('log.jsonl', 'metrics.json', 'check', 'renders')))
 
     def log(self, k: int) -> list[dict]:
         "Training log of a round."

@@ -21,7 +21,6 @@ from skimage.draw import polygon as fill_polygon
 from .detect import INNER_LIPS, OUTER_LIPS
 from .geometry import Camera, push_pull, rasterize, sample_bilinear, smoothstep
 from .head import HeadModel
-from .run import InputError
 
 # %% ../nbs/07b_layers.ipynb #c005
 # of each eye, the subject's left first: the opening's outline (upper lid from the outer to the inner corner, then the lower one), the iris'

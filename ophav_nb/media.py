@@ -320,7 +320,7 @@ class Crop:
 class Clip:
     "What a film's header says, as it will be shown."
     fps: float       # frames a second, constant after resampling
-    width: int       # px, upright
+    width: int       # px, upright, the pixels square
     height: int
     frames: int      # 0 where the header does not say
 
@@ -332,9 +332,16 @@ def _rate(stream) -> float:
     return 25.
 
 
-def _upright(frame, size: int|None) -> np.ndarray:
+def _aspect(stream) -> float:
+    "Width of a stored pixel over its height; odd values, and those within a hundredth of one, count as square."
+    aspect = float(stream.sample_aspect_ratio or 1)
+    return aspect if .25 <= aspect <= 4 and abs(aspect - 1) > .01 else 1.
+
+
+def _upright(frame, size: int|None, aspect: float) -> np.ndarray:
     "A decoded frame as uint8 [H,W,3]: square pixels, rotation undone, longest side at most `size`."
     image = frame.to_ndarray(format="rgb24")
+    if aspect != 1: image = resize(image, (image.shape[0], round(image.shape[1]*aspect)))
     turns = round((getattr(frame, "rotation", 0) or 0)/90) % 4
     if turns: image = np.ascontiguousarray(np.rot90(image, turns))
     if size and max(image.shape[:2]) > size: image = resize(image, size)
@@ -376,7 +383,7 @@ def clip_info(
     with _open_video(Path(path)) as (container, stream):
         first = next(_decoded(container, stream, Path(path)), None)
         if first is None: raise InputError(f"{path} holds no readable frame; copy it again")
-        height, width = _upright(first, None).shape[:2]
+        height, width = _upright(first, None, _aspect(stream)).shape[:2]
         return Clip(_rate(stream), width, height, stream.frames)
 
 
@@ -398,7 +405,7 @@ def iter_video(
                 yield latest
                 given += 1
                 if max_frames and given >= max_frames: return
-            latest = _upright(frame, size)
+            latest = _upright(frame, size, _aspect(stream))
         while latest is not None and start + (given + .5)/rate <= time + 1/_rate(stream) and not (max_frames and given >= max_frames):
             yield latest
             given += 1

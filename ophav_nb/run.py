@@ -35,6 +35,7 @@ _OS_ADVICE = {
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.ENOENT: "no such folder, and it cannot be made; check the spelling",
 }
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)   # only writing raises these, whatever the input is
 
 
 @contextlib.contextmanager
@@ -143,8 +144,10 @@ def file_hash(
     path: str|Path,
 ) -> str:
     "sha256 of a file."
-    if not Path(path).is_file(): raise InputError(f"{path}: no such file")
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    try:
+        if not Path(path).is_file(): raise InputError(f"{path}: no such file")
+        with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    except PermissionError as error: raise InputError(f"{path} may not be read; change its permissions") from error
 
 
 def versions(
@@ -321,8 +324,9 @@ class Run:
         if isinstance(error, InputError): self._vanish_if_empty()
 
     def _vanish_if_empty(self) -> None:
-        "Bad input leaves nothing half-written: a folder that this run made and that holds no artifact goes away."
-        if self._fresh and self.folder.is_dir() and not any(self.folder.rglob("manifest.json")): shutil.rmtree(self.folder)
+        "Bad input leaves nothing half-written: a folder that this run made and that holds no artifact, not even a part of one, goes away."
+        if self._fresh and self.folder.is_dir() and not any(any(self.folder.rglob(f)) for f in ("manifest.json", "partial.json")):
+            shutil.rmtree(self.folder)
 
     # ---- artifacts
 
@@ -354,7 +358,7 @@ class Run:
                 return final
             manifest = {"name": name, "key": key, "params": plain(params or {}), "needs": needed, "format": FORMAT}
             self._why(name, manifest, partial)
-            with explain_os_errors(partial): self._build(build, partial, manifest)
+            self._build(build, partial, manifest)
             self._swap(partial, final)
         return final
 
@@ -372,13 +376,15 @@ class Run:
         stamp, done = partial/"partial.json", partial/"manifest.json"
         left = next((json.loads(p.read_text(encoding="utf-8"))["key"] for p in (done, stamp) if p.exists()), None)
         if left == manifest["key"] and done.exists(): return   # killed between the last write and the rename
-        if left != manifest["key"] and partial.exists(): shutil.rmtree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
+        with explain_os_errors(partial):
+            if left != manifest["key"] and partial.exists(): shutil.rmtree(partial)
+            partial.mkdir(parents=True, exist_ok=True)
         write_atomic(stamp, json.dumps({"key": manifest["key"]}))
         start = time.perf_counter()
-        try: build(partial)
-        except InputError:
-            shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with explain_os_errors(partial, _DISK): build(partial)   # any other error may come from reading
+        except InputError as error:
+            if getattr(error.__cause__, "errno", None) not in _DISK: shutil.rmtree(partial, ignore_errors=True)
             raise
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file() and p != stamp}
         manifest |= {"seconds": round(time.perf_counter() - start, 2), "files": files, "versions": versions(),

@@ -10,7 +10,6 @@ import logging
 from functools import lru_cache
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from numba import float32, prange

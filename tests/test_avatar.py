@@ -1,5 +1,6 @@
 "Training, resume, file and animation of an avatar."
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 import ophav_nb  # noqa: F401
-from ophav_nb.avatar import Avatar, AvatarConfig, Batch, FramePool, toy_film
-from ophav_nb.dataset import UNKNOWN
+import ophav_nb.avatar as avatar_module
+from ophav_nb.avatar import Avatar, AvatarConfig, Batch, FramePool, Trainer, toy_film
+from ophav_nb.dataset import UNKNOWN, HeadDataset
 from ophav_nb.field import field_config
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
@@ -41,6 +43,20 @@ def test_it_learns(trained):
     assert set(rows[0]) == {'step', 'loss', 'psnr', 'samples_per_second', 'memory_mb'}
 
 
+def test_the_last_row_is_a_mean_of_its_own_steps(head, film):
+    each, few = (Avatar.create(head, film.shape, SMALL).fit(film, 6, log_every=n) for n in (1, 4))
+    assert [r['step'] for r in few] == [4, 6]
+    assert [r['loss'] for r in few] == pytest.approx([np.mean([r['loss'] for r in part]) for part in (each[:4], each[4:])], abs=2e-6)
+
+
+def test_memory_where_the_system_says_nothing(monkeypatch):
+    def nothing(*_): raise OSError
+    monkeypatch.setattr(avatar_module, 'status_mb', nothing)
+    assert avatar_module.memory_mb() > 0
+    monkeypatch.setitem(sys.modules, 'resource', None)     # as on Windows
+    assert avatar_module.memory_mb() == 0
+
+
 class Killed(Exception): pass
 
 
@@ -60,6 +76,30 @@ def test_finished_training_is_not_redone(head, film, tmp_path):
     b = Avatar.create(head, film.shape, SMALL)
     b.fit(film, 3, folder=tmp_path, log=lambda row: pytest.fail('a step was done again'))
     assert same(a, b) and b.steps == 3
+
+
+def test_another_training_in_the_same_folder_starts_anew(head, film, tmp_path, caplog):
+    other = film.with_images(255 - film.rgb)
+    for data, more in ((film, {}), (other, {}), (other, dict(lr_scale=.5)), (other, dict(lr_scale=.5, samples=3))):
+        caplog.clear()
+        a, b = (Avatar.create(head, film.shape, SMALL) for _ in range(2))
+        a.fit(data, 3, **more, log_every=1)
+        b.fit(data, 3, folder=tmp_path, **more, log_every=1)
+        assert same(a, b) and ('another training' in caplog.text) == (data is other)
+        assert len((tmp_path/'log.jsonl').read_text().splitlines()) == 3
+
+
+def test_data_are_the_same_from_disk(head, film, tmp_path):
+    "A run that was killed reads the data that its first call had in memory."
+    images = np.concatenate([film.rgb, film.alpha[..., None]], -1)
+    HeadDataset.from_frames(images, film.motion, film.shape, CAMERA, head, folder=tmp_path, test=2)
+    avatar = Avatar.create(head, film.shape, SMALL)
+    keys = []
+    for data in (film, HeadDataset.load(tmp_path)):
+        trainer = Trainer(avatar, data, 3, None, None, 0, 1., 30., 25)
+        trainer.before = 0
+        keys.append(trainer.identity())
+    assert keys[0] == keys[1]
 
 
 def test_file(trained, tmp_path):
@@ -113,7 +153,8 @@ def test_divergence_is_survived(head, film, caplog):
     avatar = Avatar.create(head, film.shape, SMALL)
     def poison(row):
         if row['step'] == 2: avatar.field.density_network[0].weight.data[0, 0] = torch.nan
-    avatar.fit(film, 6, log=poison, log_every=1)
+    rows = avatar.fit(film, 6, log=poison, log_every=1)
+    assert [r['step'] for r in rows] == [1, 2, 4, 5, 6] and max(r['psnr'] for r in rows) < 50
     assert all(torch.isfinite(p).all() for p in avatar.shown.parameters()) and 'not finite' in caplog.text
 
 

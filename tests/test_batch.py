@@ -71,6 +71,17 @@ def test_sweep_files(tmp_path, small):
     assert read_sweep(sweep(tmp_path, ""))[1] == [{"name": "run", "parameters": {}}]
 
 
+def test_files_are_seen_from_the_sweeps_folder(tmp_path, small, monkeypatch):
+    "Wherever the command, or a worker of Dask, stands."
+    for name in ("anna.png", "a[1].png", "b.png"): (tmp_path/name).write_text(name)
+    monkeypatch.chdir(tmp_path.parent)
+    path = sweep(tmp_path, "parameters: {portrait: b.png}\ngrid: {x: [anna.png, 'a[1].png', '[b].png', 7]}\nruns: [{name: special, portrait: anna.png, x: word.png}]")
+    _, items = read_sweep(path.relative_to(tmp_path.parent))
+    assert [i["parameters"]["x"] for i in items] == [str(tmp_path/n) for n in ("anna.png", "a[1].png", "b.png")] + [7, "word.png"]
+    assert [i["parameters"]["portrait"] for i in items] == [str(tmp_path/"b.png")]*4 + [str(tmp_path/"anna.png")]
+    assert [i["name"] for i in items] == ["anna", "a-1", "b", "x=7", "special"]
+
+
 @pytest.mark.parametrize("text, message", [
     ("grid: {portrait: none/*.jpg}", "no file matches"), ("grids: {x: 1}", "grids is not part of a sweep"), ("parameters: {y: 1}", "no parameter y"),
     ("grid: [", "not YAML"), ("notebook: other.ipynb", "no such notebook")])

@@ -121,6 +121,16 @@ def test_unfinished_runs_open(run, tmp_path, gone):
     assert 'Synthetic' in write_report(folder).read_text()
 
 
+def test_rounds_of_an_earlier_command_are_not_shown(run, tmp_path):
+    shutil.copytree(run, tmp_path/'run')
+    info = json.loads((run/'run.json').read_text())
+    for last in (2, 1, 0):
+        info['parameters']['rounds'] = last
+        (tmp_path/'run'/'run.json').write_text(json.dumps(info))
+        view = RunView(tmp_path/'run')
+        assert view.rounds == list(range(last + 1)) == list(view.metrics())
+
+
 def test_not_a_run(tmp_path):
     with pytest.raises(InputError, match='run.json'): inspect_run(tmp_path)
 

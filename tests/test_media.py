@@ -172,6 +172,20 @@ def test_rotated_by_metadata(tmp_path, moving, turns):
     assert frames.shape[1:] == (96, 64, 3) and mean_difference(frames, moving[:, :, :64]) < 5
 
 
+@pytest.mark.parametrize("aspect, width", [(Fraction(2), 192), (Fraction(1, 2), 48), (Fraction(9, 1), 96), (Fraction(300, 301), 96)])
+def test_pixels_become_square(tmp_path, moving, aspect, width):
+    with av.open(str(tmp_path/"a.mp4"), "w") as film:
+        stream = film.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.sample_aspect_ratio = 96, 64, "yuv420p", aspect
+        for frame in moving[:3]: film.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:64]), "rgb24")))
+        film.mux(stream.encode())
+    frames, _ = read_video(tmp_path/"a.mp4")
+    info = clip_info(tmp_path/"a.mp4")
+    assert frames.shape == (3, 64, width, 3) and (info.width, info.height) == (width, 64)
+    assert mean_difference(frames, resize(moving[:3, :64], (64, width))) < 5
+    assert read_video(tmp_path/"a.mp4", size=32)[0].shape[2:0:-1] == (round(32*width/max(width, 64)), round(32*64/max(width, 64)))
+
+
 def uneven(path, frames, times):
     """Write a film whose frames stand at these times (milliseconds)."""
     with av.open(str(path), "w") as film:

@@ -129,6 +129,34 @@ def test_disk_full_is_one_line_and_keeps_what_is_done(tmp_path):
     assert "\n" not in str(caught.value) and Run(tmp_path).has("a")
 
 
+@pytest.mark.parametrize("raw", [True, False])
+def test_disk_full_keeps_what_the_stage_has(tmp_path, raw):
+    found = []
+    def build(folder):
+        found.append(len(list(folder.glob("*.png"))))
+        for i in range(found[-1], 5): write_atomic(folder/f"{i}.png", b"frame")
+        def full(path): raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        if len(found) == 1: full(folder/"5.png") if raw else write_atomic(folder/"5.png", full)
+    with pytest.raises(InputError, match="disk is full"): Run(tmp_path/"run", dict(seed=0)).make("frames", build)
+    Run(tmp_path/"run", dict(seed=0)).make("frames", build)
+    assert found == [0, 5]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "no such file", "0.png"), PermissionError(errno.EACCES, "may not be read", "0.png")])
+def test_errors_of_reading_are_not_told_as_errors_of_writing(tmp_path, error):
+    def build(folder): raise error
+    with pytest.raises(type(error)): Run(tmp_path).make("a", build)
+    (tmp_path/"file").write_text("")
+    with pytest.raises(InputError, match="not a folder"): Run(tmp_path).make("file/a", build)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*_): raise PermissionError(errno.EACCES, "Permission denied")
+    (tmp_path/"film.mp4").write_bytes(b"film")
+    monkeypatch.setattr(run_module, "open", refuse, raising=False)   # root may read everything
+    with pytest.raises(InputError, match="film.mp4 may not be read"): run_module.file_hash(tmp_path/"film.mp4")
+
+
 def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path/"file").write_text("")
     for bad in (tmp_path/"file", tmp_path/"file"/"run"):

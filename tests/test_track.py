@@ -88,8 +88,11 @@ def test_save_and_load(head, tmp_path):
     part = Track.load(replace(track, picture=np.float32([0, 64, 256, 256])).save(tmp_path/"track.npz"))
     assert again.known(64) is None and part.known(64)[17:].all() and not part.known(64)[:17].any()
     assert part.frame(0).known(64) is not None and replace(track, picture=np.float32([0, 0, 256, 256])).known(64) is None
-    (tmp_path/"bad.npz").write_text("no")
-    with pytest.raises(InputError): Track.load(tmp_path/"bad.npz")
+    whole = (tmp_path/"track.npz").read_bytes()
+    middle = len(whole)//2
+    for damaged in (b"no", b"", whole[:middle], whole[:middle] + bytes(99) + whole[middle + 99:]):
+        (tmp_path/"bad.npz").write_bytes(damaged)
+        with pytest.raises(InputError, match="not a track"): Track.load(tmp_path/"bad.npz")
 
 
 def test_what_is_the_same_in_all_frames(head):
