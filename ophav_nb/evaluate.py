@@ -36,7 +36,7 @@ from .metrics import (Truth, correlation, flicker, head_mask, identity_distance,
                               lid_gap, missing_metrics, mouth_gap, network_metrics, present_networks, sharpness, sharpness_mask)
 from .motion import retarget
 from .nets.blocks import at_half_precision
-from .pipeline import frame_pose, halved, head_key, load_portrait, matting_detector, unusual
+from .pipeline import check_avatar, frame_pose, halved, head_key, load_portrait, matting_detector, unusual
 from .regions import make_parser, parsed_heads
 from .rounds import RoundsConfig, mesh_landmarks, read_frames, render_plan, run_rounds, write_frames
 from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
@@ -513,7 +513,7 @@ def evaluate_run(
 ) -> dict:                   # what metrics.json holds
     "Drive a finished avatar with a film of someone else (cross-identity), and measure what can be measured."
     source = source if isinstance(source, Run) else Run.open(source)
-    if not source.has('avatar'): raise InputError(f"{source.folder} has no finished avatar; run the `ophav create` that made it again, it continues")
+    check_avatar(source)
     settings, device = pick_preset(preset), pick_device(device)
     if not Path(motion).is_file(): raise InputError(f"{motion}: no such film; give a video of one person who speaks")
     run = Run(out, dict(run=str(source.folder), motion=str(motion), settings=asdict(settings), protocol='cross', device=device))

@@ -8,7 +8,7 @@ __all__ = ['log', 'PRESETS', 'FILM_NOTE', 'VIEWS', 'Preset', 'get_preset', 'matt
            'add_motion', 'resolve_motion', 'film_motion', 'add_coarse', 'add_coarse_network', 'driving_film',
            'write_coarse_video', 'add_coarse_film', 'write_coarse', 'frame_pose', 'film_metadata', 'add_dataset',
            'read_rgba', 'shrink', 'add_film', 'publish', 'play', 'add_views', 'trained_range', 'beyond', 'create',
-           'train_rounds', 'copy_folder', 'write_run_report', 'animate', 'turned']
+           'train_rounds', 'copy_folder', 'write_run_report', 'check_avatar', 'animate', 'turned']
 
 # %% ../nbs/19_pipeline.ipynb #c002
 import json
@@ -605,6 +605,14 @@ def write_run_report(
     return write_report(run, run.path("report.html"))
 
 # %% ../nbs/19_pipeline.ipynb #c018
+def check_avatar(
+    run: Run,
+) -> None:
+    "Raise `InputError` where a run has no avatar, or one that belongs to other input than what is in the run now."
+    if not run.has("avatar"): raise InputError(f"{run.folder} has no finished avatar; run the `ophav create` that made it again, it continues")
+    if stale := run.stale("avatar"): raise InputError(f"the avatar in {run.folder} is older than its {' and '.join(stale)}: a later `ophav create` was stopped; run it again, it continues")
+
+
 def animate(
     run: str | Path | Run,         # a finished run
     motion: str,                   # a script, a video or a motion file
@@ -620,7 +628,7 @@ def animate(
 ) -> Path:
     "Drive a finished avatar with any motion, from any view."
     run = run if isinstance(run, Run) else Run.open(run)
-    if not run.has("avatar"): raise InputError(f"{run.folder} has no finished avatar; run the `ophav create` that made it again, it continues")
+    check_avatar(run)
     portrait, device = load_driven(run, run_head(run)), pick_device(device)
     asked = resolve_motion(motion, seconds, seed=seed, basis=portrait.track.motion.basis, device=device, finder=run.params.get("detector", "default"))
     played = turned(retarget(asked, portrait.track), yaw, pitch)

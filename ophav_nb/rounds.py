@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'RoundsConfig', 'Plan', 'film_camera', 'plan_round', 'write_frames', 'read_frames', 'render_plan',
-           'finish_alpha', 'mesh_landmarks', 'Check', 'make_check', 'measure_round', 'choose_round', 'RoundResult',
-           'Rounds', 'append_row', 'read_log', 'run_rounds']
+           'finish_alpha', 'mesh_landmarks', 'Check', 'check_numbers', 'make_check', 'measure_round', 'choose_round',
+           'RoundResult', 'Rounds', 'append_row', 'read_log', 'run_rounds']
 
 # %% ../nbs/17_rounds.ipynb #c003
 import json
@@ -166,6 +166,16 @@ class Check(NamedTuple):
     known: np.ndarray       # where the coarse frames show anything, bool [n, H, W]
 
 
+def check_numbers(
+    total: int,   # coarse frames
+    frames: int,  # to look at, about
+) -> tuple[np.ndarray, int]:   # their numbers, and how many of them are spread
+    "The coarse frames that rounds are checked on: some spread over the film, then some in a row."
+    row = min(max(4, frames//3), total)
+    spread = np.linspace(0, total - 1, max(1, min(frames - row, total))).round().astype(int)
+    return np.concatenate([spread, np.arange((total - row)//2, (total - row)//2 + row)]), len(spread)
+
+
 def make_check(
     dataset: HeadDataset,
     portrait,                   # namespace: image, matte, track
@@ -175,11 +185,8 @@ def make_check(
 ) -> Check:
     "Choose the frames and detect what is fixed."
     good, size = np.flatnonzero(dataset.train), dataset.rgb.shape[1:3]
-    total = len(good)
-    run_of = min(max(4, frames//3), total)
-    begin = (total - run_of)//2
-    spread = np.linspace(0, total - 1, max(1, min(frames - run_of, total))).round().astype(int)
-    numbers = good[np.concatenate([spread, np.arange(begin, begin + run_of)])]
+    numbers, spread = check_numbers(len(good), frames)
+    numbers = good[numbers]
     alpha = np.stack([to_float(dataset.alpha[i]) for i in numbers])
     coarse = np.stack([on_background(np.concatenate([to_float(dataset.rgb[i]), a[..., None]], -1)) for i, a in zip(numbers, alpha)])
     matte = head_alpha(portrait.matte, head, portrait.track, 0)
@@ -188,7 +195,7 @@ def make_check(
     near = np.concatenate([portrait.track.landmarks[:1]*np.float32(size[0]/portrait.image.shape[0]), told])
     landmarks = detect_like(detector, np.concatenate([shown[None], coarse]), near)
     person = identity_embedding([to_uint8(shown)], landmarks[:1])[0]
-    return Check(numbers, slice(len(spread), None), coarse, alpha, landmarks[1:], shown, landmarks[0], person, dataset.known(numbers))
+    return Check(numbers, slice(spread, None), coarse, alpha, landmarks[1:], shown, landmarks[0], person, dataset.known(numbers))
 
 # %% ../nbs/17_rounds.ipynb #c013
 def measure_round(
@@ -367,6 +374,7 @@ class Rounds:
             row, faces = measure_round(check, shown, self.detector, before)
             row = dict(round=k, **row, psnr_input=self.psnr_to_input(k))
             np.save(folder/'faces.npy', faces)
+            np.save(folder/'numbers.npy', check.frames)
             write_atomic(folder/'metrics.json', json.dumps(row, indent=1) + '\n')
         needs = [self.name(k, 'avatar')] + ([self.name(k - 1, 'check')] if k else [])
         folder = self.run.make(self.name(k, 'check'), build, needs, dict(frames=self.config.check_frames))

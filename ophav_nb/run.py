@@ -263,7 +263,10 @@ class Run:
         self.folder, self._lock = Path(folder), FolderLock(Path(folder)/".lock")
         self._handler, self._fresh = None, not Path(folder).exists()
         self.log = logging.getLogger("ophav_nb.runs")
-        if params is not None: self._describe(params)
+        self._asked = None if params is None else plain(params)    # stands in run.json as soon as the first artifact is there: a command that fails before leaves the old one
+        if params is not None:
+            self._refuse_others()
+            with self: pass                   # what cannot be written is said at once
 
     # ---- what stands in run.json
 
@@ -275,17 +278,24 @@ class Run:
 
     @property
     def params(self) -> dict:
-        "The parameters of the last command on this folder."
-        return self.info.get("parameters", {})
+        "The parameters of this command, or of the last one on this folder."
+        return self.info.get("parameters", {}) if self._asked is None else self._asked
 
     def note(self, **sections) -> None:
         "Add or replace sections of run.json, e.g. `note(device='cpu', inputs={'portrait': digest})`."
         write_atomic(self.folder/"run.json", json.dumps({**self.info, **plain(sections)}, indent=1) + "\n")
 
-    def _describe(self, params: dict) -> None:
+    def _refuse_others(self) -> None:
+        "A folder of other files, or one that another command writes, is left alone."
         with explain_os_errors(self.folder):
-            strange = [] if self.info or not self.folder.exists() else [p for p in self.folder.iterdir() if not p.name.startswith(".")]
+            strange = [] if self.info or not self.folder.exists() else [p for p in self.folder.iterdir() if not p.name.startswith(".") and not p.name.endswith((".partial", "log.txt"))]
         if strange: raise InputError(f"{self.folder} holds other files and is not a run folder; choose a new --out")
+        before = self.info.get("parameters", {})
+        if before and ("protocol" in before) != ("protocol" in self._asked):
+            raise InputError(f"{self.folder} is a run of `ophav {'evaluate' if 'protocol' in before else 'create'}`; choose another --out")
+
+    def _describe(self) -> None:
+        params, self._asked = self._asked, None
         with self:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             history = [*self.info.get("history", []), {"time": now, "command": Path(sys.argv[0]).name}]
@@ -341,6 +351,14 @@ class Run:
         files = self.manifest(name).get("files")
         return files is not None and all((p := self.folder/name/f).is_file() and p.stat().st_size == size for f, size in files.items())
 
+    def stale(self, name: str) -> list[str]:
+        "Which artifacts that this one was made from have been made anew since (one that was deleted has not)."
+        out = []
+        for needed, key in self.manifest(name).get("needs", {}).items():
+            if self.manifest(needed).get("key") not in (None, key): out.append(needed)
+            out += self.stale(needed)
+        return sorted(set(out))
+
     def make(
         self,
         name: str,                             # sub-folder, e.g. 'track' or 'rounds/0/dataset'
@@ -355,10 +373,12 @@ class Run:
         with self:
             if self.manifest(name).get("key") == key and self.has(name):
                 self.log.info("%s: kept", name)
+                if self._asked is not None: self._describe()
                 return final
             manifest = {"name": name, "key": key, "params": plain(params or {}), "needs": needed, "format": FORMAT}
             self._why(name, manifest, partial)
             self._build(build, partial, manifest)
+            if self._asked is not None: self._describe()
             self._swap(partial, final)
         return final
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ophav_nb.inspect import (MEANINGS, Curves, RunView, check_numbers, example_run, inspect_coarse, inspect_drift, inspect_fit, inspect_run,
+from ophav_nb.inspect import (MEANINGS, Curves, RunView, example_run, inspect_coarse, inspect_drift, inspect_fit, inspect_run,
                               joined, overlay, rounds_strip, training_curves, write_report)
+from ophav_nb.rounds import check_numbers
 from ophav_nb.run import InputError
 
 
@@ -70,13 +71,8 @@ def test_drift(run):
     assert len(controls(panel, 'FigureWidget')) == 1
 
 
-def test_check_numbers_are_those_of_rounds():
-    "The same frames as `rounds.make_check` would choose."
-    import inspect as python_inspect
-    from ophav_nb import rounds
-    source = python_inspect.getsource(rounds.make_check)
-    assert 'max(4, frames//3)' in source and 'np.linspace(0, total - 1' in source, 'rounds.make_check changed: check_numbers must follow'
-    assert list(check_numbers(6, 8)) == [0, 2, 3, 5, 1, 2, 3, 4] and len(check_numbers(300, 16)) == 16
+def test_checked_frames_are_known(run):
+    assert list(RunView(run).checked()) == list(check_numbers(len(RunView(run).frames('coarse', 'frames')), 8)[0])
 
 
 def test_still_pictures(run):

@@ -14,7 +14,7 @@ from ophav_nb.dataset import UNKNOWN, HeadDataset
 from ophav_nb.geometry import facing_camera, interpolate, rasterize
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import to_uint8
-from ophav_nb.rounds import RoundsConfig, choose_round, film_camera, finish_alpha, plan_round, read_log, run_rounds
+from ophav_nb.rounds import RoundsConfig, check_numbers, choose_round, film_camera, finish_alpha, plan_round, read_log, run_rounds
 from ophav_nb.run import Run
 from ophav_nb.track import Track
 
@@ -116,6 +116,11 @@ def test_what_a_film_does_not_show_stays_unknown(tmp_path, stage, coarse):
     assert not later.known(0)[:5].any() and (later.parsing[:, 5:] != UNKNOWN).all()
     made = rounds.Rounds(run, film, stage.portrait, HEAD, RoundsConfig(render_frames=20))
     assert 3 not in made.plan(1).source and len(set(made.plan(1).source)) == FRAMES - 1
+
+
+def test_check_numbers():
+    numbers, spread = check_numbers(6, 8)
+    assert list(numbers) == [0, 2, 3, 5, 1, 2, 3, 4] and spread == 4 and len(check_numbers(300, 16)[0]) == 16
 
 
 def test_film_camera(coarse):

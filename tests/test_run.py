@@ -3,6 +3,7 @@ import errno
 import fnmatch
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,7 @@ def test_run_json(tmp_path):
         size: int = 3
         path: Path = Path("x")
     run = Run(tmp_path/"r", dict(seed=5, settings=Settings(), scale=np.float32(.5)))
+    run.make("portrait", lambda folder: None)
     run.note(device="cpu", inputs={"portrait": "abc"})
     info = json.loads((tmp_path/"r"/"run.json").read_text())
     assert info["parameters"] == {"seed": 5, "settings": {"size": 3, "path": "x"}, "scale": .5}
@@ -243,3 +245,33 @@ def test_side_by_side():
 
 def fail(i):
     if i == 3: raise InputError('three')
+
+
+def test_a_command_that_fails_leaves_what_was_there(tmp_path):
+    "run.json belongs to what is in the folder: it changes with the first artifact."
+    run = Run(tmp_path/"run", dict(portrait="a.png"))
+    run.make("portrait", lambda folder: None)
+    def no_face(folder): raise InputError("no face")
+    with pytest.raises(InputError): Run(tmp_path/"run", dict(portrait="b.png")).make("portrait", no_face, params=dict(image="b"))
+    assert Run.open(tmp_path/"run").params == dict(portrait="a.png")
+    later = Run(tmp_path/"run", dict(portrait="c.png"))
+    assert later.params == dict(portrait="c.png")
+    later.make("portrait", lambda folder: None, params=dict(image="c"))
+    assert Run.open(tmp_path/"run").params == dict(portrait="c.png")
+
+
+def test_a_folder_of_another_command_is_left_alone(tmp_path):
+    Run(tmp_path/"run", dict(portrait="a.png")).make("portrait", lambda folder: None)
+    with pytest.raises(InputError, match="is a run of `ophav create`"): Run(tmp_path/"run", dict(clip="a.mp4", protocol="self"))
+
+
+def test_what_is_older_than_its_input(tmp_path):
+    run = Run(tmp_path/"run", {})
+    for name, needs in (("portrait", []), ("track", ["portrait"]), ("avatar", ["track"])): run.make(name, lambda folder: None, needs)
+    assert run.stale("avatar") == []
+    run.make("portrait", lambda folder: None, params=dict(image="another"))
+    assert run.stale("avatar") == ["portrait"]
+    run.make("track", lambda folder: None, ["portrait"])
+    assert run.stale("avatar") == ["track"]
+    shutil.rmtree(run.path("track"))               # to save room: the avatar is still of this person
+    assert run.stale("avatar") == []
