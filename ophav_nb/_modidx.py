@@ -75,6 +75,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._transform': ( 'animate.html#meshanimator._transform',
                                                                                 'ophav_nb/animate.py'),
+                                  'ophav_nb.animate.MeshAnimator._tuck_teeth': ( 'animate.html#meshanimator._tuck_teeth',
+                                                                                 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._under_lids': ( 'animate.html#meshanimator._under_lids',
                                                                                  'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._unlike_skin': ( 'animate.html#meshanimator._unlike_skin',

@@ -264,7 +264,7 @@ def vertices(self,
     j[:, :2] = 0
     with torch.no_grad():
         V = self.head(self.shape[None].expand(len(j), -1), torch.as_tensor(np.asarray(expression, np.float32)), torch.from_numpy(j), None).numpy()
-    return self._lift_tongue(V, j[:, 2]) + self.relief
+    return self._tuck_teeth(self._lift_tongue(V, j[:, 2]) + self.relief)
 
 @patch_to(MeshAnimator)
 def _lift_tongue(self, V, jaw, share: float = .3) -> np.ndarray:
@@ -273,6 +273,14 @@ def _lift_tongue(self, V, jaw, share: float = .3) -> np.ndarray:
     if len(tongue):
         joint, back = self.joints3[2].astype(np.float32), axis_angle_to_matrix(-share*np.asarray(jaw, np.float64)).astype(np.float32)
         V[:, tongue] = (V[:, tongue] - joint) @ np.swapaxes(back, -1, -2) + joint
+    return V
+
+@patch_to(MeshAnimator)
+def _tuck_teeth(self, V, most: float = .005) -> np.ndarray:
+    "Lower teeth stand behind the lower lip (in place): where it bares more of them than `most` metres, it would bare gums."
+    teeth = np.unique(self.head.faces[self._region('lower_teeth')])
+    if len(teeth):
+        for v in V: v[teeth, 1] -= max(v[teeth, 1].max() - self._points(v, [14])[0, 1] - most, 0)
     return V
 
 @patch_to(MeshAnimator)
@@ -765,6 +773,11 @@ def _setup_inside(self):
     self.reach = np.full(len(base), .024, np.float32)    # metres into the mouth to a third of the light
     self.reach[self.faces[self._region('tongue')]] = .026
     self.least -= (.5*smoothstep(2.5, 5, np.abs(self._teeth_numbers()))).astype(np.float32)     # back teeth stand in the dark
+    lower = np.unique(self.faces[self._region('lower_teeth')])
+    if len(lower):                                       # and lower ones in the lip's, the more the nearer to their gums
+        depth = self.rest[lower, 1].max() - self.rest[lower, 1]
+        self.least[lower] *= 1 - .35*smoothstep(0, .004, depth)
+        self.base[lower] *= (1 - .5*smoothstep(.002, .007, depth))[:, None]
     self.seen[self.inside] = 0
     self.seen[self.eye_vertices] = 1
     self.fixed = np.concatenate([self.T0, self.P_shut[:, :2], self.seen[:, None], self._teeth_numbers()[:, None],
