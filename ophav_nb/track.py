@@ -321,7 +321,7 @@ def _rows(fit: _Fit, some: slice, shape: bool, pose: bool):
     iris, inner, outer = (torch.tensor(k) for k in zip(*GAZES))
     within = lambda D: D[:, iris] - (D[:, inner] + D[:, outer])/2
     gaze = within(r)
-    gaze_weight = 100*fit.settings.gaze/torch.sqrt((gaze*gaze).sum(-1) + 1e-4)
+    gaze_weight = 100*fit.settings.gaze*(not pose)/torch.sqrt((gaze*gaze).sum(-1) + 1e-4)      # while the pose is sought, it would turn the head instead
     with_pairs = lambda D: torch.cat([D, D[:, up] - D[:, down], within(D)], 1)/fit.iod
     weight = torch.cat([weight, gap_weight, gaze_weight], 1)*fit.seen[some, None]
     return torch.cat([r, gap, gaze], 1), weight, with_pairs(J), None if S is None else with_pairs(S)
