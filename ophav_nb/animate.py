@@ -19,10 +19,10 @@ from scipy.interpolate import RBFInterpolator
 from scipy.spatial import cKDTree
 
 # %% ../nbs/08_animate.ipynb #c004
-from .detect import INNER_FACE, INNER_LIPS, INNER_LIPS_UPPER, LID_PAIRS, OVAL, detect_like
+from .detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, LID_PAIRS, OUTER_LIPS, OVAL, detect_like
 from .geometry import axis_angle_to_matrix, interpolate, kernel, pixel_centres, push_pull, rasterize, sample_bilinear, smoothstep, spread_over, vertex_normals
 from .head import HeadModel, Motion, hair_thickness
-from .layers import EYES, NeckCut, bleed, blurred, closed_lids, crisp, depth_shell, head_alpha, polygon_mask, pose_of, warmth, whole_eyes, without_mouth
+from .layers import EYES, NeckCut, bleed, blurred, closed_lids, crisp, depth_shell, head_alpha, parted, polygon_mask, pose_of, warmth, whole_eyes, without_mouth
 from .media import on_background, resize, to_float, to_uint8
 from .run import InputError, patch_to, progress
 from .track import closing, constant_offset, refit
@@ -168,9 +168,17 @@ def _paint_own_teeth(face, bary, faces, source, image, weight, inner, stay, mesh
             out[y+y0, x+x0, 2] = out[y+y0, x+x0, 2]*(1-t) + cb*t
 
 @kernel
-def _close_slits(mesh_face, kind, x0, x1, y0, y1, thin, out):
-    "Lips that almost meet do meet: a gap of the mouth thinner than `thin` becomes the dark line between two lips."
+def _close_slits(mesh_face, kind, lip_of, x0, x1, y0, y1, thin, seam, out):
+    "Lips that almost meet do meet: a gap of the mouth thinner than `thin` becomes the dark line between two lips. Where they touch, the line is drawn as far as `seam` says."
+    reach = int(1.5*thin) + 1
     for x in range(x0, x1):
+        for y in range(y0, y1 - 1 if seam > 0 else y0):
+            if mesh_face[y, x] < 0 or mesh_face[y+1, x] < 0 or lip_of[mesh_face[y, x]] != 1 or lip_of[mesh_face[y+1, x]] != 2: continue
+            for i in range(max(y + 1 - reach, y0), min(y + 1 + reach, y1)):
+                d = (i - y - np.float32(.5))/(np.float32(.55)*thin)
+                t = np.float32(1) - np.float32(.36)*seam*np.exp(-d*d)
+                for c in range(3): out[i, x, c] *= t
+            break
         y = y0
         while y < y1:
             f = mesh_face[y, x]
@@ -403,10 +411,21 @@ def _setup_textures(self):
     self.unlike, self.light = self._unlike_skin()
     self.alpha *= self._bare_neck()
     self.alpha = np.clip(crisp(self.alpha[..., None])[..., 0], 0, 1)
-    self.skin = crisp(without_mouth(self.spread, self.landmarks))
+    self.lip = self._lips()
+    self.parted, self.skin = parted(self.landmarks), crisp(without_mouth(self.spread, self.landmarks))
     shade, below = self._lid_shade_seen()
     self.eyes, self.whites = map(crisp, whole_eyes(self.spread/shade[..., None], self.landmarks, self.face_colour))
     self.lashes = self._lashes_seen(shade, below)
+
+@patch_to(MeshAnimator)
+def _lips(self) -> np.ndarray:
+    "1 on triangles of the upper lip, 2 on those of the lower one: by the landmarks they lie next to in an open mouth."
+    joints = np.zeros((1, 5, 3), np.float32)
+    joints[0, 2, 0] = .4
+    V = self.vertices(np.zeros((1, len(self.source[0])), np.float32), joints)[0]
+    upper, lower = (cKDTree(self._points(V, outer + inner)).query(V[self.faces].mean(1))[0]
+                    for outer, inner in zip((OUTER_LIPS[1:10], OUTER_LIPS[11:]), (INNER_LIPS_UPPER, INNER_LIPS_LOWER)))
+    return np.where(self._region('lips'), np.where(upper < lower, 1, 2), 0).astype(np.int8)
 
 @patch_to(MeshAnimator)
 def _unlike_skin(self) -> tuple:
@@ -887,13 +906,13 @@ def _like_source(self, V) -> float:
 
 @patch_to(MeshAnimator)
 def _meet_lips(self, V, camera, offset, mesh, fine, gap: float = .0011):
-    "Close the slits that are thinner than `gap` metres."
+    "Close the slits that are thinner than `gap` metres, and draw the line between lips that meet where the portrait's own are parted and have none."
     q = camera.project(self._points(V, INNER_LIPS)) - offset
     h, w = fine.shape[:2]
     thin = gap*camera.focal/q[:, 2].mean()
     x0, y0 = np.clip(np.floor(q[:, :2].min(0) - 3*thin).astype(int), 1, [w - 1, h - 1])
     x1, y1 = np.clip(np.ceil(q[:, :2].max(0) + 3*thin).astype(int), 1, [w - 1, h - 1])
-    _close_slits(mesh.face, self.kind, x0, x1, y0, y1, np.float32(thin), fine)
+    _close_slits(mesh.face, self.kind, self.lip, x0, x1, y0, y1, np.float32(thin), np.float32(self.parted), fine)
 
 @patch_to(MeshAnimator)
 def frame(self,

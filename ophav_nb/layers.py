@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EYES', 'WHITE', 'blurred', 'crisp', 'polygon_mask', 'bleed', 'NeckCut', 'resize_field', 'head_alpha', 'pose_of',
-           'without_mouth', 'draw_curve', 'closed_lids', 'warmth', 'whole_eyes', 'radial_profile', 'inflate',
+           'parted', 'without_mouth', 'draw_curve', 'closed_lids', 'warmth', 'whole_eyes', 'radial_profile', 'inflate',
            'depth_shell']
 
 # %% ../nbs/07b_layers.ipynb #c003
@@ -18,7 +18,7 @@ from scipy.sparse.linalg import spsolve
 from skimage.draw import polygon as fill_polygon
 
 # %% ../nbs/07b_layers.ipynb #c004
-from .detect import INNER_LIPS, OUTER_LIPS
+from .detect import INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, OUTER_LIPS
 from .geometry import Camera, push_pull, rasterize, sample_bilinear, smoothstep
 from .head import HeadModel
 
@@ -167,16 +167,25 @@ def pose_of(head, joints, translation, shape) -> np.ndarray:
     with torch.no_grad(): return head.pose_matrix(t(joints)[None], t(translation)[None], t(shape)).reshape(-1, 4, 4)[0].numpy().astype(np.float64)
 
 # %% ../nbs/07b_layers.ipynb #c012
+def parted(
+    landmarks,  # pixels, [478, 2+]
+) -> float:     # 0 closed .. 1
+    "Whether a mouth is open: its inner lips' widest gap in parts of its width."
+    up, down = landmarks[INNER_LIPS_UPPER, :2], landmarks[INNER_LIPS_LOWER, :2]
+    return float(smoothstep(.02, .06, np.linalg.norm(up - down, axis=1).max()/np.linalg.norm(landmarks[78, :2] - landmarks[308, :2])))
+
 def without_mouth(
     image,      # [H, W, 3]
     landmarks,  # pixels, [478, 2+]
 ) -> np.ndarray:  # float32 [H, W, 3]
-    "Lips closed over the mouth: what lies between them is filled with their own colour, so that no tooth sticks to a lip."
+    "Lips closed over the mouth: what lies between them is filled with their own colour, so that no tooth sticks to a lip. Lips that are closed stay as they are."
     h, w = image.shape[:2]
+    open_ = parted(landmarks)
+    if open_ == 0: return np.asarray(image, np.float32)
     unit = np.linalg.norm(landmarks[78, :2] - landmarks[308, :2])/60
-    hole = polygon_mask(landmarks[INNER_LIPS, :2], h, w, grow=.8 + .5*unit)
+    hole = open_*polygon_mask(landmarks[INNER_LIPS, :2], h, w, grow=.8 + .5*unit)
     lips = polygon_mask(landmarks[OUTER_LIPS, :2], h, w, grow=.5*unit)
-    known = (hole < .02) & (lips > .5)
+    known = (hole < .02*open_) & (lips > .5)
     if not known.any(): return np.asarray(image, np.float32)
     i, j = ndi.distance_transform_edt(~known, return_distances=False, return_indices=True)
     filled = blurred(image[i, j], .5*unit)

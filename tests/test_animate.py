@@ -8,8 +8,8 @@ import pytest
 import ophav_nb  # noqa: F401  (before torch: it decides about threads)
 import torch
 from ophav_nb.animate import MeshAnimator, VideoAnimator, as_driven, make_animator
-from ophav_nb.detect import INNER_FACE
-from ophav_nb.layers import EYES, NeckCut, bleed, head_alpha, inflate, polygon_mask, whole_eyes, without_mouth
+from ophav_nb.detect import INNER_FACE, OUTER_LIPS
+from ophav_nb.layers import EYES, NeckCut, bleed, head_alpha, inflate, parted, polygon_mask, whole_eyes, without_mouth
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.run import InputError
@@ -79,6 +79,22 @@ def test_lashes_go_with_the_lid(portrait, head):
     assert (rest/rest0)[dark].mean() < .65
     lower = np.roll(dark, 2, axis=0) & ~dark
     assert (shut/shut0)[lower].mean() < .9 < (rest/rest0)[lower].mean() + .1
+
+
+def test_closed_lips_stay_and_open_ones_get_a_line(portrait, head):
+    image, track, matte = portrait
+    shut = parted(track.landmarks[0])
+    assert shut == 0 and (without_mouth(image/255., track.landmarks[0]) == np.float32(image/255.)).all()
+    motion = replace(track.motion, joints=track.motion.joints + np.float32([[[0]*3, [0]*3, [.25, 0, 0], [0]*3, [0]*3]]))
+    image, matte, landmarks = drawn(head, track.shape, motion, track.camera)
+    talking = replace(track, motion=motion, landmarks=landmarks[None])
+    assert parted(landmarks) == 1
+    made = MeshAnimator(image, talking, head, matte)
+    closed = made.frame(*state(track, head))[..., :3].mean(-1)
+    made.parted = 0.
+    plain = made.frame(*state(track, head))[..., :3].mean(-1)
+    lips = polygon_mask(track.landmarks[0][OUTER_LIPS, :2], SIZE, SIZE) > .5
+    assert (closed < .9*plain)[lips].sum() > 10 and (closed < .98*plain)[~lips].sum() == 0
 
 
 def test_at_rest_it_is_the_portrait(animator, portrait, head):
