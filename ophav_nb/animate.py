@@ -232,7 +232,7 @@ class MeshAnimator:
         supersample: int = 2,  # samples along an output pixel
     ):
         self.image, self.matte = to_float(np.asarray(image)), np.clip(np.asarray(matte, np.float32), 0, 1)
-        if self.matte.max(initial=0) < .5: raise InputError('nothing of a person could be cut out of this picture; use one in which the head stands out from what is behind it')
+        if self.matte.max(initial=0) < .05: raise InputError('nothing of a person could be cut out of this picture; use one in which the head stands out from what is behind it')
         self.size, self.supersample, self.head, self.track = self.image.shape[0], supersample, head, track
         h, w = self.image.shape[:2]
         self.camera = track.camera.resized(w, h)

@@ -138,7 +138,7 @@ def test_inspect_writes_a_notebook(tmp_path, capsys, monkeypatch):
     nbformat.write(nb, tmp_path/"inspect.ipynb")
     from ophav_nb import batch
     monkeypatch.setattr(batch, "template", lambda name: tmp_path/f"{name}.ipynb")
-    Run(tmp_path/"r", dict(seed=0))
+    Run(tmp_path/"r", dict(seed=0)).make("portrait", lambda folder: None)
     assert main(["inspect", str(tmp_path/"r"), "--no-browser"]) == 0
     assert str(tmp_path/"r") in (tmp_path/"r"/"inspect.ipynb").read_text()
 
