@@ -223,7 +223,8 @@ def resolve_motion(
     finder: str = "default",   # who looks for faces in a film
 ) -> Motion:
     "A motion by its name or file."
-    if Path(motion).suffix: return read_motion(motion, basis, device, finder)
+    if Path(motion).suffix.lower() in VIDEO: return film_motion(motion, basis, device=device, finder=finder)
+    if Path(motion).suffix: return read_motion(motion, basis)
     return scripted(motion, seconds, fps=fps, seed=seed)
 
 

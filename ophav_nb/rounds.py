@@ -296,6 +296,7 @@ class Rounds:
                              dict(frames=len(plan.source), new_share=self.config.new_share, seed=self.seed, samples=self.config.samples))
 
     def plan(self, k: int) -> Plan:
+        "What round k renders: of the frames that show the face."
         good = np.flatnonzero(self.dataset.train)
         plan = plan_round(self.motion[good], self.config.render_frames, self.config.new_share, self.seed + k)
         return plan._replace(source=good[plan.source])
