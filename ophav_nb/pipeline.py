@@ -611,7 +611,7 @@ def check_avatar(
 ) -> None:
     "Raise `InputError` where a run has no avatar, or one that belongs to other input than what is in the run now."
     if not run.has("avatar"): raise InputError(f"{run.folder} has no finished avatar; run the `ophav create` that made it again, it continues")
-    if stale := run.stale("avatar"): raise InputError(f"the avatar in {run.folder} is older than its {' and '.join(stale)}: a later `ophav create` was stopped; run it again, it continues")
+    if stale := run.stale("avatar"): raise InputError(f"the avatar in {run.folder} is older than its {', '.join(stale)}: a later `ophav create` was stopped; run it again, it continues")
 
 
 def animate(
