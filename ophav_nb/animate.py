@@ -492,17 +492,26 @@ def _setup_lids(self):
         setattr(self, f'gap_{side}', (eye_open, min(eye_shut, .8*eye_open)))
     self.lids = closed_lids(self.skin, self.landmarks, edges)
 
+def _line_at(at, points) -> np.ndarray:
+    "Height of a line through landmarks [N, 2+] at places [M]."
+    q = points[np.argsort(points[:, 0])]
+    return np.interp(at, q[:, 0], q[:, 1])
+
+def _lid_shade(below) -> np.ndarray:
+    "Light on an eye so many metres below its upper lid."
+    return 1 - .42*np.exp(-np.maximum(below, 0)/.0016)
+
 @patch_to(MeshAnimator)
 def _lid_shade_seen(self) -> tuple:
-    "The same shadow where the portrait's own lids throw it: taken out of the eyes' colours, which the frame's lids darken again; and how far below its upper lid a pixel is, in openings of that eye; [H, W] each."
+    "The upper lids' shadow where the portrait's own throw it: taken out of the eyes' colours, which the frame's lids darken again; and how far below its upper lid a pixel is, in openings of that eye; [H, W] each."
     h, w = self.image.shape[:2]
     out, depth, x, y = np.ones((h, w), np.float32), np.full((h, w), 9, np.float32), np.arange(w) + .5, np.arange(h)[:, None] + .5
     metre = self.camera.focal/np.median(self.P0[self.eye_vertices, 2])
     for eye in EYES.values():
         points = self.landmarks[eye['outline'], :2]
-        below = y - _upper_lid(x, points[:9])
+        below = y - _line_at(x, points[:9])
         near = polygon_mask(points, h, w, grow=.3*np.ptp(points[:, 0])) > 0
-        out = np.where(near, 1 - .42*np.exp(-np.maximum(below/metre, 0)/.0016), out)
+        out = np.where(near, _lid_shade(below/metre), out)
         depth = np.where(near, below/max(self._lid_gap(self.V0, eye)*metre, 1.), depth)
     return out, depth
 
@@ -517,11 +526,6 @@ def _lashes_seen(self, shade, below) -> np.ndarray:
     ratio = push_pull(np.clip(light*hue, .1, 1), (inside > .9).astype(np.float32))
     return (1 + (ratio - 1)*(1 - smoothstep(.4, .8, below))[..., None]).astype(np.float32)
 
-def _upper_lid(at, points) -> np.ndarray:
-    "Height of a lid's line [N, 2+] at places [M]."
-    q = points[np.argsort(points[:, 0])]
-    return np.interp(at, q[:, 0], q[:, 1])
-
 @patch_to(MeshAnimator)
 def _under_lids(self, V) -> np.ndarray:
     "Of the eyes' vertices: light in the upper lid's shadow, and their place under the portrait's own lid, px, [N, 3]."
@@ -529,8 +533,8 @@ def _under_lids(self, V) -> np.ndarray:
     out, rest = np.ones((len(v), 3), np.float32), v.copy()
     for side, eye in EYES.items():
         mine = v[:, 0] > 0 if side == 'left' else v[:, 0] < 0
-        lid, own = (_upper_lid(v[mine, 0], self._points(P, eye['outline'][:9])) for P in (V, self.V0))
-        out[mine, 0] = 1 - .42*np.exp(-np.maximum(lid - v[mine, 1], 0)/.0016)
+        lid, own = (_line_at(v[mine, 0], self._points(P, eye['outline'][:9])) for P in (V, self.V0))
+        out[mine, 0] = _lid_shade(lid - v[mine, 1])
         rest[mine, 1] += own - lid
     out[:, 1:] = self.camera0.project(rest.astype(np.float64))[:, :2] + (self.T0 - self.P0[:, :2])[self.eye_vertices]
     return out
@@ -818,10 +822,8 @@ def _teeth_numbers(self) -> np.ndarray:
 @patch_to(MeshAnimator)
 def _lip_shade(self, V) -> np.ndarray:
     "The upper lip's shadow on what is inside the mouth."
-    upper = self._points(V, INNER_LIPS_UPPER)
-    upper = upper[np.argsort(upper[:, 0])]
     v, teeth = V[self.inside], self.least[self.inside] > .4
-    below = np.interp(v[:, 0], upper[:, 0], upper[:, 1]) - v[:, 1]
+    below = _line_at(v[:, 0], self._points(V, INNER_LIPS_UPPER)) - v[:, 1]
     return np.where(teeth, .72 + .28*smoothstep(0, .004, below), .4 + .6*smoothstep(-.002, .018, below))     # farther in, the shadow is longer
 
 # %% ../nbs/08_animate.ipynb #g10c

@@ -167,7 +167,7 @@ class HeadDataset:
         size: int = None, # pixels of the frames, where they come as an iterator
         test: int = 0,    # last frames kept from training
         known=None,       # where the frames show anything, bool [H, W]; None: everywhere
-        ok=None,          # frames worth training on, bool [N]: where the face was found; None: all
+        ok=None,          # frames worth training on, bool [N]: where the face was found; None, or found in none: all
     ) -> 'HeadDataset':
         "A film of a head whose motion is known."
         store = _Store(folder, len(motion))
@@ -178,7 +178,7 @@ class HeadDataset:
         size = size or camera.height
         camera = camera.resized(size, size)
         out = cls._without_pictures(motion, shape, camera, head, store, test)
-        if ok is not None: out.train &= np.asarray(ok, bool)
+        if ok is not None and np.any(ok): out.train &= np.asarray(ok, bool)
         shapes = dict(rgb=((size, size, 3), np.uint8), alpha=((size, size), np.uint8), parsing=((size, size), np.uint8), depth=((size, size), np.float32))
         for name, (s, dtype) in shapes.items(): setattr(out, name, store.array(name, s, dtype))
         labels = face_labels(head, shape)

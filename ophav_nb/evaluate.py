@@ -157,7 +157,7 @@ def add_reenactment(
         made = film_heads(maker, motion, folder/'film', matting_detector(matte, device, finder))
         t = made.track
         heads = lambda start: with_regions(made.frames(size=size, start=start), parser, lambda: islice(made.images, start, None), device)
-        HeadDataset.from_frames(heads, t.motion, t.shape, t.camera, head, folder=folder, size=size, ok=t.ok if t.ok.any() else None)
+        HeadDataset.from_frames(heads, t.motion, t.shape, t.camera, head, folder=folder, size=size, ok=t.ok)
         shutil.rmtree(folder/'film', ignore_errors=True)
     def build(folder):
         if animator in NETWORKS: return network(folder)

@@ -208,9 +208,10 @@ def add_motion(
         chosen = np.linspace(0, len(film) - 1, extra).round().astype(int)
         Motion.concat([ranged[: preset.frames - extra], film[chosen]]).save(folder / "train.npz")
 
-    files = {".npz": dict(flame=bool(find_weight("flame")))}.get(path.suffix.lower(), {})   # a sequence of FLAME's is translated with it
-    if path.suffix.lower() in VIDEO: files = unusual(detector=finder)
-    run.make("motion", build, needs=["track"], params=dict(motion=source, preset=[preset.frames, preset.film_seconds], seed=seed, fps=fps) | files)
+    params = dict(motion=source, preset=[preset.frames, preset.film_seconds], seed=seed, fps=fps)
+    if path.suffix.lower() == ".npz": params["flame"] = bool(find_weight("flame"))          # a sequence of FLAME's is translated with its file
+    if path.suffix.lower() in VIDEO: params |= unusual(detector=finder)
+    run.make("motion", build, needs=["track"], params=params)
 
 
 def resolve_motion(
@@ -391,7 +392,7 @@ def add_dataset(
         track, motion = seen_motion(run)
         paths = sorted(run.path("coarse", "frames").glob("*.png"))
         HeadDataset.from_frames(heads, motion, track.shape, track.camera, head, folder=folder, size=size, known=track.known(size),
-                                ok=track.ok if motion is track.motion and track.ok.any() else None)
+                                ok=track.ok if motion is track.motion else None)   # a portrait's track says nothing of a script's frames
 
     run.make("rounds/0/dataset", build, needs=["coarse", "track"], params=dict(size=size, parser=parser) | halved(parser))
 

@@ -295,6 +295,8 @@ class Run:
             raise InputError(f"{self.folder} is a run of `ophav {'evaluate' if 'protocol' in before else 'create'}`; choose another --out")
 
     def _describe(self) -> None:
+        "Write down what was asked for, unless that was done."
+        if self._asked is None: return
         params, self._asked = self._asked, None
         with self:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -373,12 +375,12 @@ class Run:
         with self:
             if self.manifest(name).get("key") == key and self.has(name):
                 self.log.info("%s: kept", name)
-                if self._asked is not None: self._describe()
+                self._describe()
                 return final
             manifest = {"name": name, "key": key, "params": plain(params or {}), "needs": needed, "format": FORMAT}
             self._why(name, manifest, partial)
             self._build(build, partial, manifest)
-            if self._asked is not None: self._describe()
+            self._describe()
             self._swap(partial, final)
         return final
 
