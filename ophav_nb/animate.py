@@ -22,7 +22,7 @@ from scipy.spatial import cKDTree
 from .detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, LID_PAIRS, OUTER_LIPS, OVAL, detect_like
 from .geometry import axis_angle_to_matrix, interpolate, kernel, pixel_centres, push_pull, rasterize, sample_bilinear, smoothstep, spread_over, vertex_normals
 from .head import HeadModel, Motion, hair_thickness
-from .layers import EYES, NeckCut, bleed, blurred, closed_lids, crisp, depth_shell, head_alpha, parted, polygon_mask, pose_of, warmth, whole_eyes, without_mouth
+from .layers import EYES, NeckCut, bleed, blurred, closed_lids, crisp, depth_shell, head_alpha, parted, polygon_mask, pose_of, visible_teeth, warmth, whole_eyes, without_mouth
 from .media import on_background, resize, to_float, to_uint8
 from .run import InputError, patch_to, progress
 from .track import closing, constant_offset, refit
@@ -168,15 +168,16 @@ def _paint_own_teeth(face, bary, faces, source, image, weight, inner, stay, mesh
             out[y+y0, x+x0, 2] = out[y+y0, x+x0, 2]*(1-t) + cb*t
 
 @kernel
-def _close_slits(mesh_face, kind, lip_of, x0, x1, y0, y1, thin, seam, out):
-    "Lips that almost meet do meet: a gap of the mouth thinner than `thin` becomes the dark line between two lips. Where they touch, the line is drawn as far as `seam` says."
-    reach = int(1.5*thin) + 1
+def _close_slits(mesh_face, kind, lip_of, x0, x1, y0, y1, left, right, thin, seam, out):
+    "Lips that almost meet do meet: a gap of the mouth thinner than `thin` becomes the dark line between two lips. Where they touch, the line is drawn as far as `seam` says, between the mouth's corners."
+    fade, reach = np.float32(.08)*(right - left), int(1.5*thin) + 1
     for x in range(x0, x1):
-        for y in range(y0, y1 - 1 if seam > 0 else y0):
+        line = np.float32(.36)*seam*min(max(min(x - left, right - x)/fade, np.float32(0)), np.float32(1))
+        for y in range(y0, y1 - 1 if line > 0 else y0):
             if mesh_face[y, x] < 0 or mesh_face[y+1, x] < 0 or lip_of[mesh_face[y, x]] != 1 or lip_of[mesh_face[y+1, x]] != 2: continue
             for i in range(max(y + 1 - reach, y0), min(y + 1 + reach, y1)):
                 d = (i - y - np.float32(.5))/(np.float32(.55)*thin)
-                t = np.float32(1) - np.float32(.36)*seam*np.exp(-d*d)
+                t = np.float32(1) - line*np.exp(-d*d)
                 for c in range(3): out[i, x, c] *= t
             break
         y = y0
@@ -246,6 +247,8 @@ class MeshAnimator:
         self.relief = self.correction = np.zeros((head.n_vertices, 3), np.float32)
         V = self.vertices(m.expression[:1], m.joints[:1])[0]
         self.relief = self._over_face(V, closing(self._beside(V)))
+        self.teeth_weight = visible_teeth(self.image, self.landmarks)
+        self._seat_teeth(V + self.relief)
         self.V0 = V + self.relief
         if track.correction is not None: self.correction = self._over_face(self.V0, track.correction)
         self.cut = NeckCut(head, self.shape)
@@ -292,6 +295,21 @@ def _tuck_teeth(self, V, most: float = .005) -> np.ndarray:
     return V
 
 @patch_to(MeshAnimator)
+def _seat_teeth(self, V, most: float = .008) -> None:
+    "The model's upper teeth reach as far down as the portrait's, at most `most` metres farther (in `relief`): what a mesh does not carry, no field can learn."
+    f = np.ascontiguousarray(self.head.faces[self._region('upper_teeth')], np.int32)
+    if len(f) == 0 or not self.teeth_weight.any(): return
+    seen = rasterize(self.camera0.project(V.astype(np.float64)), f, *self.teeth_weight.shape)
+    left, right = np.sort(self.landmarks[[78, 308], 0])
+    middle = np.arange(*np.round(left + np.array([.3, .7])*(right - left)).astype(int))       # columns: beside them teeth go back into the mouth
+    lowest = lambda mask: np.where(mask.any(0), len(mask) - 1 - mask[::-1].argmax(0), -1)[middle]
+    here, there = lowest(seen.mask), lowest(self.teeth_weight > .5)
+    both = (here >= 0) & (there >= 0)
+    if both.sum() < 4: return
+    metre = self.camera0.focal/np.median(seen.depth[seen.mask])
+    self.relief[np.unique(f), 1] -= np.clip(np.median((there - here)[both])/metre, 0, most)
+
+@patch_to(MeshAnimator)
 def _transform(self, joints, translation) -> np.ndarray:
     "From the head's own space to the world: the root's pose, then the neck's."
     N = np.eye(4)
@@ -304,6 +322,11 @@ def _at(self, expression, joints, translation) -> tuple:
     "One frame's mesh, pose and opening of the jaw."
     joints = np.asarray(joints)
     return self.vertices(np.asarray(expression)[None], joints[None])[0] + self.correction, self._transform(joints, translation), float(joints[2, 0])
+
+@patch_to(MeshAnimator)
+def person_offset(self) -> np.ndarray:   # metres, float32 [V, 3]
+    "What the frames show beside the head model: the portrait's relief, its teeth, the track's correction (for `HeadModel.of_person`)."
+    return self.relief + self.correction
 
 @patch_to(MeshAnimator)
 def _region(self, name) -> np.ndarray:
@@ -730,25 +753,18 @@ def _setup_teeth(self):
     gap = np.linalg.norm(L[13, :2] - L[14, :2])
     inner = self.inner = polygon_mask(L[INNER_LIPS, :2], h, w, grow=-.2)
     light = self.image.mean(-1)
-    self.teeth_weight = np.zeros((h, w), np.float32)
     skin = self.skin_colour
     grey = float(skin.mean())
     tooth = np.array([1.08, .98, .91])*warmth(skin)**np.array([.5, 0, -.5])
     self.tooth_colour = tooth*min(1.24*grey, .95/tooth.max())          # lit teeth beside lit skin: 1.21-1.28 on films
     self.teeth_faces = None
-    if gap > .06*wide and (inner > .8).sum() > 12:
-        px = self.image[inner > .8]
-        low, high = np.percentile(px.mean(-1), [4, 92])
-        saturation = (self.image.max(-1) - self.image.min(-1))/np.maximum(self.image.max(-1), .05)
-        tooth = smoothstep(.35, .6, (light - low)/max(high - low, .05))*(1 - smoothstep(.38, .6, saturation))
-        if high > .55*grey and (tooth*inner > .5).sum() > 8:
-            self.teeth_weight = (ndi.gaussian_filter(tooth, .4)*inner).astype(np.float32)
-            sure = self.teeth_weight > .8
-            if sure.any():                               # their hue; as bright as they are in the open, not in the lips' shadow
-                own = np.median(self.image[sure], axis=0)
-                lit = max(np.percentile(light[sure], 90), .92*self.tooth_colour.mean())
-                self.tooth_colour = own*min(lit/max(own.mean(), .05), .95/max(own.max(), .05))
-            self._teeth_surface(inner)
+    if self.teeth_weight.any():
+        sure = self.teeth_weight > .8
+        if sure.any():                                   # their hue; as bright as they are in the open, not in the lips' shadow
+            own = np.median(self.image[sure], axis=0)
+            lit = max(np.percentile(light[sure], 90), .92*self.tooth_colour.mean())
+            self.tooth_colour = own*min(lit/max(own.mean(), .05), .95/max(own.max(), .05))
+        self._teeth_surface(inner)
     dark = .5*skin*[.36, .14, .13] + .5*grey*np.array([.34, .12, .11])           # flesh is red whatever the skin (or the varnish) is
     if gap > .06*wide:
         px = self.image[inner > .8]
@@ -801,6 +817,10 @@ def _setup_inside(self):
         depth = self.rest[lower, 1].max() - self.rest[lower, 1]
         self.least[lower] *= 1 - .35*smoothstep(0, .004, depth)
         self.base[lower] *= (1 - .5*smoothstep(.002, .007, depth))[:, None]
+        back = .75*smoothstep(2, 4.5, np.abs(self._teeth_numbers()[lower]))[:, None]            # molars are lost in the dark beside the tongue
+        self.base[lower] += (back*(2*self.cavity_colour - self.base[lower])).astype(np.float32)
+    self.front_teeth = self.least > .4
+    self.least[self.faces[self._region('mouth_interior')]] = .5                                 # flesh: dark red, not black
     self.seen[self.inside] = 0
     self.seen[self.eye_vertices] = 1
     self.fixed = np.concatenate([self.T0, self.P_shut[:, :2], self.seen[:, None], self._teeth_numbers()[:, None],
@@ -822,9 +842,9 @@ def _teeth_numbers(self) -> np.ndarray:
 @patch_to(MeshAnimator)
 def _lip_shade(self, V) -> np.ndarray:
     "The upper lip's shadow on what is inside the mouth."
-    v, teeth = V[self.inside], self.least[self.inside] > .4
+    v, teeth = V[self.inside], self.front_teeth[self.inside]
     below = _line_at(v[:, 0], self._points(V, INNER_LIPS_UPPER)) - v[:, 1]
-    return np.where(teeth, .72 + .28*smoothstep(0, .004, below), .4 + .6*smoothstep(-.002, .018, below))     # farther in, the shadow is longer
+    return np.where(teeth, .72 + .28*smoothstep(0, .004, below), .6 + .4*smoothstep(-.002, .018, below))     # farther in, the shadow is longer
 
 # %% ../nbs/08_animate.ipynb #g10c
 @patch_to(MeshAnimator)
@@ -914,7 +934,8 @@ def _meet_lips(self, V, camera, offset, mesh, fine, gap: float = .0011):
     thin = gap*camera.focal/q[:, 2].mean()
     x0, y0 = np.clip(np.floor(q[:, :2].min(0) - 3*thin).astype(int), 1, [w - 1, h - 1])
     x1, y1 = np.clip(np.ceil(q[:, :2].max(0) + 3*thin).astype(int), 1, [w - 1, h - 1])
-    _close_slits(mesh.face, self.kind, self.lip, x0, x1, y0, y1, np.float32(thin), np.float32(self.parted), fine)
+    left, right = np.sort(q[[0, INNER_LIPS.index(308)], 0]).astype(np.float32)
+    _close_slits(mesh.face, self.kind, self.lip, x0, x1, y0, y1, left, right, np.float32(thin), np.float32(self.parted), fine)
 
 @patch_to(MeshAnimator)
 def frame(self,

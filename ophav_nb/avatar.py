@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['logger', 'PATCH', 'AvatarConfig', 'toy_film', 'person_arrays', 'person_head', 'FramePool', 'Batch', 'patch_loss',
-           'losses', 'Avatar', 'Corrections', 'status_mb', 'memory_mb', 'Trainer', 'load_avatar']
+           'losses', 'Avatar', 'Corrections', 'status_mb', 'memory_mb', 'Trainer', 'load_avatar', 'compile_kernels',
+           'compile_ahead']
 
 # %% ../nbs/14_avatar.ipynb #c003
 import copy
 import json
 import logging
 import math
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field as _field, replace
@@ -29,7 +31,7 @@ from .deform import Deformer, Mapping
 from .field import Field, FieldConfig, field_config
 from .geometry import Camera, facing_camera, interpolate, kernel, rasterize, vertex_normals
 from .head import HeadModel, Motion
-from .render import Occupancy, band_widths, mouth_amount, render_view, shade, surface_band, widen_band
+from .render import Occupancy, band_widths, mouth_amount, render_view, shade, surface_band, view_compiled, widen_band
 from .run import InputError, make_key, patch_to, progress, write_atomic
 from .training import AveragedAdam, OnePass, Truth, one_pass_serves
 
@@ -648,3 +650,19 @@ def load_avatar(
     return avatar
 
 Avatar.load = staticmethod(load_avatar)
+
+# %% ../nbs/14_avatar.ipynb #c043
+def compile_kernels() -> None:
+    "What training and rendering call on a CPU, compiled into numba's cache."
+    head = HeadModel.load()
+    film = toy_film(head, 2, 96, 0)
+    for name in ARRAYS: getattr(film, name).flags.writeable = False       # as a run's memory maps: to numba this is another type
+    avatar = Avatar.create(head, film.shape)
+    avatar.fit(film, 1)
+    next(iter(avatar.render(film.motion[:1], facing_camera(200, 96, 96))))
+
+def compile_ahead() -> subprocess.Popen|None:   # the process to wait for
+    "Start `compile_kernels` in a process of its own; None where a cache holds the kernels already, or nothing can be kept."
+    if view_compiled() is not False: return None
+    return subprocess.Popen([sys.executable, '-c', 'from ophav_nb.avatar import compile_kernels; compile_kernels()'], stdin=subprocess.DEVNULL,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

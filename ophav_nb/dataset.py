@@ -117,6 +117,7 @@ class HeadDataset:
     train: np.ndarray       # bool [N]
     motion: Motion = None   # with the head's pose, if known
     shape: np.ndarray = None  # [S], if known
+    offset: np.ndarray = None  # the person's offsets beside the model, metres [V, 3], see `HeadModel.of_person`
 
     def __len__(self) -> int: return len(self.c2w)
 
@@ -168,8 +169,10 @@ class HeadDataset:
         test: int = 0,    # last frames kept from training
         known=None,       # where the frames show anything, bool [H, W]; None: everywhere
         ok=None,          # frames worth training on, bool [N]: where the face was found; None, or found in none: all
+        offset=None,      # what the frames show beside the model, metres [V, 3], see `HeadModel.of_person`
     ) -> 'HeadDataset':
         "A film of a head whose motion is known."
+        head = head.of_person(offset)
         store = _Store(folder, len(motion))
         if isinstance(frames_rgba, np.ndarray) or isinstance(frames_rgba, (list, tuple)):
             size, array = frames_rgba[0].shape[0], frames_rgba
@@ -179,6 +182,7 @@ class HeadDataset:
         camera = camera.resized(size, size)
         out = cls._without_pictures(motion, shape, camera, head, store, test)
         if ok is not None and np.any(ok): out.train &= np.asarray(ok, bool)
+        out.offset = offset
         shapes = dict(rgb=((size, size, 3), np.uint8), alpha=((size, size), np.uint8), parsing=((size, size), np.uint8), depth=((size, size), np.float32))
         for name, (s, dtype) in shapes.items(): setattr(out, name, store.array(name, s, dtype))
         labels = face_labels(head, shape)
@@ -231,6 +235,7 @@ class HeadDataset:
         if self.motion is not None:
             extra |= dict(shape=self.shape, basis=self.motion.basis, fps=self.motion.fps, expression=self.motion.expression, joints=self.motion.joints,
                           translation=self.motion.translation)
+            if self.offset is not None: extra['offset'] = self.offset
         write_atomic(folder/'head.npz', lambda p: _write_npz(p, extra))
         test = np.flatnonzero(~self.train)
         parts = dict(train=np.flatnonzero(self.train), test=test, val=test[-20:])
@@ -290,7 +295,7 @@ class HeadDataset:
         written = all((folder/f['mesh_path']).exists() for f in frames)
         if not written and out.motion is None: raise InputError(f'{folder} has neither meshes nor a motion of ours (meshes/*.obj or head.npz is missing).')
         if out.motion is not None and not written:
-            full = cls._without_pictures(out.motion, out.shape, Camera(K, np.eye(4), w, h), head or load_head(out.motion.basis), store, 0)
+            full = cls._without_pictures(out.motion, out.shape, Camera(K, np.eye(4), w, h), (head or load_head(out.motion.basis)).of_person(out.offset), store, 0)
             out.vertices = full.vertices
         else:
             out.vertices = store.array('vertices', canonical.shape, np.float32)
@@ -303,6 +308,7 @@ class HeadDataset:
             if 'expression' in z.files:
                 self.motion = Motion(z['expression'], z['joints'], z['translation'], float(z['fps']), str(z['basis']))
                 self.shape, self.expression = z['shape'], z['expression']
+                self.offset = z['offset'] if 'offset' in z.files else None
                 self.joints = np.array(z['joints'])
                 self.joints[:, 0] = 0
 
@@ -402,6 +408,7 @@ class _Store:
         small = {k: getattr(dataset, k) for k in ('condition', 'expression', 'joints', 'c2w', 'K', 'faces', 'canonical', 'train', 'shape')}
         small |= dict(motion_expression=dataset.motion.expression, motion_joints=dataset.motion.joints, translation=dataset.motion.translation,
                       fps=dataset.motion.fps, basis=dataset.motion.basis)
+        if dataset.offset is not None: small['offset'] = dataset.offset
         write_atomic(self.folder/'small.npz', lambda p: _write_npz(p, small))
         _write_json(self.folder/'arrays.json', dict(frames=self.n, arrays=list(ARRAYS)))
 

@@ -104,6 +104,16 @@ class HeadModel:
         "The open head that ships with the package, or a file in the same form."
         return cls(read_head(asset('head.npz') if path is None else path), 'open' if path is None else Path(path).stem, device)
 
+    def of_person(self,
+        offset,           # what the model does not know of a person, metres beside the template, [V, 3]; None: nothing
+    ) -> 'HeadModel':
+        "The same head with a person's own surface: it takes the same shapes, expressions and poses."
+        if offset is None: return self
+        out = copy.copy(self)
+        out.v_template = self.v_template + _tensor(offset, self.device)
+        out._prepare()
+        return out
+
     def has(self, part: str) -> bool:
         "Whether the file holds this extra."
         return part in self.__dict__

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EYES', 'WHITE', 'blurred', 'crisp', 'polygon_mask', 'bleed', 'NeckCut', 'resize_field', 'head_alpha', 'pose_of',
-           'parted', 'without_mouth', 'draw_curve', 'closed_lids', 'warmth', 'whole_eyes', 'radial_profile', 'inflate',
-           'depth_shell']
+           'parted', 'without_mouth', 'visible_teeth', 'draw_curve', 'closed_lids', 'warmth', 'whole_eyes',
+           'radial_profile', 'inflate', 'depth_shell']
 
 # %% ../nbs/07b_layers.ipynb #c003
 import math
@@ -190,6 +190,23 @@ def without_mouth(
     i, j = ndi.distance_transform_edt(~known, return_distances=False, return_indices=True)
     filled = blurred(image[i, j], .5*unit)
     return (image*(1 - hole[..., None]) + filled*hole[..., None]).astype(np.float32)
+
+def visible_teeth(
+    image,         # [H, W, 3]
+    landmarks,     # pixels, [478, 2+]
+) -> np.ndarray:   # float32 [H, W], 0..1; nothing where the mouth is closed or shows none
+    "The teeth that an open mouth shows: what is light and has little colour between the lips."
+    h, w = image.shape[:2]
+    out = np.zeros((h, w), np.float32)
+    if parted(landmarks) < 1: return out
+    inner, light = polygon_mask(landmarks[INNER_LIPS, :2], h, w, grow=-.2), image.mean(-1)
+    if (inner > .8).sum() <= 12: return out
+    low, high = np.percentile(light[inner > .8], [4, 92])
+    saturation = (image.max(-1) - image.min(-1))/np.maximum(image.max(-1), .05)
+    tooth = smoothstep(.35, .6, (light - low)/max(high - low, .05))*(1 - smoothstep(.38, .6, saturation))
+    cheeks = np.median(sample_bilinear(image, *landmarks[[50, 280, 4, 205, 425, 151], :2].T.astype(np.float32)), axis=0)
+    if high <= .55*cheeks.mean() or (tooth*inner > .5).sum() <= 8: return out
+    return (ndi.gaussian_filter(tooth, .4)*inner).astype(np.float32)
 
 def draw_curve(
     points,       # pixels, [N, 2]

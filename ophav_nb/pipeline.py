@@ -8,7 +8,7 @@ __all__ = ['log', 'PRESETS', 'FILM_NOTE', 'VIEWS', 'Preset', 'get_preset', 'matt
            'add_motion', 'resolve_motion', 'film_motion', 'add_coarse', 'add_coarse_network', 'driving_film',
            'write_coarse_video', 'add_coarse_film', 'write_coarse', 'frame_pose', 'film_metadata', 'add_dataset',
            'read_rgba', 'shrink', 'add_film', 'publish', 'play', 'add_views', 'trained_range', 'beyond', 'create',
-           'train_rounds', 'copy_folder', 'write_run_report', 'check_avatar', 'animate', 'turned']
+           'compiling', 'train_rounds', 'copy_folder', 'write_run_report', 'check_avatar', 'animate', 'turned']
 
 # %% ../nbs/19_pipeline.ipynb #c002
 import json
@@ -17,9 +17,11 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
+from subprocess import TimeoutExpired
 from types import SimpleNamespace
 from typing import Literal
 
@@ -28,7 +30,7 @@ import numpy as np
 # %% ../nbs/19_pipeline.ipynb #c003
 from .animate import echo
 from .animators import NETWORKS, film_heads, make_animator, stored_pictures
-from .avatar import Avatar, AvatarConfig
+from .avatar import Avatar, AvatarConfig, compile_ahead
 from .dataset import HeadDataset
 from .detect import Detector, detect_like, head_crop
 from .flame import load_head
@@ -256,6 +258,7 @@ def add_coarse(
     def build(folder: Path) -> None:
         portrait, motion = load_portrait(run), Motion.load(run.path("motion", "train.npz"))
         maker = make_animator(animator, image=portrait.image, track=portrait.track, head=head, matte=portrait.matte)
+        np.save(folder / "offset.npy", maker.person_offset())
         write_coarse(folder, lambda start: maker.frames(motion[start:]), len(motion))
         with VideoWriter(folder / "video.mp4", motion.fps, metadata=film_metadata(run)) as video:
             for i in progress(range(len(motion)), desc="coarse video"):
@@ -390,9 +393,10 @@ def add_dataset(
             return parsed_heads(cut, network, islice(iter_video(run.path("coarse", "video.mp4")), start, None)) if network else cut
 
         track, motion = seen_motion(run)
-        paths = sorted(run.path("coarse", "frames").glob("*.png"))
+        paths, offset = sorted(run.path("coarse", "frames").glob("*.png")), run.path("coarse", "offset.npy")
         HeadDataset.from_frames(heads, motion, track.shape, track.camera, head, folder=folder, size=size, known=track.known(size),
-                                ok=track.ok if motion is track.motion else None)   # a portrait's track says nothing of a script's frames
+                                ok=track.ok if motion is track.motion else None,   # a portrait's track says nothing of a script's frames
+                                offset=np.load(offset) if offset.exists() else None)
 
     run.make("rounds/0/dataset", build, needs=["coarse", "track"], params=dict(size=size, parser=parser) | halved(parser))
 
@@ -553,7 +557,7 @@ def create(
                   settings=settings, head=head, matte=matte, parser=parser, animator=animator, driving=driving and str(driving), restorer=restorer, backend=backend,
                   device=device, seed=seed, detector=detector, half=half)
     run = Run(out, params)
-    with run, at_half_precision(half):
+    with run, at_half_precision(half), compiling(device == "cpu" and not run.path("avatar").exists()) as ready:
         seed_all(seed)
         add_portrait(run, image, settings.crop, face, device, matte, detector)
         add_track(run, model)
@@ -562,11 +566,27 @@ def create(
         elif animator in NETWORKS: add_coarse_network(run, model, settings, animator, driving, matte, device, detector)
         else: add_coarse(run, model, animator, settings.film_size)
         add_dataset(run, model, settings.size, parser, device)
+        ready()
         train_rounds(run, model, settings, rounds, restorer, backend, device, seed)
         add_film(run, settings, device)
         add_views(run, device)
         write_run_report(run)
     return run
+
+
+@contextmanager
+def compiling(
+    wanted: bool = True,
+    most: float = 300.,   # seconds that are waited for it
+) -> Iterator[Callable]:  # wait until it is done
+    "Compile the kernels of training and rendering in another process, where no cache holds them: the first run on a machine waits for them as little as it can."
+    process = compile_ahead() if wanted else None
+    def ready():
+        if process:
+            with suppress(TimeoutExpired): process.wait(most)
+    try: yield ready
+    finally:
+        if process: process.kill()
 
 
 def train_rounds(

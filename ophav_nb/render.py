@@ -6,10 +6,11 @@
 __all__ = ['logger', 'KNEE', 'TILE', 'CELL', 'HAZE', 'RIM', 'SOLID', 'HOLE', 'FINE', 'NEAR', 'SPLIT', 'KNEE_AT', 'FRONT',
            'BEHIND', 'LENGTH', 'LATE', 'STRIDE', 'RAY', 'AT', 'START', 'GUESS', 'LAST', 'NEXT', 'band_widths',
            'mouth_amount', 'Band', 'sample_depths', 'surface_band', 'studio_camera', 'widen_band', 'Rendered',
-           'composite', 'Occupancy', 'shade', 'render_view']
+           'composite', 'Occupancy', 'shade', 'view_compiled', 'render_view']
 
 # %% ../nbs/13_render.ipynb #c004
 import logging
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numba
@@ -524,6 +525,13 @@ def _view_kernel(rays, spans, S, stride, way, table, networks, thin, coloured, c
         _stretch(t*chunk, min(len(rays), (t+1)*chunk), rays, spans, S, stride, way, table, networks, thin, coloured, rgba, span)
 
 # %% ../nbs/13_render.ipynb #c027
+def view_compiled() -> bool|None:   # None: nothing can be kept
+    "Whether numba's cache holds the kernel of views, the last that a run needs."
+    cache, code = _view_kernel.stats.cache_path, _view_kernel.py_func.__code__
+    if cache is None: return None
+    kept = [p for p in Path(cache).glob(f'*{code.co_name}-{code.co_firstlineno}.py*.nbi') if p.stat().st_mtime >= Path(code.co_filename).stat().st_mtime]
+    return len(kept) > 0
+
 def _packed(field, condition, appearance) -> _Networks:
     "The networks as the kernel takes them, with what the frame tells them."
     c, packed = field.config, Packed(field)

@@ -266,6 +266,7 @@ class Rounds:
     detector: Detector|None = None
 
     def __post_init__(self):
+        self.model, self.head = self.head, self.head.of_person(self.dataset.offset)
         self.camera, self.motion = film_camera(self.dataset, self.head), self.dataset.motion
         self.portrait_motion = self.portrait.track.motion[0]
         self._check = None
@@ -343,7 +344,7 @@ class Rounds:
             for i in range(start, len(motion)):
                 yield np.asarray(Image.open(source/f'{i:05d}.png')) if i < len(plan.source) else coarse.rgba(int(plan.source[again[i - len(plan.source)]]))
         def build(folder):
-            HeadDataset.from_frames(frames, motion, coarse.shape, self.camera, self.head, folder=folder, size=coarse.height, known=coarse.known(0))
+            HeadDataset.from_frames(frames, motion, coarse.shape, self.camera, self.model, folder=folder, size=coarse.height, known=coarse.known(0), offset=coarse.offset)
         return HeadDataset.load(self.run.make(self.name(k, 'dataset'), build, [self.name(k, 'restored')], dict(replay=self.config.replay)), self.head)
 
     # ---- the avatar of round k

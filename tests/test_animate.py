@@ -8,8 +8,9 @@ import pytest
 import ophav_nb  # noqa: F401  (before torch: it decides about threads)
 import torch
 from ophav_nb.animate import MeshAnimator, VideoAnimator, as_driven, make_animator
-from ophav_nb.detect import INNER_FACE, INNER_LIPS_LOWER, INNER_LIPS_UPPER, OUTER_LIPS
-from ophav_nb.layers import EYES, NeckCut, bleed, head_alpha, inflate, parted, polygon_mask, whole_eyes, without_mouth
+from ophav_nb.dataset import HeadDataset
+from ophav_nb.detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, OUTER_LIPS
+from ophav_nb.layers import EYES, NeckCut, bleed, head_alpha, inflate, parted, polygon_mask, visible_teeth, whole_eyes, without_mouth
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.run import InputError
@@ -220,6 +221,33 @@ def test_mouth_opens_dark_and_closes(animator, portrait, head):
     closed = animator.frame(*state(track, head))
     L = track.landmarks[0]
     assert np.abs(closed[int(L[13, 1]), int(L[13, 0]), :3] - f[int(y), int(x), :3]).mean() > .05
+
+
+def test_teeth_reach_as_far_as_the_portraits(portrait, head):
+    "An open mouth that is full of teeth: the mesh's upper ones come down to where these end, and what a field is trained on carries them."
+    _, track, matte = portrait
+    e, j, t = state(track, head, jaw=6)
+    motion = Motion(e[None], j[None], t[None])
+    image, matte, landmarks = drawn(head, track.shape, motion, track.camera)
+    there = Track(motion, track.shape, track.camera, landmarks[None], np.zeros(1), np.ones(1, bool))
+    upper = np.unique(head.faces[head.regions['upper_teeth']])
+    assert not visible_teeth(image/255., track.landmarks[0]).any()                       # a closed mouth shows none
+    image = image.copy()
+    inner = polygon_mask(landmarks[INNER_LIPS, :2], SIZE, SIZE) > .5
+    image[inner] = [60, 15, 15]
+    bare = MeshAnimator(image, there, head, matte)
+    middle = np.mean([landmarks[13, 1], landmarks[14, 1]])
+    image[inner & (np.mgrid[:SIZE, :SIZE][0] < middle + .2*(landmarks[14, 1] - middle))] = [240, 235, 225]
+    made = MeshAnimator(image, there, head, matte)
+    lowest = lambda a: a.camera0.project(a.V0[upper].astype(np.float64))[:, 1].max()
+    assert np.allclose(bare.person_offset()[upper, 1].min(), made.person_offset()[upper, 1].max(), atol=.008) and lowest(made) > lowest(bare) + 1
+    seen = np.flatnonzero((made.teeth_weight > .5).any(1)).max()
+    assert abs(lowest(made) - seen) < 3
+    np.testing.assert_allclose((made.person_offset() - bare.person_offset())[np.setdiff1d(np.arange(head.n_vertices), upper)], 0, atol=1e-6)
+    data = HeadDataset.from_frames(np.zeros((1, 32, 32, 4), np.uint8), motion, track.shape, track.camera.resized(32, 32), head, offset=made.person_offset())
+    own = head.of_person(made.person_offset())
+    with torch.no_grad(): expected = own(track.shape, motion.expression, np.concatenate([0*j[None, :1], j[None, 1:]], 1))[0].numpy()
+    np.testing.assert_allclose(data.vertices[0], expected, atol=1e-6)
 
 
 def test_the_cut_is_rigid(head, portrait):

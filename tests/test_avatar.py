@@ -1,5 +1,6 @@
 "Training, resume, file and animation of an avatar."
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -162,3 +163,38 @@ def test_errors(head, film, trained, tmp_path):
     with pytest.raises(InputError, match='holds no avatar'): Avatar.load(tmp_path)
     with pytest.raises(InputError, match='retarget'): next(trained[0].render(Motion.still(1, basis='flame'), CAMERA))
     with pytest.raises(InputError, match='preset'): AvatarConfig.preset('huge')
+
+
+def test_kernels_are_compiled_ahead(monkeypatch):
+    "Once, in a process of its own; not where a cache holds them or none can be kept."
+    started = []
+    monkeypatch.setattr(avatar_module.subprocess, 'Popen', lambda *a, **k: started.append(a) or 'process')
+    for compiled, expected in ((True, None), (None, None), (False, 'process')):
+        monkeypatch.setattr(avatar_module, 'view_compiled', lambda: compiled)
+        assert avatar_module.compile_ahead() == expected
+    assert len(started) == 1 and 'compile_kernels()' in started[0][0][-1]
+
+
+def test_training_finds_what_was_compiled_ahead(tmp_path):
+    "The toy's arrays are of the same types as a run's: nothing is left to compile when this one trains and renders."
+    code = f"""
+import numba, ophav_nb
+from ophav_nb import avatar, render, training, deform, nearest, encoding, geometry
+from ophav_nb.avatar import Avatar, compile_kernels, toy_film
+from ophav_nb.dataset import HeadDataset
+from ophav_nb.head import HeadModel
+compile_kernels()
+known = lambda: {{(m.__name__, k): len(v.signatures) for m in (avatar, render, training, deform, nearest, encoding, geometry) for k, v in vars(m).items()
+                  if isinstance(v, numba.core.dispatcher.Dispatcher)}}
+head = HeadModel.load()
+film = toy_film(head, 2, 96, 0)
+HeadDataset.from_frames(film.rgba(slice(None)), film.motion, film.shape, film.camera(0), head, folder=r'{tmp_path}')
+before = known()
+data = HeadDataset.load(r'{tmp_path}')
+made = Avatar.create(head, data.shape)
+made.fit(data, 1)
+next(iter(made.render(data.motion[:1], data.camera(0).resized(128, 128))))
+assert known() == before, [k for k, n in known().items() if n != before[k]]
+assert render.view_compiled() is not False
+"""
+    subprocess.run([sys.executable, '-c', code], check=True)

@@ -74,6 +74,21 @@ def test_parts(data):
     assert np.all(data.parsing[data.alpha < 128] == 0) and np.all(data.parsing[data.alpha >= 128] > 0)
 
 
+def test_a_persons_own_surface(frames, motion, shape, camera, head, tmp_path):
+    "Meshes carry what the model does not know, and every way of keeping a dataset keeps it."
+    offset = np.random.default_rng(2).normal(size=(head.n_vertices, 3)).astype(np.float32)*1e-3
+    data = HeadDataset.from_frames(frames, motion, shape, camera, head, offset=offset)
+    with torch.no_grad(): expected = head.of_person(offset)(torch.from_numpy(shape)[None], motion.expression[:1], data.joints[:1])[0].numpy()
+    np.testing.assert_allclose(data.vertices[0], expected, atol=1e-6)
+    assert head.of_person(None) is head
+    HeadDataset.from_frames(frames, motion, shape, camera, head, folder=tmp_path/'arrays', size=SIZE, offset=offset)
+    for folder in (tmp_path/'arrays', data.save(tmp_path/'insta')):
+        again = HeadDataset.load(folder, head)
+        np.testing.assert_array_equal(again.offset, offset)
+        np.testing.assert_allclose(again.vertices, data.vertices, atol=1e-6)
+    assert HeadDataset.load(HeadDataset.from_frames(frames, motion, shape, camera, head).save(tmp_path/'plain'), head).offset is None
+
+
 def test_what_the_film_does_not_show_is_unknown(frames, motion, shape, camera, head, data, tmp_path):
     known = np.ones((SIZE, SIZE), bool)
     known[:SIZE//2] = False
