@@ -644,8 +644,25 @@ def _setup_sheet(self, step: int = 2):
     near = sparse.diags(1/np.asarray(near.sum(1)).ravel()) @ near
     self.binding = (near @ (near @ binding)).astype(np.float32).tocsr()       # neighbours move alike
     self.beside = near.astype(np.float32).tocsr()
+    self._setup_rim()
     self.following = self._following()
     self.follows = sample_bilinear(self.following[..., None], *self.sheet_source.T)[..., 0]
+
+@patch_to(MeshAnimator)
+def _setup_rim(self):
+    "Where the sheet is the face's outline in the portrait (not hair's, not the neck's): which of its points, how much, and what they are bound to."
+    ears, share = np.zeros(len(self.V0), np.float32), np.maximum(np.asarray(self.binding.sum(1)).ravel(), .05)
+    ears[self.faces[self._region('left_ear') | self._region('right_ear')]] = 1
+    part = lambda weight: self.binding @ np.asarray(weight, np.float32)/share
+    bare = 1 - sample_bilinear(self.hairy[..., None], *self.sheet_source.T)[..., 0]
+    outline = (1 - smoothstep(.25, .6, part(self.facing0)))*smoothstep(0, .3, part(self._is_face()))*(1 - smoothstep(0, .3, part(ears)))*bare
+    self.rim_points = np.flatnonzero(outline > .02)
+    self.rim, self.rim_binding = outline[self.rim_points], sparse.diags(1/share[self.rim_points]) @ self.binding[self.rim_points]
+
+@patch_to(MeshAnimator)
+def _rim_shown(self, facing) -> np.ndarray:
+    "How much of the rim's points is left: as far as a turn makes a slope of what was the outline, it gives way to the head's side beneath, which has no edge there."
+    return 1 - self.rim*smoothstep(.04, .2, self.rim_binding @ (facing - self.facing0))
 
 @patch_to(MeshAnimator)
 def _press_ears(self, least: float = .5):
@@ -796,7 +813,7 @@ def _setup_inside(self):
     base = np.array(self.own)
     skin = np.zeros(len(self.V0), bool)
     skin[self.skin_vertices] = True
-    for name, colour in (('mouth_interior', self.cavity_colour), ('tongue', self.tongue_colour), ('lower_teeth', self.tooth_colour*[.95, .92, .88]),
+    for name, colour in (('mouth_interior', self.cavity_colour), ('tongue', self.tongue_colour), ('lower_teeth', self.tooth_colour*[.80, .75, .70]),
                          ('upper_teeth', self.tooth_colour)):
         v = np.zeros(len(self.V0), bool)
         v[self.faces[self._region(name)]] = True
@@ -848,7 +865,7 @@ def _lip_shade(self, V) -> np.ndarray:
 
 # %% ../nbs/08_animate.ipynb #g10c
 @patch_to(MeshAnimator)
-def _moving(self, V, N, camera) -> np.ndarray:
+def _moving(self, V, N, camera, facing) -> np.ndarray:
     "What changes each frame for each vertex: weight of lids or whites, colour, opacity, [V, 5]."
     out = np.empty((len(V), 5), np.float32)
     out[:, 0] = 0
@@ -869,7 +886,7 @@ def _moving(self, V, N, camera) -> np.ndarray:
     light = camera.c2w[:3, :3].astype(np.float32) @ np.array([.1, -.45, -.88], np.float32)
     lit = (.70 + .30*np.clip(N[i] @ light, 0, 1))*self._lip_shade(V)
     out[i, 1:4] *= np.maximum(lit*np.maximum(np.exp(-np.clip(behind - .008, 0, 1)/self.reach[i]), self.least[i]), self.least[i]*.98)[:, None]
-    out[:, 4] = self.face_mask*np.maximum(smoothstep(.12, .34, self._facing(V, N, camera)), self.opening)
+    out[:, 4] = self.face_mask*np.maximum(smoothstep(.12, .34, facing), self.opening)
     return out
 
 @patch_to(MeshAnimator)
@@ -892,11 +909,13 @@ def _render(self, V, A, jaw: float, size: int) -> np.ndarray:
     keep = np.empty(len(screen), np.float32)
     _stretched(screen, self.sheet_faces, 2**.5*self.step*size*s/self.size, keep)
     keep = self.beside @ (self.beside @ (self.beside @ keep))
-    _paint_sheet(cloth.face, cloth.bary, self.sheet_faces, self.sheet_source, self.flesh, self.alpha, keep, fine)   # no edge of a collar
     N = vertex_normals(V, self.faces)
+    facing = self._facing(V, N, camera)
+    keep[self.rim_points] *= self._rim_shown(facing)
+    _paint_sheet(cloth.face, cloth.bary, self.sheet_faces, self.sheet_source, self.flesh, self.alpha, keep, fine)   # no edge of a collar
     mesh_screen = camera.project(V) - offset
     mesh = rasterize(mesh_screen, self.faces, h, w)
-    _paint_mesh(mesh.face, mesh.bary, self.faces, self.kind, self.fixed, self._moving(V, N, camera), self.skin, self.lids, self.eyes, self.whites, self.lashes, self.alpha, fine)
+    _paint_mesh(mesh.face, mesh.bary, self.faces, self.kind, self.fixed, self._moving(V, N, camera, facing), self.skin, self.lids, self.eyes, self.whites, self.lashes, self.alpha, fine)
     if self.teeth_faces is not None: self._paint_teeth(V, camera, offset, mesh, fine)
     self._meet_lips(V, camera, offset, mesh, fine)
     _shrink(fine, s, int(lo[0]), int(lo[1]), self.cut(self.camera.resized(size, size).moved(A), jaw), out)
