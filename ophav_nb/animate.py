@@ -325,8 +325,15 @@ def _at(self, expression, joints, translation) -> tuple:
 
 @patch_to(MeshAnimator)
 def person_offset(self) -> np.ndarray:   # metres, float32 [V, 3]
-    "What the frames show beside the head model: the portrait's relief, its teeth, the track's correction (for `HeadModel.of_person`)."
-    return self.relief + self.correction
+    "What the frames show of skin and teeth beside the head model (for `HeadModel.of_person`). Lids and lips, which move against what they cover, stay the model's (measured)."
+    rest, faces = self.head.v_template.cpu().numpy(), self.head.faces
+    part = lambda *names: np.unique(faces[np.any([self._region(n) for n in names], 0)])
+    away = lambda *names: cKDTree(rest[v]).query(rest)[0] if len(v := part(*names)) else np.ones(len(rest))
+    skin = smoothstep(.004, .016, away('left_eyeball', 'right_eyeball'))*smoothstep(0, .012, away('lips', 'mouth_interior'))
+    out, teeth = (self.relief + self.correction)*skin[:, None].astype(np.float32), part('upper_teeth')
+    out[teeth] = 0
+    out[teeth, 1] = self.relief[teeth, 1]
+    return out
 
 @patch_to(MeshAnimator)
 def _region(self, name) -> np.ndarray:
