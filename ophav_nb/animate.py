@@ -582,7 +582,8 @@ def _setup_own_colours(self):
     twin = self.twin = self.skin_vertices[cKDTree(V[self.skin_vertices]).query(V*[-1, 1, 1])[1]]
     self.mirror, self.mirror_seen = P[twin], (w[twin]*smoothstep(.2, .8, w[twin])).astype(np.float32)
     below = (V[:, 1] < self._points(V, [14])[0, 1]) & ~self.scalp
-    self.shadow = (1 - .45*smoothstep(.15, .85, -vertex_normals(V, self.faces)[:, 1])*below*(1 - self.sure))[:, None].astype(np.float32)
+    under = smoothstep(.15, .85, -vertex_normals(V, self.faces)[:, 1])*below*(1 - self.sure)
+    self.shadow = (1 - np.outer(under, [.32, .42, .48])).astype(np.float32)     # skin in shadow is warm
     self.own = np.clip(self._spread(colour, self.sure*self._is_face()), 0, 1).astype(np.float32)*self.shadow      # light comes from above: under the chin there is little
     self.twin_light = self._spread(colour, w)[twin].sum(1)
     cheek = self.landmarks[[50, 280, 4, 205, 425, 151], :2]
