@@ -529,8 +529,7 @@ def view_compiled() -> bool|None:   # None: nothing can be kept
     "Whether numba's cache holds the kernel of views, the last that a run needs."
     cache, code = _view_kernel.stats.cache_path, _view_kernel.py_func.__code__
     if cache is None: return None
-    kept = [p for p in Path(cache).glob(f'*{code.co_name}-{code.co_firstlineno}.py*.nbi') if p.stat().st_mtime >= Path(code.co_filename).stat().st_mtime]
-    return len(kept) > 0
+    return any(Path(cache).glob(f'*{code.co_name}-{code.co_firstlineno}.py*.nbi'))
 
 def _packed(field, condition, appearance) -> _Networks:
     "The networks as the kernel takes them, with what the frame tells them."
