@@ -658,12 +658,13 @@ def _setup_sheet(self, step: int = 2):
 
 @patch_to(MeshAnimator)
 def _setup_rim(self):
-    "Where the sheet is the face's outline in the portrait (not hair's, not the neck's): which of its points, how much, and what they are bound to."
+    "Where the sheet is the outline of cheek and jaw in the portrait: which of its points, how much, and what they are bound to."
     ears, share = np.zeros(len(self.V0), np.float32), np.maximum(np.asarray(self.binding.sum(1)).ravel(), .05)
     ears[self.faces[self._region('left_ear') | self._region('right_ear')]] = 1
     part = lambda weight: self.binding @ np.asarray(weight, np.float32)/share
     bare = 1 - sample_bilinear(self.hairy[..., None], *self.sheet_source.T)[..., 0]
-    outline = (1 - smoothstep(.25, .6, part(self.facing0)))*smoothstep(0, .3, part(self._is_face()))*(1 - smoothstep(0, .3, part(ears)))*bare
+    low = 1 - smoothstep(-.01, .01, self.rest[:, 1] - self.joints3[3:, 1].mean())      # temples end in hair
+    outline = part(low)*(1 - smoothstep(.25, .6, part(self.facing0)))*smoothstep(0, .3, part(self._is_face()))*(1 - smoothstep(0, .3, part(ears)))*bare
     self.rim_points = np.flatnonzero(outline > .02)
     self.rim, self.rim_binding = outline[self.rim_points], sparse.diags(1/share[self.rim_points]) @ self.binding[self.rim_points]
 
