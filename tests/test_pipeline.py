@@ -1,4 +1,5 @@
 "The pipeline's parts that need no network: motions of a person, what an avatar has seen."
+from subprocess import TimeoutExpired
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import ophav_nb.pipeline as pipeline
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.motion import head_angles, scripted
-from ophav_nb.pipeline import PRESETS, add_motion, seen_motion
+from ophav_nb.pipeline import PRESETS, add_motion, compiling, seen_motion
 from ophav_nb.run import Run
 from ophav_nb.track import Track
 
@@ -67,3 +68,18 @@ def test_an_avatar_knows_the_film_it_was_trained_on(tmp_path):
     run.make("coarse", lambda folder: track_of(6, seed=3).save(folder / "track.npz"), params=dict(film="another"))
     track, motion = seen_motion(run)
     assert len(track) == len(motion) == 6 and motion is track.motion
+
+
+def test_kernels_are_waited_for_and_not_left_running(monkeypatch):
+    "The run waits for the process that compiles, not for ever, and ends it whatever happens."
+    said = []
+    class Process:
+        def wait(self, most): said.append('wait'); raise TimeoutExpired('compile', most)
+        def kill(self): said.append('kill')
+    monkeypatch.setattr(pipeline, 'compile_ahead', Process)
+    with pytest.raises(ZeroDivisionError), compiling() as ready:
+        ready()
+        raise ZeroDivisionError
+    assert said == ['wait', 'kill']
+    with compiling(False) as ready: ready()
+    assert said == ['wait', 'kill']
