@@ -170,7 +170,7 @@ def _paint_own_teeth(face, bary, faces, source, image, weight, inner, stay, mesh
 @kernel
 def _close_slits(mesh_face, kind, lip_of, x0, x1, y0, y1, left, right, thin, seam, out):
     "Lips that almost meet do meet: a gap of the mouth thinner than `thin` becomes the dark line between two lips. Where they touch, the line is drawn as far as `seam` says, between the mouth's corners."
-    fade, reach = np.float32(.08)*(right - left), int(1.5*thin) + 1
+    fade, reach = np.float32(.08)*(right - left) + np.float32(1e-3), int(1.5*thin) + 1
     for x in range(x0, x1):
         line = np.float32(.36)*seam*min(max(min(x - left, right - x)/fade, np.float32(0)), np.float32(1))
         for y in range(y0, y1 - 1 if line > 0 else y0):
