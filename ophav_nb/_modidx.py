@@ -45,6 +45,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._paint_teeth': ( 'animate.html#meshanimator._paint_teeth',
                                                                                   'ophav_nb/animate.py'),
+                                  'ophav_nb.animate.MeshAnimator._part': ('animate.html#meshanimator._part', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._points': ('animate.html#meshanimator._points', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._press_ears': ( 'animate.html#meshanimator._press_ears',
                                                                                  'ophav_nb/animate.py'),

@@ -22,7 +22,7 @@ from scipy.spatial import cKDTree
 from .detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, LID_PAIRS, OUTER_LIPS, OVAL, detect_like
 from .geometry import axis_angle_to_matrix, interpolate, kernel, pixel_centres, push_pull, rasterize, sample_bilinear, smoothstep, spread_over, vertex_normals
 from .head import HeadModel, Motion, hair_thickness
-from .layers import EYES, NeckCut, bleed, blurred, closed_lids, crisp, depth_shell, head_alpha, parted, polygon_mask, pose_of, visible_teeth, warmth, whole_eyes, without_mouth
+from .layers import CHEEKS, EYES, NeckCut, bleed, blurred, closed_lids, crisp, depth_shell, head_alpha, parted, polygon_mask, pose_of, visible_teeth, warmth, whole_eyes, without_mouth
 from .media import on_background, resize, to_float, to_uint8
 from .run import InputError, patch_to, progress
 from .track import closing, constant_offset, refit
@@ -280,7 +280,7 @@ def vertices(self,
 @patch_to(MeshAnimator)
 def _lift_tongue(self, V, jaw, share: float = .3) -> np.ndarray:
     "A tongue does not lie on the floor of an opened mouth: it gives back a share of the jaw's turn (in place), so that it is seen behind the lower teeth."
-    tongue = np.unique(self.head.faces[self._region('tongue')])
+    tongue = self._part('tongue')
     if len(tongue):
         joint, back = self.joints3[2].astype(np.float32), axis_angle_to_matrix(-share*np.asarray(jaw, np.float64)).astype(np.float32)
         V[:, tongue] = (V[:, tongue] - joint) @ np.swapaxes(back, -1, -2) + joint
@@ -289,7 +289,7 @@ def _lift_tongue(self, V, jaw, share: float = .3) -> np.ndarray:
 @patch_to(MeshAnimator)
 def _tuck_teeth(self, V, most: float = .005) -> np.ndarray:
     "Lower teeth stand behind the lower lip (in place): where it bares more of them than `most` metres, it would bare gums."
-    teeth = np.unique(self.head.faces[self._region('lower_teeth')])
+    teeth = self._part('lower_teeth')
     if len(teeth):
         for v in V: v[teeth, 1] -= max(v[teeth, 1].max() - self._points(v, [14])[0, 1] - most, 0)
     return V
@@ -307,7 +307,7 @@ def _seat_teeth(self, V, most: float = .008) -> None:
     both = (here >= 0) & (there >= 0)
     if both.sum() < 4: return
     metre = self.camera0.focal/np.median(seen.depth[seen.mask])
-    self.relief[np.unique(f), 1] -= np.clip(np.median((there - here)[both])/metre, 0, most)
+    self.relief[self._part('upper_teeth'), 1] -= np.clip(np.median((there - here)[both])/metre, 0, most)
 
 @patch_to(MeshAnimator)
 def _transform(self, joints, translation) -> np.ndarray:
@@ -326,11 +326,10 @@ def _at(self, expression, joints, translation) -> tuple:
 @patch_to(MeshAnimator)
 def person_offset(self) -> np.ndarray:   # metres, float32 [V, 3]
     "What the frames show of skin and teeth beside the head model (for `HeadModel.of_person`). Lids and lips, which move against what they cover, stay the model's (measured)."
-    rest, faces = self.head.v_template.cpu().numpy(), self.head.faces
-    part = lambda *names: np.unique(faces[np.any([self._region(n) for n in names], 0)])
-    away = lambda *names: cKDTree(rest[v]).query(rest)[0] if len(v := part(*names)) else np.ones(len(rest))
+    rest = self.head.v_template.cpu().numpy()
+    away = lambda *names: cKDTree(rest[v]).query(rest)[0] if len(v := self._part(*names)) else np.ones(len(rest))
     skin = smoothstep(.004, .016, away('left_eyeball', 'right_eyeball'))*smoothstep(0, .012, away('lips', 'mouth_interior'))
-    out, teeth = (self.relief + self.correction)*skin[:, None].astype(np.float32), part('upper_teeth')
+    out, teeth = (self.relief + self.correction)*skin[:, None].astype(np.float32), self._part('upper_teeth')
     out[teeth] = 0
     out[teeth, 1] = self.relief[teeth, 1]
     return out
@@ -339,6 +338,11 @@ def person_offset(self) -> np.ndarray:   # metres, float32 [V, 3]
 def _region(self, name) -> np.ndarray:
     "Triangles of a region, or none."
     return np.asarray(self.head.regions.get(name, np.zeros(len(self.head.faces), bool)))
+
+@patch_to(MeshAnimator)
+def _part(self, *names) -> np.ndarray:
+    "Vertices of regions, or none."
+    return np.unique(self.head.faces[np.any([self._region(n) for n in names], 0)])
 
 @patch_to(MeshAnimator)
 def _points(self, V, index) -> np.ndarray:
@@ -371,7 +375,7 @@ def _setup_mesh(self):
     self.kind[self._region('upper_teeth') | self._region('lower_teeth')] = _TEETH
     self.eye_vertices = np.zeros(len(self.V0), bool)
     self.eye_vertices[f[self.kind == _EYE]] = True
-    self.balls = {side: np.unique(f[self._region(eye['ball'])]) for side, eye in EYES.items()}
+    self.balls = {side: self._part(eye['ball']) for side, eye in EYES.items()}
     P = self.P0 = self.camera0.project(self.V0.astype(np.float64))
     h, w = self.image.shape[:2]
     self.raster0 = rasterize(P, f, h, w)
@@ -586,7 +590,7 @@ def _setup_own_colours(self):
     self.shadow = (1 - np.outer(under, [.32, .42, .48])).astype(np.float32)     # skin in shadow is warm
     self.own = np.clip(self._spread(colour, self.sure*self._is_face()), 0, 1).astype(np.float32)*self.shadow      # light comes from above: under the chin there is little
     self.twin_light = self._spread(colour, w)[twin].sum(1)
-    cheek = self.landmarks[[50, 280, 4, 205, 425, 151], :2]
+    cheek = self.landmarks[CHEEKS, :2]
     self.skin_colour = np.median(sample_bilinear(self.skin, cheek[:, 0], cheek[:, 1]), axis=0)
 
 @patch_to(MeshAnimator)
@@ -660,7 +664,7 @@ def _setup_sheet(self, step: int = 2):
 def _setup_rim(self):
     "Where the sheet is the outline of cheek and jaw in the portrait: which of its points, how much, and what they are bound to."
     ears, share = np.zeros(len(self.V0), np.float32), np.maximum(np.asarray(self.binding.sum(1)).ravel(), .05)
-    ears[self.faces[self._region('left_ear') | self._region('right_ear')]] = 1
+    ears[self._part('left_ear', 'right_ear')] = 1
     part = lambda weight: self.binding @ np.asarray(weight, np.float32)/share
     bare = 1 - sample_bilinear(self.hairy[..., None], *self.sheet_source.T)[..., 0]
     low = 1 - smoothstep(-.01, .01, self.rest[:, 1] - self.joints3[3:, 1].mean())      # temples end in hair
@@ -837,19 +841,20 @@ def _setup_inside(self):
     self.least[self.faces[self.kind == _TEETH]] = .85
     self.reach = np.full(len(base), .024, np.float32)    # metres into the mouth to a third of the light
     self.reach[self.faces[self._region('tongue')]] = .026
-    self.least -= (.5*smoothstep(2.5, 5, np.abs(self._teeth_numbers()))).astype(np.float32)     # back teeth stand in the dark
-    lower = np.unique(self.faces[self._region('lower_teeth')])
+    numbers = self._teeth_numbers()
+    self.least -= (.5*smoothstep(2.5, 5, np.abs(numbers))).astype(np.float32)                   # back teeth stand in the dark
+    lower = self._part('lower_teeth')
     if len(lower):                                       # and lower ones in the lip's, the more the nearer to their gums
         depth = self.rest[lower, 1].max() - self.rest[lower, 1]
         self.least[lower] *= 1 - .35*smoothstep(0, .004, depth)
         self.base[lower] *= (1 - .5*smoothstep(.002, .007, depth))[:, None]
-        back = .75*smoothstep(2, 4.5, np.abs(self._teeth_numbers()[lower]))[:, None]            # molars are lost in the dark beside the tongue
+        back = .75*smoothstep(2, 4.5, np.abs(numbers[lower]))[:, None]            # molars are lost in the dark beside the tongue
         self.base[lower] += (back*(2*self.cavity_colour - self.base[lower])).astype(np.float32)
     self.front_teeth = self.least > .4
     self.least[self.faces[self._region('mouth_interior')]] = .5                                 # flesh: dark red, not black
     self.seen[self.inside] = 0
     self.seen[self.eye_vertices] = 1
-    self.fixed = np.concatenate([self.T0, self.P_shut[:, :2], self.seen[:, None], self._teeth_numbers()[:, None],
+    self.fixed = np.concatenate([self.T0, self.P_shut[:, :2], self.seen[:, None], numbers[:, None],
                                  self.mirror, self.mirror_seen[:, None], self.twin_light[:, None]], 1).astype(np.float32)
     self.fixed[self.inside, 8] = 0
 
@@ -858,7 +863,7 @@ def _teeth_numbers(self) -> np.ndarray:
     "Where a vertex of the teeth stands along its row, in teeth from the middle."
     out = np.zeros(len(self.rest), np.float32)
     for name, wide in (('upper_teeth', .0078), ('lower_teeth', .0058)):
-        v = np.unique(self.faces[self._region(name)])
+        v = self._part(name)
         if len(v) == 0: continue
         p = self.rest[v]
         radius = .5*np.ptp(p[:, 0])
