@@ -89,7 +89,7 @@ _SKIN, _EYE, _MOUTH, _TEETH = 0, 1, 2, 3
 
 @kernel(parallel=True)
 def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, whites, lashes, alpha, out):
-    "The face over the sheet. fixed: place (2), place with lids shut (2), seen, tooth, twin's place (2), seen there, its light (negative: hair, whose colours are taken); moving: weight of lids, own colour (3), opacity (of an eye: of its whites, light, place under the lid (2))."
+    "The face over the sheet. fixed: place (2), place with lids shut (2), seen, tooth, twin's place (2), seen there, its light, how much its very colours are taken (hair, an ear), light here relative to there; moving: weight of lids, own colour (3), opacity (of an eye: of its whites, light, place under the lid (2))."
     h, w = face.shape
     for y in prange(h):
         for x in range(w):
@@ -117,13 +117,14 @@ def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, whites
                 seen = a*fixed[p, 4] + b*fixed[q, 4] + c*fixed[r, 4]
                 cr, cg, cb = own_r, own_g, own_b
                 twin = a*fixed[p, 8] + b*fixed[q, 8] + c*fixed[r, 8]
-                if seen < 1 and twin > 0:
+                copied = a*fixed[p, 10] + b*fixed[q, 10] + c*fixed[r, 10]
+                if seen < 1 and twin + copied > 0:
                     kr, kg, kb = _look(skin, a*fixed[p, 6] + b*fixed[q, 6] + c*fixed[r, 6], a*fixed[p, 7] + b*fixed[q, 7] + c*fixed[r, 7])
                     light = a*fixed[p, 9] + b*fixed[q, 9] + c*fixed[r, 9]
-                    if light < 0: cr, cg, cb = cr + twin*(kr - cr), cg + twin*(kg - cg), cb + twin*(kb - cb)      # hair, as it is
-                    else:
-                        light = 1 + twin*(min(max((kr + kg + kb)/max(light, np.float32(.05)), np.float32(.6)), np.float32(1.35)) - 1)
-                        cr, cg, cb = cr*light, cg*light, cb*light
+                    light = 1 + twin*(min(max((kr + kg + kb)/max(light, np.float32(.05)), np.float32(.6)), np.float32(1.35)) - 1)
+                    cr, cg, cb = cr*light, cg*light, cb*light
+                    light = a*fixed[p, 11] + b*fixed[q, 11] + c*fixed[r, 11]
+                    cr, cg, cb = cr + copied*(kr*light - cr), cg + copied*(kg*light - cg), cb + copied*(kb*light - cb)
                 if seen > 0:
                     kr, kg, kb = _look(skin, sx, sy)
                     shut = a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0]
@@ -478,6 +479,7 @@ def _bare_neck(self) -> np.ndarray:
     px = h/512
     core = rasterize(self.P0, self.faces[~self._region('neck')], h, w).mask
     area = ~ndi.binary_dilation(core, iterations=max(1, int(px))) & (np.arange(h)[:, None] > self.landmarks[[61, 291], 1].mean())
+    if not area.any(): raise InputError('the picture ends above the chin; use one that shows the whole face, and best the shoulders, too')
     far, light = self.unlike, self.light
     beside = ~ndi.binary_dilation(rasterize(self.P0, self.faces[self.kind == _SKIN], h, w).mask, iterations=int(4*px))
     cloth = np.maximum(smoothstep(3.5, 6, far + 2*beside), 1 - smoothstep(.18, .34, light))
@@ -589,9 +591,40 @@ def _setup_own_colours(self):
     under = smoothstep(.15, .85, -vertex_normals(V, self.faces)[:, 1])*below*(1 - self.sure)
     self.shadow = (1 - np.outer(under, [.32, .42, .48])).astype(np.float32)     # skin in shadow is warm
     self.own = np.clip(self._spread(colour, self.sure*self._is_face()), 0, 1).astype(np.float32)*self.shadow      # light comes from above: under the chin there is little
+    over, beyond = (at(a, P) for a in self._covers())
+    away = np.where(V[:, 0] > 0, *(self._turned_away(side) for side in ('left', 'right')))*smoothstep(.03, .045, np.abs(V[:, 0]))
+    over = (smoothstep(.5, .9, over[:, 0])*(1 - self.seen)*away*self._is_face())[:, None]
+    self.own += over*(beyond - self.own)
+    self.mirror_seen *= 1 - over[:, 0]
     self.twin_light = self._spread(colour, w)[twin].sum(1)
+    light = self.own.mean(1)
+    self.relit = np.clip(light/np.maximum(light[twin], .02), .5, 1.8)
     cheek = self.landmarks[CHEEKS, :2]
     self.skin_colour = np.median(sample_bilinear(self.skin, cheek[:, 0], cheek[:, 1]), axis=0)
+
+@patch_to(MeshAnimator)
+def _ear_in_view(self, side) -> np.ndarray:
+    "The portrait's pixels where the mesh shows an ear, bool [H, W]."
+    return (self.raster0.face >= 0) & self._region(f'{side}_ear')[np.maximum(self.raster0.face, 0)]
+
+@patch_to(MeshAnimator)
+def _turned_away(self, side) -> float:
+    "1 where the portrait is turned so far that this side's ear is hidden behind the face, 0 where both are in view."
+    mine, other = (self._ear_in_view(s).sum() for s in (side, 'right' if side == 'left' else 'left'))
+    return 1 - smoothstep(.1, .4, mine/max(other, 1))
+
+@patch_to(MeshAnimator)
+def _covers(self, reach: float = .08) -> tuple:
+    "Where hair, veil or hood goes on beyond the head's outline it also covers the side behind that outline: how much, [H, W, 1], and its colour, [H, W, 3]."
+    px = self.size/512
+    core = ndi.binary_dilation(self.raster0.mask, iterations=max(1, int(3*px)))
+    hair = (self.matte > .9) & (self.cloth < .1) & ((self.unlike > 3.5) | (self.light < .35))
+    away, (i, j) = ndi.distance_transform_edt(core, return_indices=True)
+    covered = ndi.gaussian_filter((hair[i, j] & (away < reach*self.size)).astype(np.float32), 2*px)
+    inner = ndi.binary_erosion(hair & ~core, iterations=max(1, int(3*px)))          # the matte's rim holds something of the background
+    if not inner.any(): return 0*covered[..., None], self.spread
+    i, j = ndi.distance_transform_edt(~inner, return_distances=False, return_indices=True)
+    return covered[..., None], blurred(self.spread[i, j], 2*px)
 
 @patch_to(MeshAnimator)
 def _is_face(self) -> np.ndarray:
@@ -679,16 +712,20 @@ def _rim_shown(self, facing) -> np.ndarray:
 
 @patch_to(MeshAnimator)
 def _press_ears(self, least: float = .5):
-    "Under the sheet, which carries them, there are no ears: the hair's hull goes on smoothly. Which of them does the portrait show (enough pixels look like skin)? Hair over an ear does not stick out with it."
-    self.ears_shown = np.ones(len(self.V0), bool)
+    "Under the sheet, which carries them, there are no ears: the hair's hull goes on smoothly. Which of them does the portrait show (enough pixels look like skin)? Hair over an ear does not stick out with it. One that is turned away while the other is shown stands as that does, in its colours."
+    self.ears_shown, self.ears_copied = np.ones(len(self.V0), bool), np.zeros(len(self.V0), np.float32)
     skin = (self.unlike < 3.5) & (self.light > .35) & (self.matte > .9)
-    for side in ('left_ear', 'right_ear'):
-        ear, others = self._region(side), np.ones(len(self.V0), bool)
-        if not ear.any(): continue
-        others[self.faces[ear]] = False
-        self.hair[~others] = (spread_over(self.faces[self.kind == _SKIN], self.V0 + self.hair, others*1.) - self.V0)[~others]
-        on = (self.raster0.face >= 0) & ear[np.maximum(self.raster0.face, 0)]
-        self.ears_shown[~others] = on.any() and skin[on].mean() > least
+    for side in ('left', 'right'):
+        mine, others = self._part(f'{side}_ear'), np.ones(len(self.V0), bool)
+        if not len(mine): continue
+        others[mine] = False
+        self.hair[mine] = (spread_over(self.faces[self.kind == _SKIN], self.V0 + self.hair, others*1.) - self.V0)[mine]
+        on = self._ear_in_view(side)
+        self.ears_shown[mine] = on.any() and skin[on].mean() > least
+    for side, other in (('left', 'right'), ('right', 'left')):
+        mine = self._part(f'{side}_ear')
+        if len(mine) and self._turned_away(side) > .5 and not self.ears_shown[mine].any() and self.ears_shown[self._part(f'{other}_ear')].all():
+            self.hair[mine], self.ears_copied[mine] = 0, self.mirror_seen[mine]
 
 # %% ../nbs/08_animate.ipynb #g7c
 @patch_to(MeshAnimator)
@@ -711,16 +748,37 @@ def _setup_back(self):
     self.back[:, 1:4] = np.clip(self._spread(hair, covered)*hairy + np.where(self._is_face()[:, None], self.own, self._spread(skin, bare)*self.shadow)*(1 - hairy), 0, 1)
     level = self.rest[:, 1] - self.joints3[3, 1]                                 # above the eyes, metres
     self.behind = self.fixed.copy()
+    self.behind[:, 10] = self.ears_copied
     self.behind[scalp] = 0                                                       # beyond its edge the hair goes on as it came: mirrored
     self.behind[scalp, :2], self.behind[scalp, 4] = Q[scalp, :2], smoothstep(.5, .9, at(self.hairy, Q))[scalp]
     twin = self.twin[scalp]                                                      # and where a side shows none: the other side's
-    self.behind[scalp, 6:8], self.behind[scalp, 8], self.behind[scalp, 9] = Q[twin, :2], (covered*smoothstep(.5, .9, at(self.hairy, Q)))[twin], -1
+    self.behind[scalp, 6:8], self.behind[scalp, 10], self.behind[scalp, 11] = Q[twin, :2], (covered*smoothstep(.5, .9, at(self.hairy, Q)))[twin], 1
     upper = smoothstep(.5, .9, attached)*np.where(scalp, smoothstep(-.10, -.02, level), smoothstep(-.045, -.02, level))
     self.back[:, 4] = np.where(scalp, 1, smoothstep(.4, .9, at(solid, Q)))*np.maximum(upper, below)
     self.neck = self.back.copy()
     self.neck[:, 4] = smoothstep(.4, .9, at(solid, Q))*(1 - smoothstep(-.05, -.02, level))
-    self.attached = attached.astype(np.float32)
     self.full = np.ones((2, 2), np.float32)
+    edges = np.sort(np.stack([self.back_faces, np.roll(self.back_faces, -1, 1)], -1), -1)                  # of each triangle: from its first corner on
+    self.back_edges, half = np.unique(edges.reshape(-1, 2), axis=0, return_inverse=True)
+    half, (a, b, c) = n + half.reshape(-1, 3), self.back_faces.T
+    ab, bc, ca = half.T
+    self.fine_faces = np.concatenate([np.stack(t, 1) for t in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))]).astype(np.int32)
+    k = np.tile(np.arange(len(self.back_edges)), 2)
+    at_corner = sparse.csr_matrix((np.ones(len(k), np.float32), (self.back_edges.T.ravel(), k)), shape=(n, len(self.back_edges)))
+    self.half_in = (sparse.diags(.5/np.maximum(np.asarray(at_corner.sum(1)).ravel(), 1)) @ at_corner).astype(np.float32)
+    halved = lambda x: np.concatenate([x, x[self.back_edges].mean(1)]).astype(np.float32)
+    self.behind, self.back, self.neck, self.attached = halved(self.behind), halved(self.back), halved(self.neck), halved(attached)
+
+@patch_to(MeshAnimator)
+def _hull(self, V) -> np.ndarray:
+    "Skin and the outside of the hair, each triangle cut in four; on the scalp the new points lie on the arc that the normals tell, or one would see corners in the outline, [V + E, 3]."
+    H = V + self.hair
+    (i, j), N = self.back_edges.T, vertex_normals(H, self.back_faces)
+    d, both = H[j] - H[i], .125*(self.scalp[i] & self.scalp[j])[:, None].astype(np.float32)
+    bulge = (d*N[j]).sum(1, keepdims=True)*N[j] - (d*N[i]).sum(1, keepdims=True)*N[i]
+    bulge *= both
+    H = H - self.half_in @ bulge                                               # as thick as before on the whole
+    return np.concatenate([H, .5*(H[i] + H[j]) + bulge])
 
 @patch_to(MeshAnimator)
 def _slimmer(self, solid, which) -> np.ndarray:
@@ -754,8 +812,9 @@ def _setup_body(self):
     neck = ndi.gaussian_filter(ndi.binary_dilation(neck, iterations=max(1, int(7*px))).astype(np.float32), 2*px)
     still = np.maximum(ndi.gaussian_filter(self.cloth, .7*px), (1 - smoothstep(.002, .03, self.following))*(1 - neck))
     covered = ndi.maximum_filter(self.cloth, 2*int(5*px) + 1) > .1
-    piece = ndi.binary_dilation(ndi.binary_erosion(covered, iterations=int(12*px)), iterations=int(18*px))       # specks are no clothes
-    self.flesh_alpha = (self.person*np.where(covered, np.where(piece, neck, 1)*np.clip(2 - self.bare_away/reach, 0, 1), 1)).astype(np.float32)
+    under = np.where(covered, np.clip(2 - self.bare_away/reach, 0, 1), 1)
+    self.flesh_alpha = (self.person*(1 - neck*(1 - under))).astype(np.float32)
+    self.dressed = (self.skin + neck[..., None]*(self.flesh - self.skin)).astype(np.float32)     # beside the neck cloth goes on under cloth
     self.clothes = np.concatenate([bleed(self.spread, still, .97, max(1, int(2*px))), (self.person*still)[..., None]], -1).astype(np.float32)
 
 @patch_to(MeshAnimator)
@@ -766,7 +825,7 @@ def _following(self) -> np.ndarray:
     inside = self.cut.reserve(self.camera0, float(self.source[1][2, 0]))
     neck = rasterize(self.P0, self.faces[self._region('neck') & (self.kind == _SKIN)], h, w).mask
     soft = ndi.gaussian_filter((ndi.binary_dilation(neck, iterations=int(.08*unit)) | self.hanging).astype(np.float32), .08*unit)
-    out = smoothstep(-1.1*unit, 0, inside)*soft + smoothstep(-.15*unit, 0, inside)*(1 - soft)
+    out = smoothstep(-1.1*unit, 0, inside)*soft + smoothstep(-.5*unit, 0, inside)*(1 - soft)
     out *= smoothstep(0, .12*h, h - 1 - np.arange(h))[:, None]
     low = self.landmarks[152, 1] + 1.5*unit
     out *= 1 - smoothstep(0, .8*unit, np.arange(h) - low)[:, None]
@@ -855,7 +914,7 @@ def _setup_inside(self):
     self.seen[self.inside] = 0
     self.seen[self.eye_vertices] = 1
     self.fixed = np.concatenate([self.T0, self.P_shut[:, :2], self.seen[:, None], numbers[:, None],
-                                 self.mirror, self.mirror_seen[:, None], self.twin_light[:, None]], 1).astype(np.float32)
+                                 self.mirror, self.mirror_seen[:, None], self.twin_light[:, None], np.zeros((len(base), 1)), self.relit[:, None]], 1).astype(np.float32)
     self.fixed[self.inside, 8] = 0
 
 @patch_to(MeshAnimator)
@@ -938,8 +997,8 @@ def _render(self, V, A, jaw: float, size: int) -> np.ndarray:
 @patch_to(MeshAnimator)
 def _paint_back(self, V, camera, offset, fine):
     "Under all: the sides and back of the head that the portrait does not show, as far out as its hair."
-    r = rasterize(camera.project(V + self.hair) - offset, self.back_faces, *fine.shape[:2])
-    _paint_mesh(r.face, r.bary, self.back_faces, np.zeros(len(self.back_faces), np.int8), self.behind, self.back, *[self.skin]*5, self.full, fine)
+    r = rasterize(camera.project(self._hull(V)) - offset, self.fine_faces, *fine.shape[:2])
+    _paint_mesh(r.face, r.bary, self.fine_faces, np.zeros(len(self.fine_faces), np.int8), self.behind, self.back, *[self.skin]*5, self.full, fine)
 
 @patch_to(MeshAnimator)
 def _paint_teeth(self, V, camera, offset, mesh, fine):
@@ -1044,7 +1103,7 @@ def _body(self, V, A, size: int) -> np.ndarray:
     r = rasterize(moved*w + still*(1 - w), self.body_faces, size*s, size*s)
     fine = np.zeros((size*s, size*s, 4), np.float32)
     self._paint_neck(V, camera, A, fine)
-    _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.flesh, self.flesh_alpha, np.ones(len(moved), np.float32), fine)
+    _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.dressed, self.flesh_alpha, np.ones(len(moved), np.float32), fine)
     out = np.zeros((size, size, 4), np.float32)
     _shrink(fine, s, 0, 0, np.ones((size, size), np.float32), out)
     return out
@@ -1052,10 +1111,10 @@ def _body(self, V, A, size: int) -> np.ndarray:
 @patch_to(MeshAnimator)
 def _paint_neck(self, V, camera, A, fine):
     "Under the body: a neck that goes up behind the jaw, its upper end turning with the head."
-    moved, still = camera.moved(A).project(V + self.hair), camera.moved(self.A0).project(self.V0 + self.hair)
+    moved, still = camera.moved(A).project(self._hull(V)), camera.moved(self.A0).project(self._hull(self.V0))
     w = self.attached[:, None]
-    r = rasterize(moved*w + still*(1 - w), self.back_faces, *fine.shape[:2])
-    _paint_mesh(r.face, r.bary, self.back_faces, np.zeros(len(self.back_faces), np.int8), self.behind, self.neck, *[self.skin]*5, self.full, fine)
+    r = rasterize(moved*w + still*(1 - w), self.fine_faces, *fine.shape[:2])
+    _paint_mesh(r.face, r.bary, self.fine_faces, np.zeros(len(self.fine_faces), np.int8), self.behind, self.neck, *[self.skin]*5, self.full, fine)
 
 @patch_to(MeshAnimator)
 def composite(self,
@@ -1065,6 +1124,7 @@ def composite(self,
     translation=None,  # [3]
 ) -> np.ndarray:       # float32 [H, W, 3]
     "The head over the portrait's own body and background."
+    if (joints is None) != (translation is None) or joints is None and expression is not None: raise ValueError('give joints and translation together (and the expression, if it is not the portrait\'s), or none of them')
     if joints is not None:
         expression = self.source[0] if expression is None else expression
         self._state = self._at(expression, joints, translation)

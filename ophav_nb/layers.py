@@ -16,11 +16,13 @@ from scipy import ndimage as ndi
 from scipy import sparse
 from scipy.sparse.linalg import spsolve
 from skimage.draw import polygon as fill_polygon
+from skimage.draw import polygon_perimeter as outline_polygon
 
 # %% ../nbs/07b_layers.ipynb #c004
 from .detect import INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, OUTER_LIPS
 from .geometry import Camera, push_pull, rasterize, sample_bilinear, smoothstep
 from .head import HeadModel
+from .run import InputError
 
 # %% ../nbs/07b_layers.ipynb #c005
 # of each eye, the subject's left first: the opening's outline (upper lid from the outer to the inner corner, then the lower one), the iris'
@@ -57,7 +59,13 @@ def polygon_mask(
     x1, y1 = np.clip(np.ceil(points.max(0)).astype(int) + margin, 0, [width, height])
     if x1 <= x0 or y1 <= y0: return out
     mask = np.zeros(((y1 - y0)*fine, (x1 - x0)*fine), bool)
-    mask[fill_polygon((points[:, 1] - y0)*fine - .5, (points[:, 0] - x0)*fine - .5, mask.shape)] = True
+    at = (points[:, 1] - y0)*fine - .5, (points[:, 0] - x0)*fine - .5
+    mask[fill_polygon(*at, mask.shape)] = True
+    if grow > 0:
+        line = np.zeros_like(mask)
+        line[outline_polygon(*np.round(at).astype(int), shape=mask.shape)] = True
+        if mask.sum() < 2*line.sum(): mask |= line                            # a shut eye has hardly an inside, but something grows from it
+    if not mask.any(): return out
     if grow > 0: mask = ndi.distance_transform_edt(~mask) <= grow*fine
     if grow < 0: mask = ndi.distance_transform_edt(mask) > -grow*fine
     out[y0:y1, x0:x1] = mask.reshape(y1 - y0, fine, x1 - x0, fine).mean((1, 3), dtype=np.float32)
@@ -221,6 +229,7 @@ def draw_curve(
     x, y, r = (np.interp(s, k, np.asarray(a, np.float64)) for a in (points[:, 0], points[:, 1], np.asarray(thick)/2))
     x0, y0 = int(max(0, x.min() - 6)), int(max(0, y.min() - 6))
     x1, y1 = int(min(width, x.max() + 7)), int(min(height, y.max() + 7))
+    if x1 <= x0 or y1 <= y0: return np.zeros((height, width), np.float32)
     gy, gx = np.mgrid[y0:y1, x0:x1] + .5
     d = np.sqrt((gx[..., None] - x)**2 + (gy[..., None] - y)**2) - r
     out = np.zeros((height, width), np.float32)
@@ -363,6 +372,7 @@ def depth_shell(
     bulge = inflate(inside, small(person) > .4)*step
     mesh = small(depth)
     trusted = (mesh > 0) & inside
+    if not trusted.any(): raise InputError('the person that was cut out of this picture is not where the head is; use one in which the head stands out from what is behind it')
     metres = np.median(mesh[trusted])/focal
     top = bulge.max()
     bulge = top*(bulge/max(top, 1e-6))**(1/roundness)*metres

@@ -7,10 +7,11 @@ import pytest
 
 import ophav_nb  # noqa: F401  (before torch: it decides about threads)
 import torch
+from scipy import ndimage as ndi
 from ophav_nb.animate import MeshAnimator, VideoAnimator, as_driven, make_animator
 from ophav_nb.dataset import HeadDataset
 from ophav_nb.detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, OUTER_LIPS
-from ophav_nb.layers import EYES, NeckCut, bleed, head_alpha, inflate, parted, polygon_mask, visible_teeth, whole_eyes, without_mouth
+from ophav_nb.layers import EYES, NeckCut, bleed, draw_curve, head_alpha, inflate, parted, polygon_mask, visible_teeth, whole_eyes, without_mouth
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.run import InputError
@@ -38,6 +39,13 @@ def head(): return HeadModel.load()
 
 def test_no_person_cut_out(head, portrait):
     with pytest.raises(InputError, match='nothing of a person'): MeshAnimator(*portrait[:2], head, portrait[2]*0)
+    with pytest.raises(InputError, match='not where the head is'): MeshAnimator(*portrait[:2], head, portrait[2]*.3)
+
+
+def test_no_chin(head, portrait):
+    image, track, matte = portrait
+    low = replace(track, landmarks=track.landmarks + np.float32([0, SIZE, 0]))
+    with pytest.raises(InputError, match='ends above the chin'): MeshAnimator(image, low, head, matte)
 
 
 @pytest.fixture(scope='module')
@@ -269,6 +277,56 @@ def test_body_stays(animator, portrait, head):
     assert low.mean() < .1
 
 
+def test_a_pose_is_whole_or_none(animator, portrait, head):
+    e, j, t = state(portrait[1], head)
+    rgba = animator.frame(e, j, t)
+    with pytest.raises(ValueError, match='together'): animator.composite(rgba, joints=j)
+    with pytest.raises(ValueError, match='together'): animator.composite(rgba, expression=e)
+
+
+def turned_portrait(head, yaw, hood=False):
+    "A head that looks to one side, with a dark hood around it or without."
+    camera, shape, motion = facing_camera(1.6*SIZE, SIZE, SIZE), np.zeros(head.n_shape, np.float32), Motion.still(1, head.n_expression)
+    motion.translation[:], motion.joints[0, 0, 1] = [0, -.02, -.6], np.radians(yaw)
+    image, matte, landmarks = drawn(head, shape, motion, camera)
+    if hood:
+        wide = ndi.binary_dilation(matte > .5, iterations=16)
+        image[wide & (matte < .5)], matte = [40, 20, 12], wide.astype(np.float32)
+    return MeshAnimator(image, Track(motion, shape, camera, landmarks[None], np.zeros(1), np.ones(1, bool)), head, matte, supersample=1)
+
+
+def test_a_hood_covers_the_side_turned_away(head):
+    side = lambda an, sign: an.own[an._is_face() & (an.seen < .1) & (sign*an.V0[:, 0] > .05) & (an.V0[:, 1] > an.joints3[3, 1] - .03)].mean()
+    bare, hood = turned_portrait(head, -25), turned_portrait(head, -25, hood=True)
+    away = -1 if bare._turned_away('right') > .5 else 1
+    assert side(hood, away) < .6*side(bare, away)
+    assert side(hood, -away) > .8*side(bare, -away)                    # what is in view is not covered
+    front = turned_portrait(head, 0, hood=True)
+    assert front._turned_away('left') == front._turned_away('right') == 0
+
+
+def test_a_hidden_ear_is_like_the_other(head):
+    for yaw, hidden, shown in ((-30, 'right', 'left'), (30, 'left', 'right')):
+        an = turned_portrait(head, yaw)
+        if an._turned_away(hidden) < .5: hidden, shown = shown, hidden
+        ear, other = an._part(f'{hidden}_ear'), an._part(f'{shown}_ear')
+        assert an.ears_shown[other].all() and not an.ears_shown[ear].any()
+        assert not an.hair[ear, 1:].any() and an.hair[other, 1:].any()               # stands; under the sheet, which carries the other, that is pressed flat
+        assert an.ears_copied[ear].mean() > .3 and not an.ears_copied[other].any()
+
+
+def test_the_hull_has_no_corners(animator):
+    hull, n = animator._hull(animator.V0), len(animator.V0)
+    i, j = animator.back_edges.T
+    flat = animator.V0 + animator.hair
+    assert np.abs(hull[n:] - .5*(hull[i] + hull[j])).max() > .0005     # arcs on the scalp
+    rim = animator.scalp[i] & animator.scalp[j]
+    away = lambda p: np.linalg.norm(p - flat[animator.scalp].mean(0), axis=-1).mean()
+    assert abs(away(np.concatenate([hull[:n][animator.scalp], hull[n:][rim]])) - away(np.concatenate([flat[animator.scalp], .5*(flat[i] + flat[j])[rim]]))) < 2e-4
+    skin = ~animator.scalp[i] & ~animator.scalp[j]
+    assert np.allclose(hull[n:][skin], .5*(flat[i] + flat[j])[skin], atol=1e-6)
+
+
 def test_a_film_takes_the_place(portrait, head):
     image, track, matte = portrait
     track = SimpleNamespace(**{**vars(track), 'motion': Motion.concat([track.motion]*2)})
@@ -288,6 +346,9 @@ def test_tools():
     mask = polygon_mask(np.array([[10, 10], [30, 10], [30, 20], [10, 20.]]), 40, 50)
     assert abs(mask.sum() - 200) < 12 and mask[15, 20] == 1 and mask[5, 5] == 0
     assert polygon_mask(np.array([[10, 10], [30, 10], [30, 20], [10, 20.]]), 40, 50, grow=2).sum() > 280
+    assert polygon_mask(np.array([[10, 10], [30, 10.]]), 40, 50).sum() == 0
+    assert abs(polygon_mask(np.array([[10, 10], [20, 10.1], [30, 10.]]), 40, 50, grow=2).sum() - 95) < 12      # a shut eye
+    assert not draw_curve(np.array([[-30., -30], [-20, -25]]), 40, 40, np.ones(2)).any()
     y, x = np.mgrid[:41, :41] - 20
     assert abs(inflate(x*x + y*y < 18**2)[20, 20] - 18) < .8
     assert smoothstep(0, 1, np.float32(.5)) == .5
