@@ -90,17 +90,17 @@ def posed():
     v = head(None, head.expression(mouthSmile=.9, jawOpen=.5, eyeBlink=.8)[None])[0].numpy()
     at, w = rng.integers(0, len(head.faces), 1500), rng.dirichlet([1, 1, 1], 1500)
     near = (v[head.faces[at]]*w[..., None]).sum(1) + rng.normal(0, .006, (1500, 3))
-    return v, head.faces, np.concatenate([near, rng.uniform(-.3, .3, (500, 3)), v[:200]]).astype(np.float32)
+    points = np.concatenate([near, rng.uniform(-.3, .3, (500, 3)), v[:200]]).astype(np.float32)
+    return v, head.faces, points, nearest_reference(torch.tensor(points[::20]).double(), v, head.faces)[0].sqrt()
 
 
-@pytest.mark.parametrize('first, room', [(1, None), (8, None), (8, 2**15), (1000, None)])
+@pytest.mark.parametrize('first, room', [(1, None), (8, None), (8, 2**15), (40, None)])
 def test_the_flat_search_is_exact(posed, first, room):
-    v, f, points = posed
+    v, f, points, truth = posed
     tree = TriangleTree(v, f)
     d2, face, bary = in_leaves(points, tree, first=first, room=room)
     np.testing.assert_allclose(d2.sqrt(), np.sqrt(tree.nearest(points)[0]), atol=1e-6)
-    some = np.r_[:300, 1500:1600, 2000:2200]
-    np.testing.assert_allclose(d2[some].sqrt(), nearest_reference(torch.tensor(points[some]).double(), v, f)[0].sqrt(), atol=1e-6)
+    np.testing.assert_allclose(d2[::20].sqrt(), truth, atol=1e-6)
     foot = (bary.numpy()[..., None]*v[f[face]]).sum(1)
     np.testing.assert_allclose(np.linalg.norm(foot - points, axis=1), d2.sqrt(), atol=1e-6)
     assert bary.min() >= -1e-6 and (bary.sum(1) - 1).abs().max() < 1e-6
@@ -119,7 +119,7 @@ def test_the_flat_search_survives_bad_triangles(rng):
 
 
 def test_the_flat_search_takes_several_poses(posed):
-    v, f, points = posed
+    v, f, points, _ = posed
     trees = [TriangleTree(v, f), TriangleTree(v, f).refit(v*np.float32([1.1, .9, 1]))]
     slot = torch.arange(len(points)) % 2
     d2 = in_leaves(points, *trees, slot=slot)[0]
