@@ -163,13 +163,14 @@ class FramePool:
         outer,               # triangles that are pushed out
         lids=(),             # vertices around the eyes
         seed: int = 0,
+        device=None,         # where the poses shall live, for a march in torch; None: the kernel's, on the CPU
     ):
         self.data, self.deformer, self.widths, self.config, self.outer, self.lids = data, deformer, widths, config, outer, np.asarray(lids, int)
         order = np.random.default_rng([seed, 1]).permutation(np.flatnonzero(data.train))
         if len(order) == 0: raise InputError('this dataset has no frames to train on')
         each = deformer.allocate(1).megabytes + data.width*data.height*6/2**20
         self.order, self.room = order, int(min(len(order), max(config.frames, config.cache//max(each, 1e-9))))
-        self.poses = deformer.allocate(self.room)
+        self.poses = deformer.allocate(self.room, device)
         self.frame, self.rays = np.full(self.room, -1), [None]*self.room
         self.pictures = [np.asarray(a) for a in (data.rgb, data.alpha, data.parsing, data.depth)]      # plain views: a memory map costs at every access
         self.views = np.stack([np.float32(data.camera(i).c2w[:3]) for i in range(len(data))])
@@ -383,7 +384,7 @@ class Trainer:
         self.avatar, self.steps, self.seed, self.log, self.every, self.log_every = avatar, steps, seed, log, every, log_every
         self.config = replace(avatar.config, samples=samples or avatar.config.samples)
         self.folder = None if folder is None else Path(folder)
-        self.pool = FramePool(data, avatar.deformer, avatar.widths, self.config, avatar.outer, avatar.lids, seed)
+        self.pool = FramePool(data, avatar.deformer, avatar.widths, self.config, avatar.outer, avatar.lids, seed, None if avatar.device.type == 'cpu' else avatar.device)
         self.condition = torch.from_numpy(avatar.clamped(data.condition)).to(avatar.device)
         c, field = self.config, avatar.field
         self.rates = [c.table_rate*lr_scale, c.network_rate*lr_scale]
@@ -394,6 +395,8 @@ class Trainer:
         self.optimiser = AveragedAdam(groups, averages, lr=1e-3, eps=1e-15, betas=(.9, .99))
         self.one_pass = OnePass(field, avatar.deformer, c.huber, c.alpha_weight, c.depth_weight) if one_pass_serves(field, c.beside) else None
         self.occupancy = Occupancy(c.occupancy, device=avatar.device) if c.occupancy else None
+        half = self.one_pass is None and field.matrix_type == torch.float16    # its gradients need scaling, or the small ones vanish
+        self.scaler = torch.amp.GradScaler(avatar.device.type, enabled=half)
         self.step, self.rows, self.halved, self.seconds = 0, [], 0, 0.
         self.sums = np.zeros(4)   # of loss, squared error, samples and steps, since the last row
 
@@ -416,7 +419,7 @@ class Trainer:
         code, pose, more = (self.own.of(k, frame) for k in ('code', 'pose', 'told'))
         rendered, t = shade(self.avatar.field, self.avatar.deformer, self.pool.poses, *rays, told if more is None else told + more, code, pose, self.occupancy)
         loss, square = losses(rendered, t, batch.truth, self.config, batch.patches)
-        loss.backward()
+        self.scaler.scale(loss).backward()
         return float(loss.detach()), float(square)
 
     def one(self) -> float:
@@ -428,7 +431,9 @@ class Trainer:
         if not math.isfinite(value):
             self.recover()
             return value
-        self.optimiser.step(1 - min(self.config.average, (1 + self.step)/(10 + self.step)))   # the average follows quickly at first, then with the configured inertia
+        self.scaler.step(self.optimiser, 1 - min(c.average, (1 + self.step)/(10 + self.step)))   # the average follows quickly at first, then with the configured inertia
+        self.scaler.update()
+        if self.scaler.is_enabled(): self.optimiser.zero_grad()    # a step that overflowed was left out, its gradients are still there
         self.sums += [value, square, batch.jitter.size, 1]
         return value
 
@@ -493,7 +498,7 @@ def checkpoint(self) -> None:
     for name, p in self.avatar.shown.named_parameters(): arrays[f'shown.{name}'] = n(p)
     if self.occupancy is not None: arrays['occupancy'] = n(self.occupancy.opacity)
     arrays['sums'] = self.sums
-    state = dict(key=self.key, step=self.step, halved=self.halved, rows=self.rows)
+    state = dict(key=self.key, step=self.step, halved=self.halved, rows=self.rows, scaler=self.scaler.state_dict())
     write_atomic(self.folder/'checkpoint.safetensors', lambda p: _save_arrays(arrays, p, metadata=dict(state=json.dumps(state))))
 
 @patch_to(Trainer)
@@ -517,6 +522,7 @@ def resume(self) -> bool:
         self.occupancy.opacity.copy_(torch.from_numpy(arrays['occupancy']))
         self.occupancy.steps = self.step
     self.sums = arrays['sums'].copy()
+    if self.scaler.is_enabled() and state.get('scaler'): self.scaler.load_state_dict(state['scaler'])     # none from another device
     write_atomic(self.folder/'log.jsonl', ''.join(json.dumps(r) + '\n' for r in self.rows))
     logger.info('training goes on from step %d of %d', self.step, self.steps)
     return True

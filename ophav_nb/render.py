@@ -665,9 +665,10 @@ def render_view(
     "One view of one pose."
     H, W = camera.height, camera.width
     band = surface_band(vertices, deformer.faces, widths, camera, back, outer=outer)
-    poses, pixels = deformer.poses(vertices), np.flatnonzero(band.mask)
+    pixels, device = np.flatnonzero(band.mask), field.grid.params.device
     if len(pixels) == 0: return np.zeros((H, W, 4), np.float32)
-    fast = backend == 'numba' or backend == 'auto' and isinstance(field, Field) and field.grid.params.device.type == 'cpu' and not field.config.offset   # the kernel moves no points
+    fast = backend == 'numba' or backend == 'auto' and isinstance(field, Field) and device.type == 'cpu' and not field.config.offset   # the kernel moves no points
+    poses = deformer.poses(vertices, None if fast or device.type == 'cpu' else device)
     if fast and scouts and min(H, W) >= 96: return _view_scouted(field, deformer, poses, camera, band, samples, condition, appearance)
     out = np.zeros((H*W, 4), np.float32)
     o, d = camera.rays(np.stack([pixels % W + .5, pixels//W + .5], 1).astype(np.float32))
