@@ -275,6 +275,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.avatar.Trainer.identity': ('avatar.html#trainer.identity', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.Trainer.one': ('avatar.html#trainer.one', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.Trainer.rate': ('avatar.html#trainer.rate', 'ophav_nb/avatar.py'),
+                                 'ophav_nb.avatar.Trainer.rays': ('avatar.html#trainer.rays', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.Trainer.recover': ('avatar.html#trainer.recover', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.Trainer.report': ('avatar.html#trainer.report', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.Trainer.resume': ('avatar.html#trainer.resume', 'ophav_nb/avatar.py'),
