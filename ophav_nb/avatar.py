@@ -260,6 +260,11 @@ class Batch:
         background[self.patches] = background[self.patches[:, :1]]
         self.truth = self._truth(pool, np.concatenate([p[2] for p in parts]), background)
 
+    @property
+    def rays(self) -> tuple:
+        "Each ray's place among the poses, origin, direction, limits, and the places of its samples."
+        return self.slot, self.o, self.d, self.limits, self.jitter
+
     def _truth(self, pool, pixel, background) -> Truth:
         "Rays and truth of the pixels."
         new = lambda *s: np.empty((len(pixel), *s), np.float32)
@@ -420,17 +425,21 @@ class Trainer:
         if grid is None or not c.fill or grid.looks(): return c.rays      # a look takes all samples
         return round(min(1/max(grid.share, 1e-6), MORE)*c.rays)
 
-    def gradients(self, batch: Batch) -> tuple:
-        "Loss and mean squared error of a batch; the parameters' gradients are added to."
+    def by_torch(self, batch: Batch) -> tuple:
+        "The same as `gradients` in torch operations; what comes back are tensors on the field's device."
         frame = torch.from_numpy(batch.frame).long().to(self.avatar.device)
         told = self.condition[frame]
-        rays = batch.slot, batch.o, batch.d, batch.limits, batch.jitter
-        if self.one_pass is not None: return self.one_pass(self.pool.poses, *rays, told.numpy(), batch.truth)
         code, pose, more = (self.own.of(k, frame) for k in ('code', 'pose', 'told'))
-        rendered, t = shade(self.avatar.field, self.avatar.deformer, self.pool.poses, *rays, told if more is None else told + more, code, pose, self.occupancy)
+        rendered, t = shade(self.avatar.field, self.avatar.deformer, self.pool.poses, *batch.rays, told if more is None else told + more, code, pose, self.occupancy)
         loss, square = losses(rendered, t, batch.truth, self.config, batch.patches)
         self.scaler.scale(loss).backward()
-        return float(loss.detach()), float(square)
+        return loss.detach(), square
+
+    def gradients(self, batch: Batch) -> tuple:
+        "Loss and mean squared error of a batch; the parameters' gradients are added to."
+        if self.one_pass is not None: return self.one_pass(self.pool.poses, *batch.rays, self.condition[torch.from_numpy(batch.frame).long()].numpy(), batch.truth)
+        loss, square = self.by_torch(batch)
+        return float(loss), float(square)
 
     def one(self) -> float:
         "One step; returns the loss."
