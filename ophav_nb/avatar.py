@@ -420,9 +420,9 @@ class Trainer:
 
     @property
     def rays(self) -> int:
-        "Rays of the next step: as many as keep the field busy with the samples that the occupancy grid leaves (instant-ngp, INSTA). Without a grid all of a ray's samples count, and nothing is to be adjusted."
+        "Of the next step: as many as make up for the samples that the occupancy grid leaves out (instant-ngp, INSTA)."
         c, grid = self.config, self.occupancy
-        if grid is None or not c.fill or grid.looks(): return c.rays      # a look takes all samples
+        if grid is None or not c.fill or grid.looks(): return c.rays      # all samples of a ray count, as many as configured: nothing to adjust
         return round(min(1/max(grid.share, 1e-6), MORE)*c.rays)
 
     def by_torch(self, batch: Batch) -> tuple:

@@ -534,6 +534,7 @@ class OneDevice(TorchDispatchMode):
 def device_guard(
     step,  # a function of one argument, the device: builds everything there and does a training step
 ):
-    "Run a step on the `meta` device under `OneDevice`: an error names the operation that would fail on a GPU. A mask counts as true everywhere (torch 2.6 and later; before, masks cannot be used there)."
+    "Run a step on the `meta` device under `OneDevice`: an error names the operation that would fail on a GPU."
+    # a mask has no values there: it counts as true everywhere (torch before 2.6 cannot select by one there at all)
     whole = _config.patch(meta_nonzero_assume_all_nonzero=True) if hasattr(_config, 'meta_nonzero_assume_all_nonzero') else nullcontext()
     with OneDevice(), whole: return step(torch.device('meta'))

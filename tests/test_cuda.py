@@ -1,4 +1,5 @@
-"""On a GPU, where there is one: `pytest -m cuda tests`. Each check is one of `device_bodies.py`; `test_device.py` runs the same ones on the CPU."""
+"""On a GPU, where there is one: `pytest -m cuda tests`. Each check is one of `device_bodies.py`; `test_device.py` runs the same ones on the CPU.
+Written without a GPU and not run on one yet: their tolerances may need another look there."""
 import pytest
 import torch
 

@@ -13,7 +13,7 @@ from ophav_nb.avatar import Avatar, Batch
 from ophav_nb.deform import Deformer
 from ophav_nb.encoding import device_guard, grid_levels, spherical_harmonics
 from ophav_nb.field import Field, field_config
-from ophav_nb.nearest import TriangleTree
+from ophav_nb.nearest import TriangleTree, nearest_in_leaves
 from ophav_nb.render import shade
 
 
@@ -81,6 +81,6 @@ def test_the_guard_sees_the_march():
     "What the guard would say of poses that stayed behind."
     head, _ = toy()
     tree = TriangleTree(head()[0].numpy(), head.faces)
-    from ophav_nb.nearest import nearest_in_leaves
-    def step(device): nearest_in_leaves(torch.zeros(5, 3, device=device), torch.from_numpy(tree.T)[None], torch.from_numpy(tree.B)[None].to(device), torch.from_numpy(tree.leaves).long().to(device))
+    T, B, leaves = torch.from_numpy(tree.T)[None], torch.from_numpy(tree.B)[None], torch.from_numpy(tree.leaves).long()
+    def step(device): nearest_in_leaves(torch.zeros(5, 3, device=device), T, B.to(device), leaves.to(device))
     with pytest.raises(RuntimeError, match='cpu'): device_guard(step)
