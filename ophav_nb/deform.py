@@ -17,7 +17,7 @@ from numba import float32, prange
 
 # %% ../nbs/12_deform.ipynb #c005
 from .geometry import kernel, triangle_frames
-from .nearest import ROOM, fit_tree, nearest_reference, nearest_triangle, tree_shapes, triangle_leaves
+from .nearest import ROOM, fit_tree, nearest_in_leaves, nearest_reference, nearest_triangle, tree_shapes, triangle_leaves
 
 # %% ../nbs/12_deform.ipynb #c006
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def _march(o, d, depth, slot, T, B, C, P, A, leaves, F, canonical, rest, beside,
 
 # %% ../nbs/12_deform.ipynb #c025
 class Poses(NamedTuple):
-    "What the march needs of each frame."
+    "What the march needs of each frame: numpy arrays, or tensors where the march runs in torch."
     T: np.ndarray   # triangles of the tree's leaves, float32 [N, leaves, ...]
     B: np.ndarray   # boxes of the leaves, float32 [N, branches, ...]
     C: np.ndarray   # boxes of the branches, float32 [N, ...]
@@ -227,7 +227,7 @@ class Poses(NamedTuple):
 
 class Samples(NamedTuple):
     "Samples along rays, in canonical space."
-    x: torch.Tensor          # in the unit cube, [R S, 3]; in memory as three rows, as the grid's kernels like them
+    x: torch.Tensor          # in the unit cube, [R S, 3]; from the kernel it lies in memory as three rows, as the grid's kernels like them
     direction: torch.Tensor  # unit vectors, [R S, 3]
     mouth: torch.Tensor      # how much each belongs to the mouth, [R S]
     height: torch.Tensor     # distance from the surface, metres, [R S]
@@ -259,13 +259,15 @@ class Deformer:
         _triangle_frames_one(self.canonical, F, nothing, self.rest_area, self.rest)
         self.low = (self.canonical.min(0) - pad).astype(np.float32)
         self.size = np.float32(np.ptp(self.canonical, axis=0).max() + 2*pad)   # of the cube, metres
+        self._known = {}
 
     def allocate(self,
-        n: int,      # frames
+        n: int,        # frames
+        device=None,   # where the march shall run in torch; None: on the CPU, by the kernel
     ) -> Poses:
         "Room for some frames."
         shape = (len(self.canonical), 9) if self.mapping == 'smooth' else (len(self.faces), 15)
-        new = lambda *s: np.empty((n, *s), np.float32)
+        new = (lambda *s: np.empty((n, *s), np.float32)) if device is None else lambda *s: torch.empty(n, *s, device=device)
         return Poses(*(new(*s) for s in (*tree_shapes(len(self.leaves)), self.canonical.shape, shape)))
 
     def fill(self,
@@ -276,6 +278,9 @@ class Deformer:
         "Prepare frames in their place."
         V = np.ascontiguousarray(vertices, np.float32)
         s = slice(at, at + len(V))
+        if isinstance(poses.P, torch.Tensor):      # prepared here, carried there
+            for there, here in zip(poses, self.poses(V)): there[s].copy_(torch.from_numpy(here))
+            return poses
         poses.P[s] = V
         _fit_many(V, self.faces, self.leaves, poses.T[s], poses.B[s], poses.C[s])
         if self.mapping == 'smooth': _vertex_rotations(V, self.faces, self.rest, poses.A[s])
@@ -283,11 +288,12 @@ class Deformer:
         return poses
 
     def poses(self,
-        vertices,   # [N, V, 3] or [V, 3]
+        vertices,      # [N, V, 3] or [V, 3]
+        device=None,   # as for `allocate`
     ) -> Poses:
         "Prepare frames."
         V = np.asarray(vertices, np.float32).reshape(-1, *self.canonical.shape)
-        return self.fill(self.allocate(len(V)), V)
+        return self.fill(self.allocate(len(V), device), V)
 
     def march(self,
         poses: Poses,
@@ -295,7 +301,8 @@ class Deformer:
         o, d,         # origins and directions, metres, [R, 3]
         depth,        # of the samples of each ray, in units of d, [R, S]
     ) -> Samples:
-        "Carry samples of rays to canonical space. Rays that follow each other should be neighbours."
+        "Carry samples of rays to canonical space, where the poses are. Rays that follow each other should be neighbours."
+        if isinstance(poses.P, torch.Tensor): return self._march_torch(poses, slot, o, d, depth)
         f32 = lambda a: np.ascontiguousarray(a, np.float32)
         depth = f32(depth)
         n = depth.size
@@ -304,6 +311,32 @@ class Deformer:
                self.canonical, self.rest, self.beside, self.blended, self.mouth, self.low, np.float32(1/self.size), self.mapping == 'smooth',
                x, direction, mouth, height, face)
         return Samples(*(torch.from_numpy(a) for a in (x.T, direction, mouth, height, face)))
+
+    def known(self,
+        device,       # of the tensors
+    ) -> dict:        # what does not change with the pose, as tensors: leaves, canonical, faces, mouth, rest, beside, blended, low
+        "What the march in torch knows of the mesh; kept for each device."
+        device = torch.device(device)
+        if device not in self._known:
+            beside = np.concatenate([np.arange(len(self.faces))[:, None], self.beside], 1)       # each triangle, then its neighbours
+            arrays = dict(leaves=self.leaves.astype(np.int64), faces=self.faces.astype(np.int64), canonical=self.canonical, mouth=self.mouth, rest=self.rest, beside=beside,
+                          blended=self.blended, low=self.low)
+            self._known[device] = {k: torch.from_numpy(a).to(device) for k, a in arrays.items()}
+        return self._known[device]
+
+    def _march_torch(self, poses, slot, o, d, depth) -> Samples:
+        "The march in torch operations, on the poses' device."
+        device, (R, S) = poses.P.device, depth.shape
+        there = lambda a, dtype: torch.as_tensor(a).to(device, dtype)
+        known, (o, d, depth) = self.known(device), (there(a, torch.float32) for a in (o, d, depth))
+        points, along = (o[:, None] + depth[..., None]*d[:, None]).reshape(R*S, 3), d[:, None].expand(R, S, 3).reshape(R*S, 3)
+        slot = there(slot, torch.long)[:, None].expand(R, S).reshape(R*S)
+        square, face, bary = nearest_in_leaves(points, poses.T, poses.B, known['leaves'], slot)
+        face = face.clamp_min(0)
+        x, direction = _carried(points, along, face, bary, poses.P, poses.A, slot, known, known['rest'], self.mapping)
+        x = ((x - known['low'])*float(1/self.size)).clamp(1e-4, .9999)
+        mouth = (known['mouth'][known['faces'][face]]*bary).sum(1)
+        return Samples(x, direction, mouth, square.sqrt(), face.int())
 
     def to_canonical(self,
         points,       # [N, 3]
@@ -316,33 +349,50 @@ class Deformer:
         return x.numpy()*self.size + self.low
 
 # %% ../nbs/12_deform.ipynb #c028
+def _carried(points, directions, face, bary, P, A, slot, known, rest, mapping):
+    "Canonical points, metres, and unit directions of points whose triangles are known, in poses P [n, V, 3] with rotations [n, V, 9] or frames [n, F, 15]: the march's mapping in torch."
+    if mapping == 'smooth':
+        corner, pose = known['faces'][face], slot[:, None]
+        mean = lambda a: (a*bary[..., None]).sum(1)
+        R = mean(A[pose, corner]).view(-1, 3, 3)
+        x = mean(known['canonical'][corner]) + (R @ (points - mean(P[pose, corner]))[..., None])[..., 0]
+    else:
+        near = known['beside'][face]
+        frames, rest = A[slot[:, None], near], rest[near]
+        own = torch.arange(4, device=points.device) == 0
+        e = torch.exp(-(points[:, None] - frames[..., 12:]).norm(dim=-1)*torch.where(own, 1., 4.).to(points.dtype))
+        e = torch.where(own | known['blended'][face][:, None], e, 0*e)
+        e = (e/e.sum(1, keepdim=True))[..., None]
+        g, h = ((a[..., :12]*e).sum(1) for a in (frames, rest))
+        R = h[:, :9].view(-1, 3, 3) @ _inverse(g[:, :9].view(-1, 3, 3))
+        x = (R @ (points - g[:, 9:])[..., None])[..., 0] + h[:, 9:]
+    return x, torch.nn.functional.normalize((R @ directions[..., None])[..., 0], dim=-1)
+
+def _inverse(m):
+    "Inverse of matrices [N, 3, 3]; zero where there is none."
+    a, b, c = m.unbind(1)
+    columns = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], 2)
+    det = (a*columns[:, :, 0]).sum(1)[:, None, None]
+    return torch.where(det.abs() > 1e-12, columns/torch.where(det == 0, 1, det), 0*columns)
+
+def _frames_reference(vertices, faces, scale):
+    "Frames times their scale, origins and centres of a pose's triangles, [F, 15]: what `Deformer.poses` computes for INSTA's mapping."
+    return torch.cat([(triangle_frames(vertices, faces)*scale[:, None, None]).flatten(1), vertices[faces[:, 0]], vertices[faces].mean(1)], 1)
+
 def to_canonical_reference(
     points,               # [N, 3], torch
     directions,           # [N, 3]
     vertices,             # the pose, [V, 3]
     deformer: Deformer,
 ):                        # canonical points, metres [N, 3], unit directions [N, 3]
-    "What the march computes, in torch operations, in the points' precision and on their device."
+    "What the march computes, in torch operations from the nearest triangle to the frames, in the points' precision and on their device."
     like = lambda a: torch.as_tensor(a, dtype=points.dtype, device=points.device)
-    vertices, canonical = like(vertices), like(deformer.canonical)
-    f = torch.as_tensor(deformer.faces, dtype=torch.long, device=points.device)
-    _, face, bary = nearest_reference(points, vertices, deformer.faces)
-    if deformer.mapping == 'smooth':
-        R = (vertex_rotations_reference(vertices, canonical, deformer.faces)[f[face]]*bary[..., None, None]).sum(1)
-        foot, foot_c = ((v[f[face]]*bary[..., None]).sum(1) for v in (vertices, canonical))
-        x = foot_c + (R @ (points - foot)[..., None])[..., 0]
-    else: x, R = _triangle_reference(points, face, vertices, canonical, f, deformer, like)
-    return x, torch.nn.functional.normalize((R @ directions[..., None])[..., 0], dim=-1)
-
-def _triangle_reference(points, face, vertices, canonical, f, deformer, like):
-    near = torch.cat([torch.arange(len(f), device=f.device)[:, None], torch.as_tensor(deformer.beside, dtype=torch.long, device=f.device)], 1)[face]
-    area = lambda v: torch.linalg.cross(v[f[:, 1]] - v[f[:, 0]], v[f[:, 2]] - v[f[:, 0]]).norm(dim=-1)
-    scale = torch.where(like(deformer.scaled) > 0, (area(vertices)/area(canonical).clamp_min(1e-14)).clamp(.1, 10), like(1.))
-    frames = lambda v, s: torch.cat([triangle_frames(v, deformer.faces)*s[:, None, None], v[f[:, 0], :, None]], -1)
-    d = (points[:, None] - vertices[f].mean(1)[near]).norm(dim=-1)
-    e = torch.exp(-d*like([1., 4, 4, 4]))
-    e = torch.where((like(deformer.blended)[face] > 0)[:, None] | (like([1., 0, 0, 0]) > 0), e, 0*e)
-    e = (e/e.sum(1, keepdim=True))[..., None, None]
-    g, h = (frames(vertices, scale)[near]*e).sum(1), (frames(canonical, torch.ones_like(scale))[near]*e).sum(1)
-    M = h[..., :3] @ torch.linalg.inv(g[..., :3])
-    return (M @ (points - g[..., 3])[..., None])[..., 0] + h[..., 3], M
+    vertices, canonical, known = like(vertices), like(deformer.canonical), deformer.known(points.device)
+    f = known['faces']
+    _, face, bary = nearest_reference(points, vertices, f)
+    if deformer.mapping == 'smooth': A, rest = vertex_rotations_reference(vertices, canonical, f).flatten(1), None
+    else:
+        area = lambda v: torch.linalg.cross(v[f[:, 1]] - v[f[:, 0]], v[f[:, 2]] - v[f[:, 0]]).norm(dim=-1)
+        scale = torch.where(like(deformer.scaled) > 0, (area(vertices)/area(canonical).clamp_min(1e-14)).clamp(.1, 10), like(1.))
+        A, rest = _frames_reference(vertices, f, scale), _frames_reference(canonical, f, torch.ones_like(scale))
+    return _carried(points, directions, face, bary, vertices[None], A[None], torch.zeros_like(face), {**known, 'canonical': canonical}, rest, deformer.mapping)

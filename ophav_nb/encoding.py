@@ -10,6 +10,7 @@ __all__ = ['logger', 'Backend', 'GRID_TILE', 'Layout', 'tcnn', 'Levels', 'grid_l
 # %% ../nbs/10_encoding.ipynb #c004
 import importlib
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Literal
@@ -21,6 +22,7 @@ from llvmlite import ir
 from numba import float32, int32, prange, types, uint32
 from numba.extending import intrinsic
 from torch import nn
+from torch.fx.experimental import _config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -533,4 +535,6 @@ def device_guard(
     step,  # a function of one argument, the device: builds everything there and does a training step
 ):
     "Run a step on the `meta` device under `OneDevice`: an error names the operation that would fail on a GPU."
-    with OneDevice(): return step(torch.device('meta'))
+    # a mask has no values there: it counts as true everywhere (torch before 2.6 cannot select by one there at all)
+    whole = _config.patch(meta_nonzero_assume_all_nonzero=True) if hasattr(_config, 'meta_nonzero_assume_all_nonzero') else nullcontext()
+    with OneDevice(), whole: return step(torch.device('meta'))

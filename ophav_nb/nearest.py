@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BRANCH', 'ROOM', 'triangle_leaves', 'tree_shapes', 'fit_tree', 'nearest_triangle', 'nearest_reference',
-           'TriangleTree']
+           'nearest_in_leaves', 'TriangleTree']
 
 # %% ../nbs/02c_nearest.ipynb #c004
 from typing import Literal
@@ -249,6 +249,68 @@ def _nearest_of_all(p, a, ab, ac):
     v, w = V[edge[i, face], i, face], W[edge[i, face], i, face]
     return d, face, torch.stack([1-v-w, v, w], -1)
 
+# %% ../nbs/02c_nearest.ipynb #c014b
+def _box_bounds(p, B):
+    "Squared distances of points [n, 3] to the boxes [n, branches, 6 LANES] of their poses' leaves, [n, leaves]."
+    low, high = B.view(*B.shape[:2], 2, 3, LANES).unbind(2)
+    p = p[:, None, :, None]
+    return torch.maximum(low - p, p - high).clamp_min(0).square().sum(2).flatten(1)
+
+def _leaf_triangles(p, T):
+    "`_triangles` for points [n, 3] and leaves [n, K, 16 LANES]: squared distances and weights of corners b and c, [n, K, LANES] each."
+    T, p = T.view(*T.shape[:2], 16, LANES), p[:, None, :, None]
+    a, b, c = p - T[:, :, :3], T[:, :, 3:6], T[:, :, 6:9]
+    e11, e12, e22, inverse, by_b, by_c, by_bc = T[:, :, 9:].unbind(2)
+    d1, d2, zero = (b*a).sum(2), (c*a).sum(2), torch.zeros_like(e11)
+    s, t, u = (d1*by_b).clamp(0, 1), (d2*by_c).clamp(0, 1), ((d2 - d1 + e11 - e12)*by_bc).clamp(0, 1)
+    best, bv, bw = (a - s[:, :, None]*b).square().sum(2), s, zero                    # on ab, ac, bc, inside
+    for v, w, holds in ((zero, t, None), (1 - u, u, None), ((e22*d1 - e12*d2)*inverse, (e11*d2 - e12*d1)*inverse, inverse > 0)):
+        e = (a - v[:, :, None]*b - w[:, :, None]*c).square().sum(2)
+        better = e < best
+        if holds is not None: better = better & holds & (v >= 0) & (w >= 0) & (v + w <= 1)
+        best, bv, bw = torch.where(better, e, best), torch.where(better, v, bv), torch.where(better, w, bw)
+    return best, bv, bw
+
+def _search(p, slot, T, B, leaves, twins, first, room):
+    "`nearest_in_leaves` for one chunk."
+    n, L = len(p), len(leaves)
+    square, face, bary = p.new_full((n,), torch.inf), leaves.new_full((n,), -1), p.new_zeros(n, 3)
+    bound, left, K, opened = _box_bounds(p, B[slot]).masked_fill(twins, torch.inf), torch.arange(n, device=p.device), min(first, L), 0
+    while len(left):
+        further = []
+        for some in left.split(max(1, room//(16*LANES*K))):
+            near, leaf = bound[some].topk(min(K + 1, L), largest=False)
+            at = leaf[:, :K]
+            d, v, w = (a.flatten(1) for a in _leaf_triangles(p[some], T[slot[some][:, None], at]))
+            d, lane = d.min(1, keepdim=True)
+            v, w = v.gather(1, lane), w.gather(1, lane)
+            better = d < square[some][:, None]
+            square[some] = torch.where(better[:, 0], d[:, 0], square[some])
+            face[some] = torch.where(better[:, 0], leaves[at].flatten(1).gather(1, lane)[:, 0], face[some])
+            bary[some] = torch.where(better, torch.cat([1 - v - w, v, w], 1), bary[some])
+            bound[some] = bound[some].scatter(1, at, torch.inf)
+            further.append(some[near[:, -1] < square[some]])
+        opened, K = opened + K, min(2*K, L)
+        if opened >= L: break
+        left = torch.cat(further)
+    return square, face, bary
+
+def nearest_in_leaves(
+    points,          # float32 [N, 3]
+    T, B,            # triangles of the leaves and their boxes (`fit_tree`), of P poses, on the points' device, float32 [P, leaves, ...], [P, branches, ...]
+    leaves,          # `triangle_leaves`, int64, on that device
+    slot=None,       # each point's pose, int64 [N]; None: the first
+    first: int = 8,  # leaves that every point opens
+    room: int = None,# numbers in an array, at most; None: 2^26 on a GPU, 2^22 elsewhere
+):                   # squared distance [N], face [N], weights of the corners [N, 3]
+    "Nearest triangle in torch operations, on any device, exact like `TriangleTree.nearest`. Face -1 for a point that is not finite."
+    slot = torch.zeros(len(points), dtype=torch.long, device=points.device) if slot is None else slot
+    room = room or 1 << (26 if points.device.type == 'cuda' else 22)
+    twins = torch.cat([leaves.new_zeros(1, dtype=torch.bool), (leaves[1:] == leaves[:-1]).all(1)])     # a branch repeats its last leaf
+    chunk = max(1, room//(6*len(leaves)))
+    out = [_search(p, s, T, B, leaves, twins, first, room) for p, s in zip(points.split(chunk), slot.split(chunk))]
+    return tuple(torch.cat(t) for t in zip(*out))
+
 # %% ../nbs/02c_nearest.ipynb #c016
 class TriangleTree:
     "Nearest triangle of a mesh whose vertices move: who sits where is decided once, boxes are fitted for each shape."
@@ -282,9 +344,12 @@ class TriangleTree:
     ):           # squared distance [N], face [N], weights of the corners [N, 3], in the points' kind
         "The triangle next to each point; points that follow each other in space are answered faster. Face -1 for a point that is not finite."
         tensor = isinstance(points, torch.Tensor)
-        if self.backend == 'torch' or (self.backend == 'auto' and tensor and points.device.type != 'cpu'):
+        if self.backend == 'torch':
             out = nearest_reference(points if tensor else torch.from_numpy(self._numpy(points)), self.verts, self.faces)
             return out if tensor else tuple(t.numpy() for t in out)
+        if self.backend == 'auto' and tensor and points.device.type != 'cpu':
+            there = lambda a: torch.from_numpy(a).to(points.device)
+            return nearest_in_leaves(points.float().reshape(-1, 3), there(self.T)[None], there(self.B)[None], there(self.leaves).long())
         P = self._numpy(points).reshape(-1, 3)
         d2, face, bary = np.empty(len(P), np.float32), np.empty(len(P), np.int32), np.empty((len(P), 3), np.float32)
         _nearest(P, self.T, self.B, self.C, self.leaves, d2, face, bary)

@@ -237,6 +237,7 @@ class Occupancy:
     ):
         self.cells, self.every, self.least, self.decay, self.steps = cells, every, least, decay, 0
         self.opacity = torch.full((cells**3,), 2*least, device=device)   # every cell counts until it was found empty
+        self.share = 1.   # of the last step's samples that were wanted
 
     def _cell(self, x): return ((x.detach()*self.cells).long().clamp(0, self.cells - 1)*torch.tensor([self.cells**2, self.cells, 1], device=x.device)).sum(1)
 
@@ -290,6 +291,7 @@ def shade(
     else:
         some = occupancy.wanted(x)
         few = field(*[None if a is None else a[some] for a in parts])
+        occupancy.share = len(few[0])/(R*S)
         density, rgb = (torch.zeros(R*S, *a.shape[1:], device=device).masked_scatter(some if a.dim() == 1 else some[:, None].expand(-1, 3), a) for a in few)
     if occupancy is not None: occupancy.steps += 1
     return composite(density.view(R, S), rgb.view(R, S, 3), length), torch.from_numpy(depth).to(device)
@@ -665,9 +667,10 @@ def render_view(
     "One view of one pose."
     H, W = camera.height, camera.width
     band = surface_band(vertices, deformer.faces, widths, camera, back, outer=outer)
-    poses, pixels = deformer.poses(vertices), np.flatnonzero(band.mask)
+    pixels, device = np.flatnonzero(band.mask), field.grid.params.device
     if len(pixels) == 0: return np.zeros((H, W, 4), np.float32)
-    fast = backend == 'numba' or backend == 'auto' and isinstance(field, Field) and field.grid.params.device.type == 'cpu' and not field.config.offset   # the kernel moves no points
+    fast = backend == 'numba' or backend == 'auto' and isinstance(field, Field) and device.type == 'cpu' and not field.config.offset   # the kernel moves no points
+    poses = deformer.poses(vertices, None if fast or device.type == 'cpu' else device)
     if fast and scouts and min(H, W) >= 96: return _view_scouted(field, deformer, poses, camera, band, samples, condition, appearance)
     out = np.zeros((H*W, 4), np.float32)
     o, d = camera.rays(np.stack([pixels % W + .5, pixels//W + .5], 1).astype(np.float32))

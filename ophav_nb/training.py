@@ -228,7 +228,7 @@ def one_pass_serves(
     "Can a step on this field be done in one pass? If not, the log says once why torch does it: codes, offsets and whatever else is not in the default recipe."
     c, device = field.config, field.grid.params.device
     if device.type != 'cpu' or resolve_backend(c.backend, device) != 'numba': return False
-    why = 'appearance codes' if c.appearance else 'an offset field' if c.offset else 'bfloat16 was asked for' if c.precision == 'bfloat16' else beside
+    why = 'appearance codes' if c.appearance else 'an offset field' if c.offset else f'{c.precision} was asked for' if c.precision in ('bfloat16', 'float16') else beside
     if why: _log_once(f'training steps run in torch: {why}')
     return not why
 
@@ -252,6 +252,7 @@ class AveragedAdam(torch.optim.Adam):
     "Adam whose step moves a running average of the weights, too, and leaves the gradients at zero."
     def __init__(self, groups, averages, **how):
         super().__init__(groups, fused=all(p.device.type in ('cpu', 'cuda') for g in groups for p in g['params']), **how)
+        self._step_supports_amp_scaling = False   # a `GradScaler` shall leave out a step that overflowed, the average's part too
         self.averages = averages   # of all parameters, in the groups' order
 
     @torch.no_grad()

@@ -198,3 +198,42 @@ assert known() == before, [k for k, n in known().items() if n != before[k]]
 assert render.view_compiled() is not False
 """
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+HALF = replace(SMALL, field=replace(SMALL.field, precision='float16', backend='torch'))
+
+
+def test_half_precision_learns_and_resumes(head, film, tmp_path):
+    "With scaled gradients, as on an older GPU; the scale is part of the checkpoint."
+    one = Avatar.create(head, film.shape, HALF)
+    rows = one.fit(film, 30, log_every=10)
+    assert rows[-1]['loss'] < .95*rows[0]['loss']
+    def kill(row):
+        if row['step'] == 21: raise Killed
+    with pytest.raises(Killed): Avatar.create(head, film.shape, HALF).fit(film, 30, folder=tmp_path, every=0, log_every=1, log=kill)
+    assert avatar_module._read_metadata(tmp_path/'checkpoint.safetensors')['scaler']['scale'] >= 1
+    two = Avatar.create(head, film.shape, HALF)
+    two.fit(film, 30, folder=tmp_path, every=0, log_every=1)
+    assert same(one, two)
+
+
+def test_a_step_that_overflows_is_left_out(head, film):
+    avatar = Avatar.create(head, film.shape, HALF)
+    avatar.told_range = np.float32([[-9]*16, [9]*16])
+    trainer = Trainer(avatar, film, 3, None, None, 0, 1., 30., 25)
+    scale, gradients = trainer.scaler.get_scale(), trainer.gradients
+    def too_much(batch):
+        found = gradients(batch)
+        avatar.field.grid.params.grad[7] = torch.inf
+        return found
+    before = [p.clone() for p in avatar.field.parameters()]
+    trainer.gradients = too_much
+    trainer.one()
+    assert all(torch.equal(p, q) for p, q in zip(avatar.field.parameters(), before)) and trainer.scaler.get_scale() == scale/2
+    trainer.gradients = gradients
+    trainer.one()
+    assert not torch.equal(avatar.field.grid.params, before[0]) and all(torch.isfinite(p).all() for p in [*avatar.field.parameters(), *avatar.shown.parameters()])
+
+
+def test_nothing_is_scaled_where_nothing_is_half(head, film):
+    assert not any(Trainer(Avatar.create(head, film.shape, c), film, 3, None, None, 0, 1., 30., 25).scaler.is_enabled() for c in (SMALL, replace(SMALL, occupancy=8)))

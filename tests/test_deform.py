@@ -7,6 +7,7 @@ import ophav_nb  # noqa: F401  before torch's first use: threads
 from ophav_nb.deform import Deformer, neighbours, to_canonical_reference, vertex_rotations_reference
 from ophav_nb.head import HeadModel
 from ophav_nb.nearest import TriangleTree
+from ophav_nb.render import mouth_amount
 
 
 @pytest.fixture(scope='module')
@@ -68,3 +69,32 @@ def test_neighbours_share_an_edge():
 
 def test_unknown_mapping(scene):
     with pytest.raises(ValueError, match='choose'): Deformer(scene[1], scene[0].faces, mapping='affine')
+
+
+@pytest.mark.parametrize('mapping', ['smooth', 'triangle'])
+def test_march_in_torch_is_the_kernels(scene, mapping):
+    "Poses that are tensors are marched through in torch, as on a GPU: two poses, whole rays, everything that comes back."
+    head, canonical, posed, *_ = scene
+    eyes, rng = head.regions['left_eye_region'] | head.regions['right_eye_region'], np.random.default_rng(1)
+    d = Deformer(canonical, head.faces, mouth_amount(head, head()[0].numpy()), head.regions['face'], eyes, mapping)
+    vertices = np.stack([posed, head()[0].numpy()])
+    slot, aim = np.repeat(np.int32([1, 0]), 100), rng.uniform([-.08, -.1, .05], [.08, .12, .1], (200, 3))
+    o = np.tile([.02, 0, .8], (200, 1))
+    rays = slot, o, (aim - o)/(o - aim)[:, 2:], rng.uniform(.68, .76, (200, 6))
+    kernel, ours = d.march(d.poses(vertices), *rays), d.march(d.poses(vertices, 'cpu'), *rays)
+    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(kernel, ours))
+    assert (kernel.height - ours.height).abs().max() < 1e-6
+    error = lambda name: (getattr(kernel, name) - getattr(ours, name)).abs().numpy().reshape(len(kernel.face), -1).max(1)
+    same = (kernel.face == ours.face).numpy()                                  # the others are ties: two triangles share the foot, or two feet are as near
+    assert same.mean() > .8
+    for name, most in dict(x=1e-5, direction=1e-4, mouth=1e-4).items(): assert error(name)[same].max() < most, name
+    if mapping == 'smooth': assert all(np.quantile(error(name), .99) < 1e-5 for name in ('x', 'direction', 'mouth'))      # INSTA's jumps where there is a tie
+    assert ours.mouth.max() > .9
+
+
+def test_frames_are_filled_in_their_place(scene):
+    head, canonical, posed, *_ = scene
+    d = Deformer(canonical, head.faces)
+    room = d.fill(d.allocate(3, 'cpu'), posed[None], 1)
+    for a, b in zip(room, d.poses(posed)): assert torch.equal(a[1], torch.from_numpy(b[0]))
+    assert d.allocate(3, 'cpu').megabytes == d.allocate(3).megabytes

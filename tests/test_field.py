@@ -4,14 +4,14 @@ import torch
 
 import ophav_nb  # noqa: F401
 from ophav_nb.encoding import device_guard
-from ophav_nb.field import Field, FieldConfig, fast_bfloat16, field_config, told
+from ophav_nb.field import Field, FieldConfig, fast_bfloat16, field_config, matrix_type, told
 
 
 def inputs(n=7, device='cpu'):
     return torch.rand(n, 3, device=device), torch.nn.functional.normalize(torch.randn(n, 3, device=device), dim=-1), torch.randn(n, 16, device=device)
 
 
-@pytest.mark.parametrize('changes', [dict(), dict(condition='none'), dict(degree=0), dict(bias=False), dict(precision='bfloat16')])
+@pytest.mark.parametrize('changes', [dict(), dict(condition='none'), dict(degree=0), dict(bias=False), dict(precision='bfloat16'), dict(precision='float16')])
 def test_shapes_and_ranges(changes):
     field = Field(FieldConfig(levels=2, log2_size=8, **changes))
     x, d, c = inputs()
@@ -59,3 +59,12 @@ def test_no_device_is_mixed():
 
 
 def test_precision_is_asked_of_the_hardware(): assert fast_bfloat16('cpu') in (True, False) and not fast_bfloat16('meta')
+
+
+@pytest.mark.parametrize('capability, expected', [((6, 1), torch.float32), ((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 6), torch.bfloat16), ((9, 0), torch.bfloat16)])
+def test_precision_follows_the_gpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
+    assert matrix_type('auto', 'cuda') == expected
+    assert matrix_type('float32', 'cuda') == torch.float32 and matrix_type('float16', 'cpu') == torch.float16    # what is asked for stays
+    assert matrix_type('auto', 'cpu') in (torch.float32, torch.bfloat16) and matrix_type('auto', 'meta') == torch.float32

@@ -6,7 +6,8 @@ import torch
 
 from meshes import soup
 from ophav_nb.lanes import LANES
-from ophav_nb.nearest import TriangleTree, nearest_reference, triangle_leaves
+from ophav_nb.head import HeadModel
+from ophav_nb.nearest import TriangleTree, nearest_in_leaves, nearest_reference, triangle_leaves
 
 
 @pytest.fixture
@@ -75,3 +76,51 @@ def test_nearest_takes_tensors_and_nonsense(rng):
     assert face[1] >= 0 and face[0] == -1 and face[2] == -1
     assert TriangleTree(v, f[:1]).nearest(v)[1].max() == 0
     with pytest.raises(ValueError): TriangleTree(v, f[:0])
+
+
+def in_leaves(points, *trees, **how):
+    T, B = (torch.from_numpy(np.stack([getattr(t, k) for t in trees])) for k in 'TB')
+    return nearest_in_leaves(torch.as_tensor(points), T, B, torch.from_numpy(trees[0].leaves).long(), **how)
+
+
+@pytest.fixture(scope='module')
+def posed():
+    "A head that smiles with open mouth, and points near its skin and anywhere."
+    head, rng = HeadModel.load(), np.random.default_rng(0)
+    v = head(None, head.expression(mouthSmile=.9, jawOpen=.5, eyeBlink=.8)[None])[0].numpy()
+    at, w = rng.integers(0, len(head.faces), 1500), rng.dirichlet([1, 1, 1], 1500)
+    near = (v[head.faces[at]]*w[..., None]).sum(1) + rng.normal(0, .006, (1500, 3))
+    points = np.concatenate([near, rng.uniform(-.3, .3, (500, 3)), v[:200]]).astype(np.float32)
+    return v, head.faces, points, nearest_reference(torch.tensor(points[::20]).double(), v, head.faces)[0].sqrt()
+
+
+@pytest.mark.parametrize('first, room', [(1, None), (8, None), (8, 2**15), (40, None)])
+def test_the_flat_search_is_exact(posed, first, room):
+    v, f, points, truth = posed
+    tree = TriangleTree(v, f)
+    d2, face, bary = in_leaves(points, tree, first=first, room=room)
+    np.testing.assert_allclose(d2.sqrt(), np.sqrt(tree.nearest(points)[0]), atol=1e-6)
+    np.testing.assert_allclose(d2[::20].sqrt(), truth, atol=1e-6)
+    foot = (bary.numpy()[..., None]*v[f[face]]).sum(1)
+    np.testing.assert_allclose(np.linalg.norm(foot - points, axis=1), d2.sqrt(), atol=1e-6)
+    assert bary.min() >= -1e-6 and (bary.sum(1) - 1).abs().max() < 1e-6
+
+
+def test_the_flat_search_survives_bad_triangles(rng):
+    v, f = soup(rng)
+    points = np.concatenate([rng.normal(size=(600, 3))*.15, v[:100], v[f[:100]].mean(1)]).astype(np.float32)
+    want = nearest_reference(torch.tensor(points).double(), v, f)[0].sqrt()
+    np.testing.assert_allclose(in_leaves(points, TriangleTree(v, f))[0].sqrt(), want, atol=1e-6)
+    for n in (1, 17): np.testing.assert_allclose(in_leaves(points, TriangleTree(v, f[:n]))[0].sqrt(), nearest_reference(torch.tensor(points).double(), v, f[:n])[0].sqrt(), atol=1e-6)
+    bad = np.float32([[np.nan, 0, 0], [.1, .1, .1], [np.inf, 0, 0]])
+    face = in_leaves(bad, TriangleTree(v, f))[1]
+    assert face[1] >= 0 and face[0] == -1 and face[2] == -1
+    assert [len(a) for a in in_leaves(np.zeros((0, 3), np.float32), TriangleTree(v, f))] == [0, 0, 0]
+
+
+def test_the_flat_search_takes_several_poses(posed):
+    v, f, points, _ = posed
+    trees = [TriangleTree(v, f), TriangleTree(v, f).refit(v*np.float32([1.1, .9, 1]))]
+    slot = torch.arange(len(points)) % 2
+    d2 = in_leaves(points, *trees, slot=slot)[0]
+    np.testing.assert_allclose(d2.sqrt(), np.where(slot == 0, *(np.sqrt(t.nearest(points)[0]) for t in trees)), atol=1e-6)

@@ -1,12 +1,14 @@
 "Every switch of the training recipe does what it says."
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import ophav_nb  # noqa: F401
-from ophav_nb.avatar import PATCH, Avatar, AvatarConfig, Batch, Corrections, FramePool, Trainer, losses, patch_loss, toy_film
+import ophav_nb.avatar as avatar_module
+from ophav_nb.avatar import MORE, PATCH, Avatar, AvatarConfig, Batch, Corrections, FramePool, Trainer, losses, patch_loss, toy_film
 from ophav_nb.deform import Deformer
 from ophav_nb.field import Field, field_config
 from ophav_nb.geometry import facing_camera
@@ -176,3 +178,53 @@ def test_who_needs_torch():
     for change in (dict(distortion=.1), dict(patch=.1), dict(pose_rate=.1), dict(told_rate=.1), dict(occupancy=8)):
         assert not one_pass_serves(field, AvatarConfig(**change).beside)
     assert not one_pass_serves(Field(replace(SMALL.field, offset=8)))
+
+
+FILLED = replace(SMALL, occupancy=16)
+
+
+def test_rays_follow_what_the_grid_leaves(head, film, monkeypatch):
+    "A step asks the field about as many samples as without a grid, whatever is skipped."
+    avatar, asked = Avatar.create(head, film.shape, FILLED), []
+    avatar.told_range = np.float32([[-9]*16, [9]*16])
+    trainer, budget, forward = Trainer(avatar, film, 40, None, None, 0, 1., 30., 25), SMALL.rays*SMALL.samples, avatar.field.forward
+    monkeypatch.setattr(avatar.field, 'forward', lambda x, *more: (asked.append(len(x)), forward(x, *more))[1])
+    def step():
+        trainer.one()
+        trainer.step += 1
+        return asked.pop()
+    assert trainer.rays == SMALL.rays and step() == budget                     # a look at everything
+    half = torch.arange(16**3) % 16 < 16*.55                                   # along z, which cuts through the face
+    trainer.occupancy.opacity[half] = 0
+    step()                                                                     # what was left out is measured here
+    for _ in range(3):
+        assert trainer.rays > 1.1*SMALL.rays and .75*budget < step() < 1.3*budget
+    trainer.occupancy.opacity[:] = 0
+    trainer.occupancy.opacity[-1] = 1                                          # next to nothing is left
+    step()
+    assert trainer.rays == MORE*SMALL.rays
+    trainer.occupancy.steps = 16
+    assert trainer.rays == SMALL.rays and step() == budget
+    trainer.config = replace(FILLED, fill=False)
+    assert trainer.rays == SMALL.rays
+
+
+def test_the_number_of_rays_survives_a_kill(head, film, tmp_path, monkeypatch):
+    taken = []
+    def counted(pool, step, *more):
+        batch = Batch(pool, step, *more)
+        taken.append((step, len(batch.slot)))
+        return batch
+    monkeypatch.setattr(avatar_module, 'Batch', counted)
+    monkeypatch.setattr(avatar_module, 'Occupancy', partial(Occupancy, every=3, decay=.5))       # learns sooner
+    one, two = (Avatar.create(head, film.shape, replace(FILLED, field=replace(SMALL.field, surface=8.))) for _ in range(2))
+    one.fit(film, 40)
+    whole = taken.copy()
+    assert len({n for _, n in whole}) > 1
+    def kill(row):
+        if row['step'] == 38: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): two.fit(film, 40, folder=tmp_path, every=0, log_every=1, log=kill)
+    del taken[:]
+    two = Avatar.create(head, film.shape, one.config)
+    two.fit(film, 40, folder=tmp_path, every=0, log_every=1)
+    assert taken == whole[-len(taken):] and all(torch.equal(p, q) for p, q in zip(one.shown.parameters(), two.shown.parameters()))

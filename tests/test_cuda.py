@@ -1,0 +1,28 @@
+"""On a GPU, where there is one: `pytest -m cuda tests`. Each check is one of `device_bodies.py`; `test_device.py` runs the same ones on the CPU.
+Written without a GPU and not run on one yet: their tolerances may need another look there."""
+import pytest
+import torch
+
+import ophav_nb  # noqa: F401
+from device_bodies import BODIES, encoder, field, short_fit, step, tinycudann
+from ophav_nb.encoding import tcnn
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU that torch can use')]
+
+
+@pytest.mark.parametrize('body', BODIES, ids=lambda b: b.__name__)
+def test_on_the_gpu(body, tmp_path): body('cuda', tmp_path, 'torch')
+
+
+@pytest.fixture
+def native():
+    "tinycudann; imported here, since that fails without a GPU."
+    if not tcnn: pytest.skip(f'tinycudann is not usable: {tcnn._cause}')
+    return tcnn
+
+
+def test_tinycudann_is_the_reference(native): tinycudann('cuda', native)
+
+
+@pytest.mark.parametrize('body', [encoder, field, step, short_fit], ids=lambda b: b.__name__)
+def test_with_tinycudann(body, native, tmp_path): body('cuda', tmp_path, 'tcnn')
