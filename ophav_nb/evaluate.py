@@ -36,7 +36,7 @@ from .metrics import (Truth, correlation, flicker, head_mask, identity_distance,
                               lid_gap, missing_metrics, mouth_gap, network_metrics, present_networks, sharpness, sharpness_mask)
 from .motion import retarget
 from .nets.blocks import at_half_precision
-from .pipeline import check_avatar, frame_pose, halved, head_key, load_portrait, matting_detector, unusual
+from .pipeline import check_avatar, driven_key, frame_pose, halved, head_key, load_driven, matting_detector, unusual
 from .regions import make_parser, parsed_heads
 from .rounds import RoundsConfig, mesh_landmarks, read_frames, render_plan, run_rounds, write_frames
 from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
@@ -185,6 +185,7 @@ def compared_frames(
     begin = first + max(0, (total - first - in_a_row)//2)
     whole = [b for b in range(first, total - in_a_row + 1) if ok[b:b + in_a_row].all()]
     begin = min(whole, key=lambda b: abs(b - begin), default=begin)
+    if not len(spread): raise InputError(f"the film shows no face in the frames to compare ({first} to {total}, each {every}th); use a longer film, or one that shows the face throughout")
     return np.concatenate([spread, np.arange(begin, min(begin + in_a_row, total))]), len(spread)
 
 # %% ../nbs/20_evaluate.ipynb #c014
@@ -365,13 +366,13 @@ def monocular_protocol(
     film = add_clip(run, clip, preset, head, device, matte, finder)
     known = int(share*len(film.frames))
     real = add_truth(run, film, preset, head, len(film.frames) - known, device, parser)
+    table = compare(run, film, real, replace(preset, every=max(1, preset.every//2)), detector, known, finder)   # before training: a film with nothing to compare is refused here
     def train(folder):
         avatar = Avatar.create(head, real.shape, field, seed=seed, device=device)
         avatar.fit(real, preset.steps, folder=folder/'state', seed=seed)
         avatar.save(folder)
         shutil.rmtree(folder/'state', ignore_errors=True)
     run.make('avatar', train, ['truth'], dict(steps=preset.steps, avatar=field, seed=seed))
-    table = compare(run, film, real, replace(preset, every=max(1, preset.every//2)), detector, known, finder)
     points, past = film.track.landmarks[..., :2], shown_frames(real, range(0, known, max(1, known//60)))
     nearest = [int(np.argmin(((points[:known] - points[i])**2).sum((1, 2)))) for i in table.numbers]
     motion, camera = film.track.motion[table.numbers], film.track.camera.resized(preset.size, preset.size)
@@ -518,7 +519,8 @@ def evaluate_run(
     if not Path(motion).is_file(): raise InputError(f"{motion}: no such film; give a video of one person who speaks")
     run = Run(out, dict(run=str(source.folder), motion=str(motion), settings=asdict(settings), protocol='cross', device=device))
     with run:
-        head, detector, portrait = load_head(source.params.get('head', 'open')), Detector(device=device), load_portrait(source)
+        head, detector = load_head(source.params.get('head', 'open')), Detector(device=device)
+        portrait = load_driven(source, head)
         film = add_clip(run, motion, settings, head, device)
         played = retarget(film.track.motion, portrait.track)
         numbers, _ = compared_frames(len(played), settings.every, 0, 0, film.track.ok)
@@ -526,7 +528,7 @@ def evaluate_run(
         def render(folder):
             avatar = Avatar.load(source.path('avatar'), device=device)
             render_plan(folder, avatar, played[numbers], camera)
-        folder = run.make('rows/avatar', render, ['clip'], dict(avatar=source.manifest('avatar').get('key'), every=settings.every, size=settings.size))
+        folder = run.make('rows/avatar', render, ['clip'], dict(avatar=source.manifest('avatar').get('key'), every=settings.every, size=settings.size) | driven_key(source))
         images = on_background(read_frames(folder))
         own = np.dstack([portrait.image, to_uint8(head_alpha(portrait.matte, head, portrait.track))])
         own = on_background(resize(own, settings.size))

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['log', 'PRESETS', 'FILM_NOTE', 'VIEWS', 'Preset', 'get_preset', 'matting_detector', 'unusual', 'halved',
            'add_portrait', 'add_track', 'head_key', 'run_head', 'load_portrait', 'seen_motion', 'load_driven',
-           'add_motion', 'resolve_motion', 'film_motion', 'add_coarse', 'add_coarse_network', 'driving_film',
-           'write_coarse_video', 'add_coarse_film', 'write_coarse', 'frame_pose', 'film_metadata', 'add_dataset',
-           'read_rgba', 'shrink', 'add_film', 'publish', 'play', 'add_views', 'trained_range', 'beyond', 'create',
-           'compiling', 'train_rounds', 'copy_folder', 'write_run_report', 'check_avatar', 'animate', 'turned']
+           'driven_key', 'add_motion', 'resolve_motion', 'film_motion', 'add_coarse', 'add_coarse_network',
+           'driving_film', 'write_coarse_video', 'add_coarse_film', 'write_coarse', 'frame_pose', 'film_metadata',
+           'add_dataset', 'read_rgba', 'shrink', 'add_film', 'shown_motion', 'publish', 'play', 'add_views',
+           'trained_range', 'beyond', 'create', 'compiling', 'train_rounds', 'copy_folder', 'write_run_report',
+           'check_avatar', 'animate', 'turned']
 
 # %% ../nbs/19_pipeline.ipynb #c002
 import json
@@ -184,6 +185,13 @@ def load_driven(
     portrait = load_portrait(run)
     portrait.track = with_shape(portrait.track, head, seen_motion(run)[0].shape)
     return portrait
+
+
+def driven_key(
+    run: Run,
+) -> dict:
+    "What `load_driven` adds to an artifact's key: nothing where the avatar has the portrait's own shape."
+    return {"driven": True} if run.path("coarse", "track.npz").exists() else {}
 
 # %% ../nbs/19_pipeline.ipynb #c010
 def add_motion(
@@ -427,12 +435,17 @@ def add_film(
     device: str = "cpu",
 ) -> Path:   # video.mp4
     "The film of the chosen avatar over the portrait's background: artifact `film`, copied to `video.mp4`."
-    def build(folder: Path) -> None:
-        motion = Motion.load(run.path("motion", "film.npz"))
-        play(run, motion, folder / "video.mp4", size=preset.film_size, device=device)
-
-    folder = run.make("film", build, needs=["avatar", "motion", "portrait", "track"], params=dict(size=preset.film_size))
+    build = lambda folder: play(run, shown_motion(run), folder / "video.mp4", size=preset.film_size, device=device)
+    folder = run.make("film", build, needs=["avatar", "motion", "portrait", "track"], params=dict(size=preset.film_size) | driven_key(run))
     return publish(folder / "video.mp4", run.path("video.mp4"))
+
+
+def shown_motion(
+    run: Run,
+) -> Motion:
+    "The film's motion, which was made for the portrait's own track, as the avatar can follow it."
+    motion, own, driven = Motion.load(run.path("motion", "film.npz")), load_portrait(run).track, load_driven(run, run_head(run)).track
+    return motion if np.array_equal(own.shape, driven.shape) else retarget(motion, driven, neutral=own.motion[0], keep=1., reach=1.)   # mouth and reach were settled the first time
 
 
 def publish(
@@ -455,7 +468,7 @@ def play(
     device: str = "cpu",
 ) -> Path:
     "Render the run's avatar through a motion into a film."
-    portrait, avatar = load_portrait(run), Avatar.load(run.path("avatar"), device=device)
+    portrait, avatar = load_driven(run, run_head(run)), Avatar.load(run.path("avatar"), device=device)
     camera = portrait.track.camera.resized(size, size)
     whole = portrait.image.shape[0]
     plate = None

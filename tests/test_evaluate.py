@@ -24,6 +24,15 @@ def test_compared_frames():
     numbers, spread = compared_frames(40, 5, 8, 3, seen)
     assert list(numbers[:spread]) == [3, 8, 13, 18, 23, 28, 33, 38] and seen[numbers].all() and (np.diff(numbers[spread:]) == 1).all() and len(numbers) == spread + 8
 
+    with pytest.raises(InputError, match='no face in the frames to compare'): compared_frames(24, 3, 6, 19, np.arange(24) < 19)
+
+
+def test_a_film_with_nothing_to_compare_is_refused_before_training(tmp_path, monkeypatch):
+    film = SimpleNamespace(frames=np.zeros((24, 2, 2, 3)), track=SimpleNamespace(ok=np.arange(24) < 19, first=0, landmarks=np.zeros((24, 478, 3), np.float32)))
+    for name, value in dict(Detector=lambda device: None, add_clip=lambda *a: film, add_truth=lambda *a: range(24)).items(): monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setattr(evaluate, 'Avatar', None)
+    with pytest.raises(InputError, match='no face in the frames'): evaluate.monocular_protocol(Run(tmp_path/'run', {}), 'film.mp4', PRESETS['smoke'], None)
+
 
 def test_the_portrait_shows_the_face(monkeypatch):
     "A film that fades in: its first frames hold no face."

@@ -9,9 +9,11 @@ import ophav_nb.pipeline as pipeline
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.motion import head_angles, scripted
-from ophav_nb.pipeline import PRESETS, add_motion, compiling, seen_motion
+from ophav_nb.media import write_image
+from ophav_nb.pipeline import PRESETS, add_film, add_motion, compiling, load_driven, seen_motion
+from ophav_nb.rounds import mesh_landmarks
 from ophav_nb.run import Run
-from ophav_nb.track import Track
+from ophav_nb.track import Track, landmark_error
 
 HEAD = HeadModel.load()
 
@@ -83,3 +85,35 @@ def test_kernels_are_waited_for_and_not_left_running(monkeypatch):
     assert said == ['wait', 'kill']
     with compiling(False) as ready: ready()
     assert said == ['wait', 'kill']
+
+
+@pytest.fixture
+def filmed(tmp_path):
+    "A run whose avatar was trained on a film in which the person has another shape than in the portrait."
+    run, own = Run(tmp_path / "run", {}), track_of()
+    own.landmarks = mesh_landmarks(HEAD, own.shape, own.motion, own.camera)
+    def portrait(folder):
+        write_image(folder / "crop.png", np.full((192, 192, 3), 128, np.uint8))
+        write_image(folder / "matte.png", np.full((192, 192), 255, np.uint8))
+    run.make("portrait", portrait)
+    run.make("track", lambda folder: own.save(folder / "track.npz"))
+    add_motion(run, "talk", PRESETS["smoke"], own)
+    run.make("coarse", lambda folder: track_of(6, seed=3).save(folder / "track.npz"))
+    run.make("avatar", lambda folder: None)
+    return run
+
+
+def test_the_film_is_played_in_the_shape_that_was_trained(filmed, monkeypatch):
+    "The mesh moves as the portrait's own would, whatever shape it has; without a film nothing changes."
+    played = []
+    monkeypatch.setattr(pipeline, "play", lambda run, motion, path, **k: (played.append(motion), path.write_bytes(b"film")))
+    add_film(filmed, PRESETS["smoke"])
+    driven, asked, own = load_driven(filmed, HEAD).track, Motion.load(filmed.path("motion", "film.npz")), Track.load(filmed.path("track", "track.npz"))
+    assert np.array_equal(driven.shape, seen_motion(filmed)[0].shape) and not np.array_equal(driven.shape, own.shape)
+    first = mesh_landmarks(HEAD, driven.shape, played[0][0], driven.camera)
+    assert landmark_error(first, own.landmarks)[0] < landmark_error(mesh_landmarks(HEAD, driven.shape, asked[0], driven.camera), own.landmarks)[0]
+    assert np.abs(np.ptp(played[0].joints[:, 0], 0) - np.ptp(asked.joints[:, 0], 0)).max() < .01 and np.abs(np.ptp(played[0].joints[:, 2], 0) - np.ptp(asked.joints[:, 2], 0)).max() < .03
+    key = filmed.manifest("film")["key"]
+    (filmed.path("coarse", "track.npz")).unlink()
+    add_film(filmed, PRESETS["smoke"])
+    assert filmed.manifest("film")["key"] != key and (played[1].joints == asked.joints).all()
