@@ -33,7 +33,7 @@ from .flame import load_head
 from .head import HeadModel, Motion
 from .media import Film, VideoWriter, iter_video, on_background, resize, to_float, to_uint8, write_image
 from .metrics import (Truth, correlation, flicker, head_mask, identity_distance, identity_embedding, inter_ocular, landmark_distance,
-                              lid_gap, missing_metrics, mouth_gap, network_metrics, present_networks, sharpness, sharpness_mask)
+                              known_mean, lid_gap, measures_json, missing_metrics, mouth_gap, network_metrics, present_networks, sharpness, sharpness_mask)
 from .motion import retarget
 from .nets.blocks import at_half_precision
 from .pipeline import check_avatar, driven_key, frame_pose, halved, head_key, load_driven, matting_detector, unusual
@@ -250,7 +250,7 @@ class Comparison:
         def build(folder):
             shown = images()
             write_frames(folder, len(shown), lambda missing: (shown[i] for i in missing))
-            write_atomic(folder/'measures.json', json.dumps(self.measure(shown), indent=1) + '\n')
+            write_atomic(folder/'measures.json', measures_json(self.measure(shown)))
         folder = self.run.make(f'rows/{name}', build, ['truth', *needs], self.params)
         self.rows[name] = read_frames(folder), json.loads((folder/'measures.json').read_text())
         return self.rows[name][1]
@@ -392,11 +392,11 @@ def write_results(
 ) -> dict:
     "Write `metrics.json`, `strip.png` and `comparison.mp4`."
     choice = run.path('rounds', 'choice.json')
-    truth = dict(sharpness=float(np.mean([sharpness(table.truth.white(i), table.truth.masks(i)['sharp']) for i in range(table.spread)])), flicker=1.)
+    truth = dict(sharpness=known_mean(sharpness(table.truth.white(i), table.truth.masks(i)['sharp']) for i in range(table.spread)), flicker=1.)
     result = dict(protocol=protocol, frames=table.spread, rows={name: row for name, (_, row) in table.rows.items()}, chosen=chosen,
                   reason=json.loads(choice.read_text())['reason'] if protocol == 'self' and choice.exists() else '', truth=truth,
                   missing=missing_metrics() | (missing or {}))
-    write_atomic(run.path('metrics.json'), json.dumps(result, indent=1) + '\n')
+    write_atomic(run.path('metrics.json'), measures_json(result))
     lines = {'truth': table.images, **{name: images for name, (images, _) in table.rows.items()}}
     write_image(run.path('strip.png'), comparison(lines, np.linspace(0, table.spread - 1, 6).round().astype(int)))
     note = 'The first picture is a recording; all others are synthetic, made by ophav for comparison.'
@@ -497,10 +497,10 @@ def measure_driven(
     offset = found[..., :2] - told[..., :2]
     offset = offset - offset.mean(0)
     unit = inter_ocular(told)[:, None]
-    sharp = np.mean([sharpness(im, sharpness_mask(p, *size)) for im, p in zip(images[some], found[some])])
+    sharp = known_mean(sharpness(im, sharpness_mask(p, *size)) for im, p in zip(images[some], found[some]))
     extra = network_metrics(images, found, *still, names=('csim', 'csim100'), same=False, device=str(getattr(detector, 'device', 'cpu')))
     return extra | dict(identity_distance=float(identity_distance(identity_embedding(images[some], found[some]), person).mean()),
-                sharpness=float(sharp), sharpness_of_portrait=float(sharp/sharpness(portrait, sharpness_mask(own[0], *size))),
+                sharpness=sharp, sharpness_of_portrait=float(sharp/sharpness(portrait, sharpness_mask(own[0], *size))),
                 landmark_distance=float((100*np.linalg.norm(offset[:, INNER_FACE], axis=-1)/unit).mean()),
                 lid_gap_correlation=correlation(lid_gap(found), lid_gap(driver)), mouth_gap_correlation=correlation(mouth_gap(found), mouth_gap(driver)))
 
@@ -537,7 +537,7 @@ def evaluate_run(
         row = measure_driven(images, told, film.track.landmarks[numbers], own, near, detector)
         row['flicker'] = None
         result = dict(protocol='cross', frames=len(numbers), rows=dict(avatar=row), chosen='avatar', missing=missing_metrics(row))
-        write_atomic(run.path('metrics.json'), json.dumps(result, indent=1) + '\n')
+        write_atomic(run.path('metrics.json'), measures_json(result))
         driver = np.stack([resize(np.asarray(film.frames[i]), settings.size) for i in numbers])
         write_image(run.path('strip.png'), comparison(dict(driver=driver, avatar=images), np.linspace(0, len(numbers) - 1, 6).round().astype(int)))
         with VideoWriter(run.path('comparison.mp4'), 8., metadata=dict(comment='Left: a recording. Right: synthetic, made by ophav.')) as video:

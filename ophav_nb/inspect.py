@@ -524,7 +524,7 @@ def draw_measures(metrics: dict[int, dict], chosen: int|None = None) -> np.ndarr
     if not names: return None
     figure = Figure(figsize=(8.6, 2.), dpi=90)
     for axis, m in zip(np.ravel(figure.subplots(1, len(names))), names):
-        at = [k for k, row in metrics.items() if m in row]
+        at = [k for k, row in metrics.items() if row.get(m) is not None]
         axis.plot(at, [metrics[k][m] for k in at], 'o-', lw=1.2, ms=4)
         if chosen in at: axis.plot([chosen], [metrics[chosen][m]], 'o', ms=9, mfc='none', color='C3')
         axis.set_title(MEASURES[m], fontsize=8)
