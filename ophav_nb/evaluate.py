@@ -26,7 +26,7 @@ from .animate import echo
 from .layers import head_alpha
 from .animators import NETWORKS, film_heads, make_animator, make_baseline
 from .avatar import Avatar, AvatarConfig
-from .dataset import HeadDataset, cut_heads
+from .dataset import HeadDataset, cut_heads, film_dataset
 from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector, detect_like
 from .geometry import Camera
 from .flame import load_head
@@ -123,10 +123,8 @@ def add_truth(
     parser: str = 'default',   # who names the regions, and takes the clothes away
 ) -> HeadDataset:
     "Artifact `truth`: the film's matted head at the size of comparison."
-    t = film.track
-    def build(folder):
-        heads = lambda start: with_regions(cut_heads(film.frames, t, film.matte, head, preset.size, start), parser, lambda: islice(film.frames, start, None), device)
-        HeadDataset.from_frames(heads, t.motion, t.shape, t.camera, head, folder=folder, size=preset.size, test=test, known=t.known(preset.size), ok=t.ok)
+    regions = lambda heads, start: with_regions(heads, parser, lambda: islice(film.frames, start, None), device)
+    build = lambda folder: film_dataset(film.frames, film.track, film.matte, head, preset.size, folder, test, regions)
     return HeadDataset.load(run.make('truth', build, ['clip'], dict(size=preset.size, test=test) | unusual(parser=parser)), head)
 
 

@@ -32,7 +32,7 @@ from .media import on_background, resize, to_float, to_uint8, write_image
 from .metrics import (flicker, head_mask, identity_distance, identity_embedding, known_mean, landmark_distance, measures_json, psnr,
                               sharpness, sharpness_mask)
 from .restore import frame_context, make_restorer
-from .run import InputError, Run, plain, progress, write_atomic
+from .run import InputError, Run, progress, write_atomic
 
 # %% ../nbs/17_rounds.ipynb #c006
 log = logging.getLogger(__name__)
@@ -445,12 +445,9 @@ def run_rounds(
 ) -> tuple[list[RoundResult], int]:    # every round, and the number of the chosen one
     "The iterative dataset update (OPHAvatars, Iterative Dataset Update), resumable at any point."
     config = config or RoundsConfig()
-    def digest(d):
-        some = slice(None, None, max(1, len(d)//50))
-        return plain(dict(rgb=np.asarray(d.rgb[some]), alpha=np.asarray(d.alpha[some]), condition=d.condition, c2w=d.c2w, train=d.train, frames=len(d)))
     made = run.manifest('rounds/0/dataset').get('params', {}) if run.has('rounds/0/dataset') else None
-    if made is None or 'rgb' in made: run.make('rounds/0/dataset', lambda folder: dataset.save(folder), params=digest(dataset))
-    elif digest(HeadDataset.load(run.path('rounds/0/dataset'), head)) != digest(dataset):     # made by the command that the folder belongs to
+    if made is None or 'digest' in made: run.make('rounds/0/dataset', lambda folder: dataset.save(folder), params=dict(digest=dataset.digest()))
+    elif HeadDataset.load(run.path('rounds/0/dataset'), head).digest() != dataset.digest():     # made by the command that the folder belongs to
         raise InputError(f"{run.folder} holds another coarse dataset than this one; choose another run folder")
     rounds = Rounds(run, dataset, portrait, head, config, seed, device, detector)
     results = [rounds.round(k) for k in range(config.rounds + 1)]
