@@ -458,7 +458,7 @@ def rounds_strip(
 ) -> tuple[np.ndarray, list[str]]:
     "The same frame in the coarse video and in every round (OPHAvatars, figures 5 and 6), and what stands where."
     images, names, numbers, coarse = [], [], view.checked(), view.frames('coarse', 'frames')
-    if i < len(numbers):
+    if i < len(numbers) and numbers[i] < len(coarse):
         images.append(np.asarray(Image.open(coarse[numbers[i]])))
         names.append('coarse')
     for k in view.rounds:
@@ -557,7 +557,7 @@ def draw_views(
     rows[0].imshow(picture)
     rows[0].set_xticks([cell[0]*(k + .5) for k in range(len(yaw))], [f'{y}°' for y in yaw], fontsize=7)
     rows[0].set_yticks([cell[1]*(k + .5) for k in range(len(pitch))], [f'{p}°' for p in pitch], fontsize=7)
-    for axis, (name, title, worst) in zip(rows[1:], (('landmark', 'landmarks off, % of the inter-ocular distance', 10.), ('identity', 'identity distance to the portrait (over .55: another person)', .55))):
+    for axis, (name, title, worst) in zip(rows[1:], (('landmark', 'landmarks off beside those of the middle view, % of the inter-ocular distance', 10.), ('identity', 'identity distance to the portrait (over .55: another person)', .55))):
         values = np.asarray(data[name])
         axis.imshow(values, cmap='RdYlGn_r', vmin=0, vmax=worst, aspect='auto')
         for i, j in np.ndindex(values.shape):
@@ -691,7 +691,7 @@ def _views_section(view):
     data = view.path('views', 'views.json')
     if not data.is_file(): return ''
     return _img(draw_views(rgb(np.asarray(Image.open(view.path('views', 'views.jpg')))), json.loads(data.read_text())),
-                "the neutral face from other directions than the portrait's; landmarks without what is off in all views alike", wide=True)
+                "the neutral face from the portrait's direction and beside it; landmarks without what is off in the middle view, identity beside the portrait itself: no view, not even the middle one, reaches 0", wide=True)
 
 def _public(value):
     "Parameters without the folders of whoever made the run: of paths only the last name."

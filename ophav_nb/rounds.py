@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'RoundsConfig', 'Plan', 'film_camera', 'plan_round', 'write_frames', 'read_frames', 'render_plan',
-           'finish_alpha', 'mesh_landmarks', 'Check', 'check_numbers', 'make_check', 'measure_round', 'choose_round',
-           'RoundResult', 'Rounds', 'append_row', 'read_log', 'run_rounds']
+           'finish_alpha', 'mesh_landmarks', 'Check', 'check_numbers', 'shown_portrait', 'make_check', 'measure_round',
+           'choose_round', 'RoundResult', 'Rounds', 'append_row', 'read_log', 'run_rounds']
 
 # %% ../nbs/17_rounds.ipynb #c003
 import json
@@ -183,6 +183,17 @@ def check_numbers(
     return np.concatenate([spread, np.arange((total - row)//2, (total - row)//2 + row)]), len(spread)
 
 
+def shown_portrait(
+    portrait,                # namespace: image, matte, track
+    head: HeadModel,
+    size: tuple[int, int],   # height, width, px
+) -> tuple[np.ndarray, np.ndarray]:   # on white, 0..1, [H, W, 3]; about where its landmarks lie, [478, 3]
+    "The portrait's head as renders are compared with it."
+    matte = head_alpha(portrait.matte, head, portrait.track, 0)
+    shown = np.clip(resize(on_background(np.concatenate([to_float(portrait.image), matte[..., None]], -1)), size), 0, 1)
+    return shown, portrait.track.landmarks[0]*np.float32(size[0]/portrait.image.shape[0])
+
+
 def make_check(
     dataset: HeadDataset,
     portrait,                   # namespace: image, matte, track
@@ -196,11 +207,9 @@ def make_check(
     numbers = good[numbers]
     alpha = np.stack([to_float(dataset.alpha[i]) for i in numbers])
     coarse = np.stack([on_background(np.concatenate([to_float(dataset.rgb[i]), a[..., None]], -1)) for i, a in zip(numbers, alpha)])
-    matte = head_alpha(portrait.matte, head, portrait.track, 0)
-    shown = np.clip(resize(on_background(np.concatenate([to_float(portrait.image), matte[..., None]], -1)), size), 0, 1)
+    shown, place = shown_portrait(portrait, head, size)
     told = mesh_landmarks(head, dataset.shape, dataset.motion[numbers], film_camera(dataset, head))
-    near = np.concatenate([portrait.track.landmarks[:1]*np.float32(size[0]/portrait.image.shape[0]), told])
-    landmarks = detect_like(detector, np.concatenate([shown[None], coarse]), near)
+    landmarks = detect_like(detector, np.concatenate([shown[None], coarse]), np.concatenate([place[None], told]))
     person = identity_embedding([to_uint8(shown)], landmarks[:1])[0]
     return Check(numbers, slice(spread, None), coarse, alpha, landmarks[1:], shown, landmarks[0], person, dataset.known(numbers))
 

@@ -1,4 +1,5 @@
 "The pipeline's parts that need no network: motions of a person, what an avatar has seen."
+import json
 from subprocess import TimeoutExpired
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.motion import head_angles, scripted
 from ophav_nb.media import write_image
-from ophav_nb.pipeline import PRESETS, add_film, add_motion, compiling, load_driven, seen_motion
+from ophav_nb.pipeline import PRESETS, VIEWS, add_film, add_motion, add_views, beyond, compiling, load_driven, seen_motion, trained_range, warn_of
 from ophav_nb.rounds import mesh_landmarks
 from ophav_nb.run import Run
 from ophav_nb.track import Track, landmark_error
@@ -70,6 +71,40 @@ def test_an_avatar_knows_the_film_it_was_trained_on(tmp_path):
     run.make("coarse", lambda folder: track_of(6, seed=3).save(folder / "track.npz"), params=dict(film="another"))
     track, motion = seen_motion(run)
     assert len(track) == len(motion) == 6 and motion is track.motion
+
+
+def test_views_are_compared_with_the_portrait(filmed, monkeypatch):
+    "Not with the avatar's own middle view: an avatar of someone else would look perfect there."
+    filmed.path("coarse", "track.npz").unlink()
+    views, middle = len(VIEWS["yaw"]) * len(VIEWS["pitch"]), len(VIEWS["yaw"]) * len(VIEWS["pitch"]) // 2
+    grey = SimpleNamespace(render=lambda motion, camera: (np.full((camera.height, camera.width, 4), (.2, .2, .2, 1), np.float32) for _ in range(len(motion))))
+    monkeypatch.setattr(pipeline, "Avatar", SimpleNamespace(load=lambda *a, **k: grey))
+    monkeypatch.setattr(pipeline, "Detector", lambda device: None)
+    monkeypatch.setattr(pipeline, "detect_like", lambda detector, images, near: np.asarray(near))
+    monkeypatch.setattr(pipeline, "identity_embedding", lambda images, points: np.float32([[image[96, 96, 0] / 255] * 128 for image in images]))
+    add_views(filmed)
+    data = json.loads(filmed.path("views", "views.json").read_text())
+    assert np.allclose(data["identity"], 128**.5 * (128 / 255 - .2), atol=.02) and np.shape(data["identity"]) == (3, 7) and np.allclose(data["landmark"], 0)
+    assert np.shape(data["trained"]) == (2, 4) and views == 2 * middle + 1
+
+
+def test_what_was_not_trained_is_named(caplog):
+    known = trained_range(scripted("range", 12.))
+    assert not beyond(scripted("turn", 4.), known)
+    still = scripted("neutral", 1.)
+    neck, lean = scripted("neutral", .4), scripted("neutral", .4)
+    neck.joints[:, 1, 1] = np.radians(50)
+    lean.joints[:, 0] = np.radians([0, 0, 30])
+    assert set(beyond(neck, known)) == {"yaw"} and set(beyond(lean, known)) == {"roll"} and set(beyond(still, known, orbit=40.)) == {"yaw"}
+    wild = scripted("neutral", 1.)
+    wild.expression[:10], wild.joints[:10, 2, 0] = 5., 1.2
+    told, train = (HEAD.condition(m.expression, m.joints).numpy() for m in (wild, scripted("range", 12.)))
+    far = beyond(wild, known, told=told, clamped=np.clip(told, train.min(0), train.max(0)))
+    assert {k: v.sum() for k, v in far.items()} == dict(jaw=10, expression=10)
+    warn_of({}, known)
+    assert not caplog.records
+    warn_of(far, known)
+    assert caplog.messages[0].startswith("40% of the frames leave what the avatar was trained on: jaw (trained from 0 to") and "expression (held" in caplog.messages[0]
 
 
 def test_kernels_are_waited_for_and_not_left_running(monkeypatch):
