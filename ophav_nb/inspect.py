@@ -30,7 +30,7 @@ from .flame import load_head
 from .head import HeadModel, Motion
 from .media import on_background, read_image, resize, show_images, strip, to_float, to_uint8, write_image
 from .rounds import check_numbers, read_log
-from .run import InputError, Run, write_atomic
+from .run import InputError, Run, read_json, write_atomic
 from .track import Track
 
 # %% ../nbs/18_inspect.ipynb #c005
@@ -49,7 +49,7 @@ class RunView:
         if not (self.folder/'run.json').is_file(): raise InputError(f'{self.folder} is not a run folder (it has no run.json)')
 
     @property
-    def info(self) -> dict: return json.loads((self.folder/'run.json').read_text(encoding='utf-8'))
+    def info(self) -> dict: return Run(self.folder).info
 
     def path(self, *parts) -> Path: return self.folder.joinpath(*map(str, parts))
 
@@ -62,7 +62,7 @@ class RunView:
     def numbers(self, *parts) -> dict:
         "A JSON file, empty if it is not there yet."
         path = self.path(*parts)
-        return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+        return read_json(path, 'delete it and give the command that made this folder again') if path.is_file() else {}
 
     @property
     def rounds(self) -> list[int]:

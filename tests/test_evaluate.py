@@ -128,3 +128,9 @@ def test_clip_smoke(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path/'out').rglob('*.npy')}
     evaluate_clip(CLIPS/'glasses_lab.mp4', tmp_path/'out', preset='smoke', rounds=1)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path/'out').rglob('*.npy')}
+
+
+def test_mattes_are_written_in_pieces(tmp_path):
+    alpha = np.random.default_rng(0).random((10, 4, 4)).astype(np.float32)
+    evaluate.write_mattes(tmp_path/'matte.npy', alpha, 3)
+    assert np.array_equal(np.load(tmp_path/'matte.npy'), alpha.astype(np.float16))
