@@ -478,6 +478,7 @@ def evaluate_clip(
     earlier, missing = pick_baselines(baselines)
     load_head(head)                   # says what is missing, before anything is made
     rounds, device = (1 if name == 'smoke' else 2) if rounds is None else rounds, pick_device(device)
+    if rounds < 0: raise InputError(f"--rounds {rounds}: give 0 (the coarse film alone) or more")
     field = AvatarConfig.preset(settings.field, backend=backend)
     config = RoundsConfig(rounds, settings.steps, settings.round_steps, restorer=restorer, render_frames=settings.round_frames, avatar=field,
                           settings={'half': True} if half and restorer.startswith('gfpgan') else {})

@@ -591,6 +591,7 @@ def create(
             raise InputError(f"--{name} {value}: no such file; check the spelling")
     if not Path(motion).suffix: resolve_motion(motion, .2)   # an unknown script is said at once
     rounds = (1 if preset == "smoke" else 2) if rounds is None else rounds
+    if rounds < 0: raise InputError(f"--rounds {rounds}: give 0 (the coarse film alone) or more")
     image, device = read_image(portrait), pick_device(device)
     model = load_head(head)
     params = dict(portrait=str(portrait), motion=motion, face=face, coarse=coarse and str(coarse), rounds=rounds, preset=preset if isinstance(preset, str) else 'own',

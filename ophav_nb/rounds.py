@@ -454,6 +454,7 @@ def run_rounds(
 ) -> tuple[list[RoundResult], int]:    # every round, and the number of the chosen one
     "The iterative dataset update (OPHAvatars, Iterative Dataset Update), resumable at any point."
     config = config or RoundsConfig()
+    if config.rounds < 0: raise InputError(f"{config.rounds} rounds cannot be; give 0 (the coarse frames alone) or more")
     made = run.manifest('rounds/0/dataset').get('params', {}) if run.has('rounds/0/dataset') else None
     if made is None or 'digest' in made: run.make('rounds/0/dataset', lambda folder: dataset.save(folder), params=dict(digest=dataset.digest()))
     elif HeadDataset.load(run.path('rounds/0/dataset'), head).digest() != dataset.digest():     # made by the command that the folder belongs to

@@ -56,6 +56,7 @@ def test_errors_come_first(tmp_path):
     with pytest.raises(InputError, match='unknown protocol'): evaluate_clip(film, out, protocol='other')
     with pytest.raises(InputError, match='unknown preset'): evaluate_clip(film, out, preset='other')
     with pytest.raises(InputError, match='no part in --protocol monocular'): evaluate_clip(film, out, protocol='monocular', restorer='none')
+    with pytest.raises(InputError, match='--rounds -1'): evaluate_clip(film, out, rounds=-1)
     with pytest.raises(InputError, match='no such film'): evaluate_clip(tmp_path/'none.mp4', out)
     with pytest.raises(InputError, match='not a run'): evaluate_run(tmp_path, film, out)
     assert not out.exists()

@@ -13,7 +13,7 @@ from ophav_nb.motion import head_angles, scripted
 from ophav_nb.media import write_image
 from ophav_nb.pipeline import PRESETS, VIEWS, add_film, add_motion, add_views, beyond, compiling, load_driven, seen_motion, trained_range, warn_of
 from ophav_nb.rounds import mesh_landmarks
-from ophav_nb.run import Run
+from ophav_nb.run import InputError, Run
 from ophav_nb.track import Track, landmark_error
 
 HEAD = HeadModel.load()
@@ -105,6 +105,11 @@ def test_what_was_not_trained_is_named(caplog):
     assert not caplog.records
     warn_of(far, known)
     assert caplog.messages[0].startswith("40% of the frames leave what the avatar was trained on: jaw (trained from 0 to") and "expression (held" in caplog.messages[0]
+
+
+def test_rounds_below_none(tmp_path):
+    with pytest.raises(InputError, match="--rounds -1"): pipeline.create("astronaut", tmp_path / "run", rounds=-1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_kernels_are_waited_for_and_not_left_running(monkeypatch):

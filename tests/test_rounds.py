@@ -175,6 +175,10 @@ def test_another_dataset_is_another_run(tmp_path, stage, coarse):
     with pytest.raises(InputError, match='another coarse dataset'): stage.go(run, other, rounds=0)
 
 
+def test_rounds_below_none(tmp_path, stage):
+    with pytest.raises(InputError, match='-1 rounds'): stage.go(Run(tmp_path/'run', {}), rounds=-1)
+
+
 def test_samples_of_renders_are_part_of_the_check(tmp_path, stage):
     run = Run(tmp_path/'run', {})
     stage.go(run, rounds=0)
