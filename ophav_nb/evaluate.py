@@ -33,7 +33,8 @@ from .flame import load_head
 from .head import HeadModel, Motion
 from .media import Film, VideoWriter, iter_video, on_background, resize, to_float, to_uint8, write_image
 from .metrics import (Truth, correlation, flicker, head_mask, identity_distance, identity_embedding, inter_ocular, landmark_distance,
-                              known_mean, lid_gap, measures_json, missing_metrics, mouth_gap, network_metrics, present_networks, sharpness, sharpness_mask)
+                              known_mean, lid_gap, measures_json, missing_metrics, mouth_gap, network_metrics, present_networks, sharpness, sharpness_mask,
+                              worst_over_median)
 from .motion import retarget
 from .nets.blocks import at_half_precision
 from .pipeline import check_avatar, driven_key, frame_pose, halved, head_key, load_driven, matting_detector, unusual
@@ -506,12 +507,12 @@ def measure_driven(
     some, size = np.unique(np.linspace(0, len(images) - 1, 16).round().astype(int)), portrait.shape[:2]
     offset = found[..., :2] - told[..., :2]
     offset = offset - offset.mean(0)
-    unit = inter_ocular(told)[:, None]
+    distance = (100*np.linalg.norm(offset[:, INNER_FACE], axis=-1)/inter_ocular(told)[:, None]).mean(1)
     sharp = known_mean(sharpness(im, sharpness_mask(p, *size)) for im, p in zip(images[some], found[some]))
     extra = network_metrics(images, found, *still, names=('csim', 'csim100'), same=False, device=str(getattr(detector, 'device', 'cpu')))
     return extra | dict(identity_distance=float(identity_distance(identity_embedding(images[some], found[some]), person).mean()),
-                sharpness=sharp, sharpness_of_portrait=float(sharp/sharpness(portrait, sharpness_mask(own[0], *size))),
-                landmark_distance=float((100*np.linalg.norm(offset[:, INNER_FACE], axis=-1)/unit).mean()),
+                sharpness=sharp, sharpness_of_portrait=sharp/max(sharpness(portrait, sharpness_mask(own[0], *size)), 1e-9),
+                landmark_distance=float(distance.mean()), landmark_distance_worst=worst_over_median(distance),
                 lid_gap_correlation=correlation(lid_gap(found), lid_gap(driver)), mouth_gap_correlation=correlation(mouth_gap(found), mouth_gap(driver)))
 
 

@@ -598,7 +598,7 @@ LESSONS = dict(   # a word to each part of the page, for who sees the first one
     rounds='Left, a frame of the coarse film, which the animator made of the portrait; round 0 is trained on it. Each later round is trained on the restored '
            'pictures of the one before: it shall become sharper and stay the same person.',
     drift='What changed from round to round. The sharpest round is kept that is still the same person in the same poses.',
-    views='The avatar from directions beside the one that the portrait shows. Green is close to the portrait, red is a guess.',
+    views='The avatar from directions beside the one that the portrait shows: identity beside the portrait, landmarks beside the middle view. Green is close, red is a guess.',
     training='Loss should fall and PSNR rise; a jump between rounds is their change of training pictures.')
 
 MEANINGS = dict(

@@ -135,3 +135,14 @@ def test_mattes_are_written_in_pieces(tmp_path):
     alpha = np.random.default_rng(0).random((10, 4, 4)).astype(np.float32)
     evaluate.write_mattes(tmp_path/'matte.npy', alpha, 3)
     assert np.array_equal(np.load(tmp_path/'matte.npy'), alpha.astype(np.float16))
+
+
+def test_a_frame_that_breaks_is_seen_without_a_truth(monkeypatch):
+    told = np.random.default_rng(0).random((9, 478, 3))*100
+    found = told + np.random.default_rng(1).normal(0, .1, told.shape)
+    found[4] += 5*np.sin(np.arange(478))[:, None]
+    monkeypatch.setattr(evaluate, 'detect_like', lambda detector, images, near: found if len(images) == 9 else near)
+    monkeypatch.setattr(evaluate, 'identity_embedding', lambda images, points: np.zeros((len(images), 128)))
+    monkeypatch.setattr(evaluate, 'network_metrics', lambda *a, **k: {})
+    row = evaluate.measure_driven(np.zeros((9, 32, 32, 3), np.uint8), told, told, np.zeros((32, 32, 3), np.uint8), told[:1], None)
+    assert row['landmark_distance_worst'] > 4 and row['landmark_distance'] > 0
