@@ -129,8 +129,8 @@ def execute(
 
 # %% ../nbs/21_batch.ipynb #c012
 def _placed(value, base: Path):
-    "A file's name as its absolute path, seen from the sweep's folder: notebooks run elsewhere. All else as it is."
-    return str(base/value) if isinstance(value, str) and os.path.isfile(base/value) else value
+    "A file's name as its absolute path, seen from the sweep's folder: notebooks run elsewhere. All else as it is, a word like 'quick' even where a file is called so."
+    return str(base/value) if isinstance(value, str) and (Path(value).suffix or len(Path(value).parts) > 1) and os.path.isfile(base/value) else value
 
 
 def _values(key: str, value, base: Path) -> list:
@@ -185,7 +185,7 @@ def read_sweep(
 
 # %% ../nbs/21_batch.ipynb #c015
 def _key(notebook: Path, parameters: dict) -> str:
-    files = {k: file_hash(v) for k, v in parameters.items() if isinstance(v, str) and os.path.isfile(v)}
+    files = {k: file_hash(v) for k, v in parameters.items() if isinstance(v, str) and os.path.isabs(v) and os.path.isfile(v)}   # as `_placed` writes them
     return make_key({"notebook": file_hash(notebook), "parameters": parameters, "files": files}, {})
 
 

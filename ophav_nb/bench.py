@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MATRIX', 'GRID', 'LEAN', 'FRAMES', 'NETWORKS', 'PARTS', 'PARTS_OF_NETWORKS', 'MORE', 'Part', 'interleaved', 'matrix',
-           'measure', 'TorchHashGrid', 'band_points', 'encoder', 'posed_head', 'head_rays', 'nearest', 'raster',
+           'measure', 'TorchHashGrid', 'band_points', 'encoder', 'mlps', 'posed_head', 'head_rays', 'nearest', 'raster',
            'OurStep', 'NaiveStep', 'TreeStep', 'step', 'step_lean', 'toy_avatar', 'training', 'render', 'render_512',
            'animator', 'tracker', 'restorer', 'fit', 'fit_long', 'network_part', 'machine', 'compare_benches', 'bench']
 
@@ -22,6 +22,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import torch
+from numba import prange
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,10 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from .animate import head_alpha, make_animator
 from .avatar import Avatar, AvatarConfig, Batch, Trainer, memory_mb, status_mb, toy_film
 from .deform import Deformer
+from .dense import Packed, layers_backward, layers_forward
 from .detect import Detector
 from .encoding import HashGrid, spherical_harmonics
 from .field import Field, FieldConfig
-from .geometry import facing_camera, rasterize, triangle_frames
+from .geometry import facing_camera, kernel, rasterize, triangle_frames
 from .head import HeadModel, Motion
 from .media import read_image
 from .metrics import psnr
@@ -41,7 +43,7 @@ from .render import FINE, render_view
 from .restore import DetailRestorer, frame_context
 from .run import InputError, progress, write_atomic
 from .track import track_film, track_portrait
-from .training import AveragedAdam, OnePass, Truth
+from .training import TILE, AveragedAdam, OnePass, Truth
 
 # %% ../nbs/22_bench.ipynb #c006
 @dataclass
@@ -159,7 +161,53 @@ def encoder(quick: bool = False, layout: dict = GRID) -> Part:
         error = float((grid(x) - exact(x)).abs().max()/exact.params.abs().max())
     return Part(f"hash grid L{layout['levels']} F{layout['features']} T2^{layout['log2_size']}, forward and backward, {len(x):,} points",
                 dict(ours=_forward_backward(grid, x, g), plain_torch=_forward_backward(plain, x, g), exact_torch=_forward_backward(exact, x, g)),
-                dict(plain_torch=30.), error=error)
+                dict(plain_torch=30.), error=error, frames=len(x), unit='samples')
+
+# %% ../nbs/22_bench.ipynb #c011n
+@kernel(parallel=True)
+def _networks(features, harmonics, up, plan, first, rows, feature_row, weights, turned, gradients, out):
+    "Tiles of samples (columns) through both networks and back; `up` is the gradient of the density's logarithm and of the colours, `out` gets the features'."
+    share, top, colour_row = gradients.shape[0], plan[plan.shape[0]-1, 6], feature_row + plan[first-1, 3]
+    for t in prange(share):
+        flat, back, zeros = np.zeros(rows*TILE, np.float32), np.zeros(rows*TILE, np.float32), np.zeros(256, np.float32)
+        A, D = flat.reshape((rows, TILE)), back.reshape((rows, TILE))
+        for at in range(t*TILE, features.shape[1], share*TILE):
+            for i in range(features.shape[0]): A[i] = features[i, at:at+TILE]
+            layers_forward(plan, 0, first, weights, flat, TILE, TILE)
+            for i in range(harmonics.shape[0]): A[colour_row+i] = harmonics[i, at:at+TILE]
+            layers_forward(plan, first, plan.shape[0], weights, flat, TILE, TILE)
+            D[top:] = 0
+            for i in range(3): D[top+i] = up[1+i, at:at+TILE]
+            layers_backward(plan, first, plan.shape[0], turned, zeros, flat, back, gradients[t], TILE, TILE)
+            for j in range(TILE): D[feature_row, j] += up[0, at+j]
+            layers_backward(plan, 0, first, turned, zeros, flat, back, gradients[t], TILE, TILE)
+            for i in range(features.shape[0]): out[i, at:at+TILE] = D[i]
+
+def mlps(quick: bool = False) -> Part:
+    "Density and colour network, forward and backward."
+    field = Field(FieldConfig(log2_size=4, condition='none', degree=4, colour_layers=2, surface=0., precision='float32'))
+    n, packed = 4096*16//(8 if quick else 1)//TILE*TILE, Packed(field)
+    features, harmonics, up = torch.randn(n, field.grid.width, requires_grad=True), spherical_harmonics(F.normalize(torch.randn(n, 3), dim=-1)), torch.randn(n, 4)
+    columns, out = [np.ascontiguousarray(t.detach().numpy().T) for t in (features, harmonics, up)], np.zeros((field.grid.width, n), np.float32)
+    def cleared():
+        for p in (features, *field.parameters()): p.grad = None
+    def ours():
+        cleared()
+        plan, gradients = packed.refresh().plan, np.zeros((2*numba.get_num_threads(), packed.plan.weights), np.float32)
+        _networks(*columns, plan.layers, plan.first, plan.rows, plan.features, packed.weights, packed.turned, gradients, out)
+        packed.give_back(gradients, np.zeros((len(gradients), 0), np.float32))
+    def plain():
+        cleared()
+        h = field.density_network(features)
+        torch.autograd.backward([h[:, 0], field.colour_network(torch.cat([h, harmonics], 1))], [up[:, 0], up[:, 1:]])
+    ours()
+    learned = [p.grad.clone() for p in field.networks]
+    plain()
+    off = lambda a, b: float((a - b).abs().max()/b.abs().max())
+    error = max(off(torch.from_numpy(out.T), features.grad), *(off(a, p.grad) for a, p in zip(learned, field.networks)))
+    c = field.config
+    return Part(f'networks {field.grid.width}-{c.width}-{c.outputs} and {c.outputs + c.degree**2}-{c.width}-{c.width}-3, forward and backward, {n:,} samples',
+                dict(ours=ours, plain_torch=plain), error=error, frames=n, unit='samples')
 
 # %% ../nbs/22_bench.ipynb #c013
 def posed_head():
@@ -306,7 +354,7 @@ def step(quick: bool = False, layout: dict = GRID, rays: int = 4096, samples: in
     rays = rays//8 if quick else rays
     makers = dict(ours=OurStep, torch=NaiveStep, torch_and_scipy=TreeStep)
     return Part(f"training step, {rays} rays x {samples} samples, grid L{layout['levels']} F{layout['features']} T2^{layout['log2_size']}",
-                {name: make(layout, rays, samples) for name, make in makers.items()}, dict(torch=12.))
+                {name: make(layout, rays, samples) for name, make in makers.items()}, dict(torch=12.), frames=rays*samples, unit='samples')
 
 def step_lean(quick: bool = False) -> Part:
     "The step of the CPU presets."
@@ -539,7 +587,7 @@ def network_part(name: str, quick: bool = False) -> Part:
     return Part(f'{name} {about}', dict(ours=turn), frames=1, gflop=counter.get_total_flops()/1e9, turns=2 if quick else 3)
 
 # %% ../nbs/22_bench.ipynb #c019
-PARTS = dict(encoder=encoder, nearest=nearest, raster=raster, step=step, step_lean=step_lean, training=training, render=render, render_512=render_512,
+PARTS = dict(encoder=encoder, mlps=mlps, nearest=nearest, raster=raster, step=step, step_lean=step_lean, training=training, render=render, render_512=render_512,
              animator=animator, tracker=tracker, restorer=restorer, fit=fit)
 PARTS_OF_NETWORKS = {f'network_{name}': partial(network_part, name) for name in NETWORKS}
 MORE = dict(fit_long=fit_long, **PARTS_OF_NETWORKS)   # not by default: minutes
@@ -574,7 +622,8 @@ def _lines(name, row):
     "A part's results as text."
     ours = f"{name:14}{row['milliseconds']['ours']:10.1f} ms   {row['about']}" + (f" (error {row['error']:.0e})" if 'error' in row else '')
     if 'frames_per_second' in row:
-        ours += f"   {row['frames_per_second']:.1f} {row['unit']}/s ({row['frames_per_cpu_second']:.1f} a CPU second)" + (f", wanted {row['goal']:g}" if 'goal' in row else '')
+        rate, cpu = (f'{v:,.0f}' if v >= 1000 else f'{v:.1f}' for v in (row['frames_per_second'], row['frames_per_cpu_second']))
+        ours += f"   {rate} {row['unit']}/s ({cpu} a CPU second)" + (f", wanted {row['goal']:g}" if 'goal' in row else '')
     if 'gflop' in row: ours += f"   {row['gflop']:.1f} GFLOP at {100*row['matrix_share']:.0f} % of the matrix product's pace"
     out = [ours]
     for k, r in row['ratio'].items():

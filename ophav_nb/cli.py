@@ -222,7 +222,7 @@ def _evaluate(args) -> int:
     from ophav_nb import evaluate
     if args.clip: evaluate.evaluate_clip(**_options(args, "folder", "motion"))
     else:
-        options = _options(args, "folder", "clip", "seed")
+        options = _options(args, "folder", "clip")
         if useless := set(options) - {"motion", "out", "preset", "device"}:
             raise InputError(f"--{sorted(useless)[0]} goes with --clip; a finished run keeps what it was made with")
         evaluate.evaluate_run(args.folder, **options)

@@ -29,7 +29,7 @@ from .geometry import Camera, kernel, rasterize
 from .flame import flame_head, load_head, read_tracker
 from .head import HeadModel, Motion
 from .media import read_image, resize, to_float, to_uint8
-from .run import InputError, progress, write_atomic
+from .run import InputError, make_key, progress, write_atomic
 
 # %% ../nbs/09_dataset.ipynb #c005
 logger = logging.getLogger(__name__)
@@ -143,12 +143,10 @@ class HeadDataset:
         "One frame, uint8 [H, W, 4]."
         return np.concatenate([self.rgb[i], self.alpha[i][..., None]], -1)
 
-    def with_images(self,
-        rgb,         # uint8 [N, H, W, 3]
-        alpha=None,  # uint8 [N, H, W]; None: as before
-    ) -> 'HeadDataset':
-        "The same head and cameras with other pictures (the next round's)."
-        return replace(self, rgb=rgb, alpha=self.alpha if alpha is None else alpha)
+    def digest(self) -> str:
+        "What tells this dataset from others: some of its pictures, all cameras and conditions."
+        some = slice(None, None, max(1, len(self)//50))
+        return make_key({k: np.asarray(getattr(self, k)[some]) for k in ('rgb', 'alpha', 'parsing')} | {k: getattr(self, k) for k in ('condition', 'c2w', 'K', 'train')} | dict(frames=len(self)), {})
 
     def subset(self, index) -> 'HeadDataset':
         "Some of the frames."
@@ -177,6 +175,7 @@ class HeadDataset:
         if isinstance(frames_rgba, np.ndarray) or isinstance(frames_rgba, (list, tuple)):
             size, array = frames_rgba[0].shape[0], frames_rgba
             frames = lambda start: iter(array[start:])
+            if len(array) != len(motion): raise InputError(f"{len(array)} frames for a motion of {len(motion)}; give as many frames as the motion has")
         else: frames = frames_rgba if callable(frames_rgba) else lambda start: _skip(frames_rgba, start)
         size = size or camera.height
         camera = camera.resized(size, size)
@@ -189,11 +188,15 @@ class HeadDataset:
         start = store.start
         for i, frame in enumerate(progress(frames(start), total=len(motion) - start, desc='dataset'), start):
             frame, codes = frame if isinstance(frame, tuple) else (frame, None)
+            if i == len(motion): raise InputError(f"more frames than the motion has ({i}); give as many frames as the motion has")
+            if frame.shape != (size, size, 4): raise InputError(f"frame {i} is {'x'.join(map(str, frame.shape))}, wanted is {size}x{size}x4: square, straight RGBA, all of one size")
             out.rgb[i], out.alpha[i] = frame[..., :3], frame[..., 3]
             out.parsing[i], out.depth[i] = parse_frame(out.vertices[i], out.camera(i), out.faces, labels, out.alpha[i])
             if codes is not None: out.parsing[i] = np.where(out.alpha[i] >= 128, codes, 0)
             if known is not None: out.parsing[i][~known] = UNKNOWN
             store.did(i + 1)
+            start = i + 1
+        if start < len(motion): raise InputError(f"{start} frames for a motion of {len(motion)}; give as many frames as the motion has")
         store.finish(out)
         return out
 
@@ -227,21 +230,29 @@ class HeadDataset:
     ) -> Path:
         "Write INSTA's folder. Files that are there already are kept: a second call goes on where the first was stopped."
         folder = Path(folder)
+        self._refuse_others(folder)
         for name in ('images', 'seg_mask', 'depth', 'flame/exp') + (('meshes',) if meshes else ()): (folder/name).mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(threads) as pool:
             for _ in progress(pool.map(lambda i: self._save_frame(folder, i, meshes), range(len(self))), total=len(self), desc='write'): pass
         write_atomic(folder/'canonical.obj', lambda p: _write_obj(p, self.canonical, self.faces))
-        extra = dict(train=self.train, condition=self.condition, K=self.K, c2w=self.c2w, size=[self.height, self.width])
-        if self.motion is not None:
-            extra |= dict(shape=self.shape, basis=self.motion.basis, fps=self.motion.fps, expression=self.motion.expression, joints=self.motion.joints,
-                          translation=self.motion.translation)
-            if self.offset is not None: extra['offset'] = self.offset
-        write_atomic(folder/'head.npz', lambda p: _write_npz(p, extra))
         test = np.flatnonzero(~self.train)
         parts = dict(train=np.flatnonzero(self.train), test=test, val=test[-20:])
         for name, index in parts.items(): _write_json(folder/f'transforms_{name}.json', self._transforms(index))
         _write_json(folder/'transforms.json', self._transforms(range(len(self))))    # last: it says that the folder is whole
         return folder
+
+    def _refuse_others(self, folder: Path) -> None:
+        "Write `head.npz`, which names the dataset; a folder that another one has begun is left alone."
+        extra, path = dict(train=self.train, condition=self.condition, K=self.K, c2w=self.c2w, size=[self.height, self.width], digest=self.digest()), folder/'head.npz'
+        if self.motion is not None:
+            extra |= dict(shape=self.shape, basis=self.motion.basis, fps=self.motion.fps, expression=self.motion.expression, joints=self.motion.joints,
+                          translation=self.motion.translation)
+            if self.offset is not None: extra['offset'] = self.offset
+        if path.exists():
+            with np.load(path, allow_pickle=False) as z: other = 'digest' in z.files and str(z['digest']) != extra['digest'] or not np.array_equal(z['c2w'], self.c2w)
+        else: other = any(folder.glob('transforms*.json'))
+        if other: raise InputError(f'{folder} holds another dataset, whose files would be mixed with these; choose another folder, or delete that one')
+        write_atomic(path, lambda p: _write_npz(p, extra))
 
     def _save_frame(self, folder: Path, i: int, meshes: bool) -> None:
         n = f'{i:05d}'
@@ -428,10 +439,13 @@ def film_dataset(
     size: int,      # pixels
     folder=None,    # for memory-mapped arrays
     test: int = 0,  # last frames kept from training
+    regions=None,   # names the regions: a function of heads and the first one's number, gives pairs with INSTA's codes; None: the mesh does
 ) -> HeadDataset:
     "A real film's heads: the truth of an evaluation, and what a monocular avatar is trained on."
-    frames_of = lambda start: cut_heads(frames, track, matte, head, size, start)
-    return HeadDataset.from_frames(frames_of, track.motion, track.shape, track.camera, head, folder=folder, size=size, test=test, known=track.known(size))
+    def heads(start):
+        cut = cut_heads(frames, track, matte, head, size, start)
+        return regions(cut, start) if regions else cut
+    return HeadDataset.from_frames(heads, track.motion, track.shape, track.camera, head, folder=folder, size=size, test=test, known=track.known(size), ok=track.ok)
 
 def cut_heads(frames, track, matte, head: HeadModel, size: int, start: int = 0):
     "Head-only frames of a film, straight RGBA, uint8 [size, size, 4], one after the other."

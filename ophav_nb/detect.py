@@ -484,7 +484,7 @@ class Follower:
             found.sort(key=lambda f: f.box[0] + f.box[2])
             if found:
                 if last is not None: best = min(found, key=lambda f: np.hypot(*(f.roi - last)[:2]))
-                elif self.face is not None: best = found[min(self.face, len(found)) - 1]
+                elif self.face is not None: best = _choose(found, self.face)
                 else: best = max(found, key=lambda f: f.width)
                 last = best.roi
             rois.append(last)

@@ -19,7 +19,7 @@ from scipy.spatial.transform import Rotation
 
 # %% ../nbs/06b_flame.ipynb #c003
 from .run import InputError, asset, explain_os_errors, file_hash, write_atomic
-from .geometry import Camera, facing_camera, interpolate, rasterize, vertex_normals
+from .geometry import Camera, facing_camera, interpolate, mesh_laplacian, rasterize, vertex_normals
 from .head import HeadModel, Motion, read_head
 from .weights import read_values, require, weights_folder
 from .detect import Detector, roi_of_landmarks
@@ -229,17 +229,10 @@ def _fit_shape(head, flame, target: _Surface, anchors, count: int = 100, steps: 
 def _hidden(head) -> np.ndarray: return np.any([head.regions[k] for k in (*MOUTH, "left_eyeball", "right_eyeball")], 0)
 
 
-def _laplacian(faces, count):
-    e = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
-    A = sparse.coo_matrix((np.ones(len(e)), e.T), (count, count))
-    A = ((A + A.T) > 0).astype(float)
-    return sparse.diags(np.asarray(A.sum(1)).ravel()) - A
-
-
 def _settle(head, x, target: _Surface, stiff=(30., 10., 3., 1., .5, .3, .2, .2)):
     "Each vertex to the surface, neighbours together; where it lies, and which vertices have found their place."
     skin = np.unique(head.faces[~_hidden(head)])
-    L = _laplacian(head.faces, len(x))
+    L = mesh_laplacian(head.faces, len(x))
     start = x.copy()
     for s in stiff:
         normals = vertex_normals(x.astype(np.float32), head.faces)
@@ -263,7 +256,7 @@ def _posed_matrices(flame, J=None):
 
 def _harmonic(faces, count, known, values, anchor=None):
     "Values of some vertices continued over a mesh so that nothing bulges, [count,C]."
-    L = _laplacian(faces, count)
+    L = mesh_laplacian(faces, count)
     w = np.zeros(count)
     w[known] = 1e4
     b = np.zeros((count, values.shape[1]))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'kernel', 'smoothstep', 'axis_angle_to_matrix', 'matrix_to_axis_angle', 'Camera', 'pixel_centres',
            'facing_camera', 'vertex_normals', 'triangle_frames', 'Raster', 'rasterize', 'depth_range', 'interpolate',
-           'sample_bilinear', 'push_pull', 'spread_over']
+           'sample_bilinear', 'push_pull', 'mesh_laplacian', 'spread_over']
 
 # %% ../nbs/02_geometry.ipynb #c004
 import logging
@@ -461,14 +461,20 @@ def _doubled(t, shape):
     return sample_bilinear(t, x, y)
 
 # %% ../nbs/02_geometry.ipynb #c033c
+def mesh_laplacian(
+    faces,        # of the mesh, [F, 3]
+    count: int,   # of its vertices
+):                # sparse [V, V]
+    "Graph Laplacian of a mesh: a vertex's neighbours against itself."
+    return _laplacian(np.ascontiguousarray(faces, np.int32).tobytes(), count)
+
 @lru_cache(maxsize=8)
 def _laplacian(key: bytes, count: int):
-    "Graph Laplacian of a mesh, sparse [V, V]."
     f = np.frombuffer(key, np.int32).reshape(-1, 3)
     e = np.concatenate([f[:, [0, 1]], f[:, [1, 2]], f[:, [2, 0]]])
     A = sparse.coo_matrix((np.ones(len(e)), (e[:, 0], e[:, 1])), shape=(count, count))
     A = ((A + A.T) > 0).astype(np.float64)
-    return sparse.diags(np.asarray(A.sum(1)).ravel() + 1e-9) - A
+    return sparse.diags(np.asarray(A.sum(1)).ravel()) - A
 
 def spread_over(
     faces,        # of the mesh, [F, 3]
@@ -477,5 +483,4 @@ def spread_over(
 ) -> np.ndarray:  # float64 [V, C]
     "Values known at some vertices, smoothly over the whole mesh (a membrane through them)."
     weight = np.asarray(weight, np.float64)*20 + 1e-7
-    L = _laplacian(np.ascontiguousarray(faces, np.int32).tobytes(), len(weight))
-    return spsolve((sparse.diags(weight) + L).tocsc(), np.asarray(values)*weight[:, None]).reshape(len(weight), -1)
+    return spsolve((sparse.diags(weight) + mesh_laplacian(faces, len(weight))).tocsc(), np.asarray(values)*weight[:, None]).reshape(len(weight), -1)

@@ -30,7 +30,7 @@ from .flame import load_head
 from .head import HeadModel, Motion
 from .media import on_background, read_image, resize, show_images, strip, to_float, to_uint8, write_image
 from .rounds import check_numbers, read_log
-from .run import InputError, Run, write_atomic
+from .run import InputError, Run, read_json, write_atomic
 from .track import Track
 
 # %% ../nbs/18_inspect.ipynb #c005
@@ -49,7 +49,7 @@ class RunView:
         if not (self.folder/'run.json').is_file(): raise InputError(f'{self.folder} is not a run folder (it has no run.json)')
 
     @property
-    def info(self) -> dict: return json.loads((self.folder/'run.json').read_text(encoding='utf-8'))
+    def info(self) -> dict: return Run(self.folder).info
 
     def path(self, *parts) -> Path: return self.folder.joinpath(*map(str, parts))
 
@@ -62,7 +62,7 @@ class RunView:
     def numbers(self, *parts) -> dict:
         "A JSON file, empty if it is not there yet."
         path = self.path(*parts)
-        return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+        return read_json(path, 'delete it and give the command that made this folder again') if path.is_file() else {}
 
     @property
     def rounds(self) -> list[int]:
@@ -458,7 +458,7 @@ def rounds_strip(
 ) -> tuple[np.ndarray, list[str]]:
     "The same frame in the coarse video and in every round (OPHAvatars, figures 5 and 6), and what stands where."
     images, names, numbers, coarse = [], [], view.checked(), view.frames('coarse', 'frames')
-    if i < len(numbers):
+    if i < len(numbers) and numbers[i] < len(coarse):
         images.append(np.asarray(Image.open(coarse[numbers[i]])))
         names.append('coarse')
     for k in view.rounds:
@@ -524,7 +524,7 @@ def draw_measures(metrics: dict[int, dict], chosen: int|None = None) -> np.ndarr
     if not names: return None
     figure = Figure(figsize=(8.6, 2.), dpi=90)
     for axis, m in zip(np.ravel(figure.subplots(1, len(names))), names):
-        at = [k for k, row in metrics.items() if m in row]
+        at = [k for k, row in metrics.items() if row.get(m) is not None]
         axis.plot(at, [metrics[k][m] for k in at], 'o-', lw=1.2, ms=4)
         if chosen in at: axis.plot([chosen], [metrics[chosen][m]], 'o', ms=9, mfc='none', color='C3')
         axis.set_title(MEASURES[m], fontsize=8)
@@ -557,7 +557,7 @@ def draw_views(
     rows[0].imshow(picture)
     rows[0].set_xticks([cell[0]*(k + .5) for k in range(len(yaw))], [f'{y}°' for y in yaw], fontsize=7)
     rows[0].set_yticks([cell[1]*(k + .5) for k in range(len(pitch))], [f'{p}°' for p in pitch], fontsize=7)
-    for axis, (name, title, worst) in zip(rows[1:], (('landmark', 'landmarks off, % of the inter-ocular distance', 10.), ('identity', 'identity distance to the portrait (over .55: another person)', .55))):
+    for axis, (name, title, worst) in zip(rows[1:], (('landmark', 'landmarks off beside those of the middle view, % of the inter-ocular distance', 10.), ('identity', 'identity distance to the portrait (over .55: another person)', .55))):
         values = np.asarray(data[name])
         axis.imshow(values, cmap='RdYlGn_r', vmin=0, vmax=worst, aspect='auto')
         for i, j in np.ndindex(values.shape):
@@ -598,7 +598,7 @@ LESSONS = dict(   # a word to each part of the page, for who sees the first one
     rounds='Left, a frame of the coarse film, which the animator made of the portrait; round 0 is trained on it. Each later round is trained on the restored '
            'pictures of the one before: it shall become sharper and stay the same person.',
     drift='What changed from round to round. The sharpest round is kept that is still the same person in the same poses.',
-    views='The avatar from directions beside the one that the portrait shows. Green is close to the portrait, red is a guess.',
+    views='The avatar from directions beside the one that the portrait shows: identity beside the portrait, landmarks beside the middle view. Green is close, red is a guess.',
     training='Loss should fall and PSNR rise; a jump between rounds is their change of training pictures.')
 
 MEANINGS = dict(
@@ -691,7 +691,7 @@ def _views_section(view):
     data = view.path('views', 'views.json')
     if not data.is_file(): return ''
     return _img(draw_views(rgb(np.asarray(Image.open(view.path('views', 'views.jpg')))), json.loads(data.read_text())),
-                "the neutral face from other directions than the portrait's; landmarks without what is off in all views alike", wide=True)
+                "the neutral face from the portrait's direction and beside it; landmarks without what is off in the middle view, identity beside the portrait itself: no view, not even the middle one, reaches 0", wide=True)
 
 def _public(value):
     "Parameters without the folders of whoever made the run: of paths only the last name."

@@ -12,7 +12,7 @@ __all__ = ['FIVE_POINTS', 'FIVE_PLACES', 'MISSING', 'NETWORKS', 'PACKAGES', 'gro
            'network_metrics']
 
 # %% ../nbs/16_metrics.ipynb #c003
-import importlib.util, io, logging, warnings
+import importlib.util, io, json, logging, warnings
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -320,12 +320,34 @@ def identity_distance(
 # %% ../nbs/16_metrics.ipynb #c023
 def _json(value) -> float|int|None:
     "A plain number; None where there is none."
-    return value if isinstance(value, (int, np.integer)) else float(value) if np.isfinite(value) else None
+    return int(value) if isinstance(value, (int, np.integer)) else float(value) if np.isfinite(value) else None
 
 
-def _mean(values) -> float:
-    values = np.asarray(values, np.float64)
+def measures_json(
+    value,      # dicts and lists of numbers, words and nothing
+) -> str:
+    "Measures as JSON's text; null where there is no number."
+    def plainly(v):
+        if isinstance(v, dict): return {k: plainly(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)): return [plainly(x) for x in v]
+        return v if v is None or isinstance(v, (str, bool)) else _json(v)
+    return json.dumps(plainly(value), indent=1, allow_nan=False) + "\n"
+
+
+def known_mean(
+    values: Iterable[float],    # some may be nan
+) -> float:
+    "Mean of the numbers that are known; nan where none is."
+    values = np.asarray(list(values), np.float64)
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+
+def worst_over_median(
+    values: np.ndarray,         # [T], one a frame, nan where there is none
+) -> float:                     # 1: all frames are alike; nan where none has a number
+    "The largest value over the median one: whether a few frames break where the mean is fine."
+    known = values[np.isfinite(values)]
+    return float(known.max()/max(np.median(known), 1e-9)) if len(known) else float("nan")
 
 # %% ../nbs/16_metrics.ipynb #c024
 class Truth:
@@ -382,7 +404,7 @@ class Truth:
         if len(images) != self.count: raise ValueError(f"{len(images)} frames against {self.count} of the truth")
         truths, heads = [self.white(i) for i in range(self.count)], [self.masks(i)["head"] for i in range(self.count)]
         rows = [self.score_pixels(image, truth, self.masks(i)) for i, (image, truth) in enumerate(zip(images, truths))]
-        row = {k: _mean([r[k] for r in rows]) for k in rows[0]}
+        row = {k: known_mean([r[k] for r in rows]) for k in rows[0]}
         shake, truly = flicker(images, heads), flicker(truths, heads)
         row |= {"flicker": shake/truly if truly > 1e-5 else float("nan"), "flicker_truth": truly}
         row |= self.score_points(images) | self.score_identity(images, portrait) | {"frames": self.count}
@@ -391,10 +413,9 @@ class Truth:
     def score_pixels(self, image: np.ndarray, truth: np.ndarray, masks: dict) -> dict:
         "The measures of one frame that compare pixels."
         out = {f"psnr_{k}": psnr(image, truth, masks[k]) for k in self.REGIONS[:-1]}
-        if masks["head"].any():
-            part = _box_of(masks["head"], 16)
-            similar = ssim_map(image[part], truth[part])
-            out |= {f"ssim_{k}": float(similar[masks[k][part]].mean()) if masks[k].any() else np.nan for k in ("head", "interior")}
+        part = _box_of(masks["head"], 16) if masks["head"].any() else None
+        similar = None if part is None else ssim_map(image[part], truth[part])
+        out |= {f"ssim_{k}": float(similar[masks[k][part]].mean()) if part is not None and masks[k].any() else np.nan for k in ("head", "interior")}
         return out | {"sharpness": sharpness(image, masks["sharp"]), "sharpness_truth": sharpness(truth, masks["sharp"])}
 
     def score_points(self, images: list[np.ndarray]) -> dict:
@@ -403,17 +424,17 @@ class Truth:
         self.found, seen = points, self.ok & (presence > .5)
         take = lambda values: np.where(seen, values, np.nan)
         distance = take(landmark_distance(points, self.landmarks))
-        out = {"landmark_distance": _mean(distance), "lost": int((self.ok & ~seen).sum())}
+        out = {"landmark_distance": known_mean(distance), "landmark_distance_worst": worst_over_median(distance), "lost": int((self.ok & ~seen).sum())}
         for name, gap in (("lid", lid_gap), ("mouth", mouth_gap)):
             ours, theirs = take(gap(points)), take(gap(self.landmarks))
-            out |= {f"{name}_gap_correlation": correlation(ours, theirs), f"{name}_gap_error": _mean(np.abs(ours - theirs))}
+            out |= {f"{name}_gap_correlation": correlation(ours, theirs), f"{name}_gap_error": known_mean(np.abs(ours - theirs))}
         return out
 
     def score_identity(self, images: list[np.ndarray], portrait: np.ndarray|None) -> dict:
         "Distance of each chosen frame to the same frame of the truth (and to the portrait)."
         mine = identity_embedding([images[i] for i in self.chosen], self.found[self.chosen])
-        out = {"identity_distance": _mean(identity_distance(mine, self.embeddings))}
-        return out if portrait is None else out | {"identity_to_portrait": _mean(identity_distance(mine, portrait))}
+        out = {"identity_distance": known_mean(identity_distance(mine, self.embeddings))}
+        return out if portrait is None else out | {"identity_to_portrait": known_mean(identity_distance(mine, portrait))}
 
 # %% ../nbs/16_metrics.ipynb #c028
 MISSING = {
@@ -567,17 +588,17 @@ def network_metrics(
     films = ((images, theirs if same else own), (truths, theirs))
     if "csim" in todo:
         a, b = (arcface18.embed(net("arcface18"), *film, half=False) for film in films)       # measures are made in full precision
-        out["csim"] = _mean((a*b).sum(1))
+        out["csim"] = known_mean((a*b).sum(1))
     if "csim100" in todo:
         a, b = (mica.identify(net("mica"), film, arcface18.five_points(torch.from_numpy(at)).numpy(), half=False)[0] for film, at in films)
-        out["csim100"] = _mean((a*b).sum(1))
+        out["csim100"] = known_mean((a*b).sum(1))
     if "akd" in todo:
         distances = point_distances(net("fan"), images, truths, seen, detector, device)*256/images.shape[1]
-        out["akd"] = _mean(distances)
+        out["akd"] = known_mean(distances)
         if detector != "default": out["akd_lost"] = int(np.isnan(distances).sum())
     if todo & {"aed", "apd"}:
         distances = deep3d.coefficient_distances(*(deep3d.coefficients(net("deep3d"), *film, half=False) for film in ((images, own), (truths, theirs))))
-        out |= {k: _mean(v) for k, v in distances.items() if k.split("_")[0] in todo}
-    if "lpips" in todo and min(images.shape[1:3]) >= 63: out["lpips"] = _mean(lpips_distance(net("lpips"), images, truths))
+        out |= {k: known_mean(v) for k, v in distances.items() if k.split("_")[0] in todo}
+    if "lpips" in todo and min(images.shape[1:3]) >= 63: out["lpips"] = known_mean(lpips_distance(net("lpips"), images, truths))
     if "fid" in todo and len(images) > 1: out["fid"] = frechet_distance(inception_features(net("fid"), images), inception_features(net("fid"), truths))
     return out

@@ -241,17 +241,18 @@ def speak(
     "The face saying something: from one viseme to the next, what lies between them flowing (coarticulation)."
     sounds = [(n, d) for n, d in visemes(text) if n != "rest" or d > .1]
     lengths = np.array([d for _, d in sounds])
-    if end is not None: lengths = lengths*(end - start - .2)/lengths.sum()
-    centre = start + .1 + np.cumsum(lengths) - lengths/2
+    pause = .1 if end is None else min(.1, (end - start)/4)         # before the first sound, and after the last
+    if end is not None: lengths = lengths*(end - start - 2*pause)/lengths.sum()
+    centre = start + pause + np.cumsum(lengths) - lengths/2
     rows = np.stack([face_pose(VISEMES[n], strength) for n, _ in sounds])
     rest = np.zeros((1, JAW + 2))
-    path = ease(np.concatenate([[start], centre, [centre[-1] + .2]]), np.concatenate([rest, rows, rest]), t)
-    return path*((t >= start) & (t <= centre[-1] + .2))[:, None]
+    path = ease(np.concatenate([[start], centre, [centre[-1] + 2*pause]]), np.concatenate([rest, rows, rest]), t)
+    return path*((t >= start) & (t <= centre[-1] + 2*pause))[:, None]
 
 # %% ../nbs/07_motion.ipynb #c021
 def _talk(seconds: float, t: np.ndarray, fps: float, seed: int) -> Motion:
     "Speak, turn to one side and the other, blink, smile."
-    rng, s = np.random.default_rng(seed), seconds/8
+    s = seconds/8
     first, second = "Hello, this is me. I can speak,", "look around, move as you like, and smile."
     face = speak(first, t, .35*s, 3.1*s) + speak(second, t, 3.5*s, 6.5*s)
     loud = gaussian_filter1d(face[:, JAW], .12*fps)
@@ -259,8 +260,7 @@ def _talk(seconds: float, t: np.ndarray, fps: float, seed: int) -> Motion:
     smile = face_pose(dict(mouthSmile=1., cheekSquint=.55, eyeSquint=.25, mouthUpperUp=.12))
     brows = ease(np.array([0, .4, .8, 1.4, 2.2, 2.6, 3.1, 3.7, 4.3, 5.6, 6.0, 6.6, 8])*s,
                  np.array([0, .1, .55, .15, .1, .45, .1, .1, .4, .1, .5, .15, .2])[:, None], t)
-    start = face[:1]*0
-    face = face + (warm - warm[:1]*(1 - t[:, None]/seconds)**8)*smile + brows*face_pose(dict(browInnerUp=.8, browOuterUp=.5)) + start
+    face = face + (warm - warm[:1]*(1 - t[:, None]/seconds)**8)*smile + brows*face_pose(dict(browInnerUp=.8, browOuterUp=.5))
     at = np.array([0, .5, 1.1, 1.8, 2.5, 3.1, 3.9, 4.4, 5.2, 5.7, 6.3, 7.0, 8])*s
     yaw = ease(at, [0, 1.5, -2, 3, -1.5, 0, 20, 20, -20, -20, -3, 2, 0], t)
     pitch = ease(at, [0, -3, 2, -1, 2.5, -1, 1, -2, 2, -1, -3, 1, 0], t)
@@ -268,12 +268,12 @@ def _talk(seconds: float, t: np.ndarray, fps: float, seed: int) -> Motion:
     still = np.minimum(1, np.minimum(t, seconds - t)*2/s)[:, None]
     wander = sway(t, 6, seed)*still
     yaw, pitch, roll = yaw + .7*wander[:, 0], pitch + .6*wander[:, 1] + 10*loud, roll + .5*wander[:, 2]
-    gaze = _gaze_ahead(t, yaw, pitch, at, rng) + .5*np.round(sway(t, 2, seed + 1, .5, 1.5))*still
+    gaze = _gaze_ahead(t, yaw, pitch) + .5*np.round(sway(t, 2, seed + 1, .5, 1.5))*still
     blink = blinks(t, np.array([.12, 1.25, 3.2, 3.42, 4.75, 6.15, 7.3])*s, [1, 1, 1, .8, 1, 1, 1])
     return _motion(t, face, yaw, pitch, roll, gaze, blink, wander[:, 3:]*[.0015, .001, .002], fps)
 
 
-def _gaze_ahead(t, yaw, pitch, at, rng) -> np.ndarray:
+def _gaze_ahead(t, yaw, pitch) -> np.ndarray:
     "Eyes lead a turn of the head by a tenth of a second, and hold the viewer's in small ones, [T,2] degrees."
     lead = np.stack([np.interp(t + .12, t, yaw) - yaw, np.interp(t + .12, t, pitch) - pitch], 1)
     hold = -np.stack([yaw, pitch], 1)*np.clip(1 - np.abs(yaw)/16, 0, 1)[:, None]
@@ -285,7 +285,7 @@ def _turn(seconds: float, t: np.ndarray, fps: float, seed: int) -> Motion:
     at = np.linspace(0, seconds, 9)
     yaw, pitch = ease(at, [0, 20, 20, 0, -20, -20, 0, 0, 0], t), ease(at, [0, 0, 0, 0, 0, 0, -12, 12, 0], t)
     blink = blinks(t, np.arange(.1, max(seconds - .3, .2), 2.6))
-    gaze = _gaze_ahead(t, yaw, pitch, at, None)
+    gaze = _gaze_ahead(t, yaw, pitch)
     return _motion(t, np.zeros((len(t), JAW + 2)), yaw, pitch, 0*t, gaze, blink, np.zeros((len(t), 3)), fps)
 
 
@@ -310,6 +310,7 @@ def scripted(
 ) -> Motion:                   # relative: zero is the neutral head that looks at the viewer
     "A motion from a script; it begins at rest."
     if name not in SCRIPTS: raise InputError(f"no scripted motion '{name}'; there are {', '.join(SCRIPTS)}, or give a film or a motion file")
+    if not (0 < seconds < np.inf and 0 < fps < np.inf): raise InputError(f"a scripted motion of {seconds} seconds at {fps} frames a second cannot be; both must be above 0")
     frames = max(1, round(seconds*fps))
     return SCRIPTS[name](float(seconds), np.arange(frames)/fps, fps, seed)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'RoundsConfig', 'Plan', 'film_camera', 'plan_round', 'write_frames', 'read_frames', 'render_plan',
-           'finish_alpha', 'mesh_landmarks', 'Check', 'check_numbers', 'make_check', 'measure_round', 'choose_round',
-           'RoundResult', 'Rounds', 'append_row', 'read_log', 'run_rounds']
+           'finish_alpha', 'mesh_landmarks', 'Check', 'check_numbers', 'shown_portrait', 'make_check', 'measure_round',
+           'choose_round', 'RoundResult', 'Rounds', 'append_row', 'read_log', 'run_rounds']
 
 # %% ../nbs/17_rounds.ipynb #c003
 import json
@@ -29,8 +29,8 @@ from .detect import Detector, detect_like
 from .geometry import Camera, push_pull
 from .head import HeadModel, Motion
 from .media import on_background, resize, to_float, to_uint8, write_image
-from .metrics import (flicker, head_mask, identity_distance, identity_embedding, landmark_distance, psnr, sharpness,
-                              sharpness_mask)
+from .metrics import (flicker, head_mask, identity_distance, identity_embedding, known_mean, landmark_distance, measures_json, psnr,
+                              sharpness, sharpness_mask)
 from .restore import frame_context, make_restorer
 from .run import InputError, Run, progress, write_atomic
 
@@ -46,7 +46,7 @@ class RoundsConfig:
     steps: int = 1300                # training steps of every later round
     lr_scale: float = 1.             # learning rate of later rounds, of round 0's
     finer: float = 2.                # samples a ray in later rounds, of round 0's: what the restorer adds is lost on coarse ones (measured: sharpness 86 -> 83 with as many, 94 with twice as many)
-    restorer: Any = 'detail'         # a name, or a function (restore.Restorer)
+    restorer: Any = 'detail'         # a name, or a function (restore.Restorer); what is no plain function needs a `name`
     settings: dict = field(default_factory=dict)   # of the restorer
     render_frames: int = 150         # renders that a round trains on
     new_share: float = .3            # of these, new combinations of expression and view
@@ -54,6 +54,13 @@ class RoundsConfig:
     samples: int|None = None         # of a ray in renders; None: the avatar's own
     check_frames: int = 16           # frames that the measures look at
     avatar: AvatarConfig|None = None # None: AvatarConfig()
+
+    @property
+    def restorer_name(self) -> str:
+        "What a run knows the restorer by: work is redone when it changes."
+        name = self.restorer if isinstance(self.restorer, str) else getattr(self.restorer, 'name', None) or getattr(self.restorer, '__qualname__', '<object>')
+        if name.endswith(('<lambda>', '<object>')): raise InputError("a restorer that is no plain function needs an attribute `name`, e.g. restorer.name = 'mine, strong': a run tells by it whether pictures are to be restored again")
+        return name
 
 
 class Plan(NamedTuple):
@@ -176,6 +183,17 @@ def check_numbers(
     return np.concatenate([spread, np.arange((total - row)//2, (total - row)//2 + row)]), len(spread)
 
 
+def shown_portrait(
+    portrait,                # namespace: image, matte, track
+    head: HeadModel,
+    size: tuple[int, int],   # height, width, px
+) -> tuple[np.ndarray, np.ndarray]:   # on white, 0..1, [H, W, 3]; about where its landmarks lie, [478, 3]
+    "The portrait's head as renders are compared with it."
+    matte = head_alpha(portrait.matte, head, portrait.track, 0)
+    shown = np.clip(resize(on_background(np.concatenate([to_float(portrait.image), matte[..., None]], -1)), size), 0, 1)
+    return shown, portrait.track.landmarks[0]*np.float32(size[0]/portrait.image.shape[0])
+
+
 def make_check(
     dataset: HeadDataset,
     portrait,                   # namespace: image, matte, track
@@ -189,11 +207,9 @@ def make_check(
     numbers = good[numbers]
     alpha = np.stack([to_float(dataset.alpha[i]) for i in numbers])
     coarse = np.stack([on_background(np.concatenate([to_float(dataset.rgb[i]), a[..., None]], -1)) for i, a in zip(numbers, alpha)])
-    matte = head_alpha(portrait.matte, head, portrait.track, 0)
-    shown = np.clip(resize(on_background(np.concatenate([to_float(portrait.image), matte[..., None]], -1)), size), 0, 1)
+    shown, place = shown_portrait(portrait, head, size)
     told = mesh_landmarks(head, dataset.shape, dataset.motion[numbers], film_camera(dataset, head))
-    near = np.concatenate([portrait.track.landmarks[:1]*np.float32(size[0]/portrait.image.shape[0]), told])
-    landmarks = detect_like(detector, np.concatenate([shown[None], coarse]), near)
+    landmarks = detect_like(detector, np.concatenate([shown[None], coarse]), np.concatenate([place[None], told]))
     person = identity_embedding([to_uint8(shown)], landmarks[:1])[0]
     return Check(numbers, slice(spread, None), coarse, alpha, landmarks[1:], shown, landmarks[0], person, dataset.known(numbers))
 
@@ -206,7 +222,7 @@ def measure_round(
 ) -> tuple[dict, np.ndarray]:         # numbers, all of them means over the check's frames; identity embeddings [n, 128]
     "What a round is worth."
     points, masks = detect_like(detector, shown, check.landmarks), [head_mask(a) & k for a, k in zip(check.alpha, check.known)]
-    faces, size, mean = identity_embedding(to_uint8(shown), points), shown.shape[1:3], lambda values: float(np.mean(list(values)))
+    faces, size, mean = identity_embedding(to_uint8(shown), points), shown.shape[1:3], known_mean
     row = dict(
         identity_distance=mean(identity_distance(faces, check.person)),
         landmark_distance=mean(landmark_distance(points, check.landmarks)),
@@ -227,11 +243,16 @@ def choose_round(
     landmark_slack: float = .3,   # above round 0, % of the inter-ocular distance. Drift, not distance: restored features that lie elsewhere in all frames come closer to a real film (measured)
     worth: float = .02,           # relative gain of sharpness, or loss of identity distance, that is worth another round
 ) -> tuple[int, str]:             # the round, and why, in words
-    "The round that is sharpest and closest to the person, in the same poses."
+    "The round that is sharpest and closest to the person, in the same poses; one that lacks a number is left out."
+    absent = lambda row: [m.replace('_', ' ') for m in ('identity_distance', 'landmark_drift', 'sharpness') if row[m] is None or not np.isfinite(row[m])]
+    if lacks := absent(rows[0]): return 0, f"round 0: its {' and '.join(lacks)} could not be measured, so no later round can be compared with it"
     first, best, out = rows[0], 0, []
     drift = lambda row: row['identity_distance'] - first['identity_distance']
     worthy = lambda row: row['sharpness']/max(first['sharpness'], 1e-9) - drift(row)     # a hundredth of sharpness for a hundredth of distance
     for k, row in enumerate(rows[1:], 1):
+        if lacks := absent(row):
+            out.append(f"the {' and '.join(lacks)} of round {k} could not be measured")
+            continue
         slip = row['landmark_drift'] - first['landmark_drift']
         if drift(row) > identity_slack: out.append(f"round {k} drifts from the person (identity distance {drift(row):+.3f})")
         elif slip > landmark_slack: out.append(f"round {k} misses the poses (landmark drift {slip:+.2f} points)")
@@ -270,6 +291,7 @@ class Rounds:
         self.camera, self.motion = film_camera(self.dataset, self.head), self.dataset.motion
         self.portrait_motion = self.portrait.track.motion[0]
         self._check = None
+        self.config.restorer_name     # one that cannot be told from others is refused before the first step
 
     def name(self, k: int, part: str) -> str: return f'rounds/{k}/{part}'
 
@@ -330,8 +352,7 @@ class Rounds:
                     image = restore(np.asarray(Image.open(source/f'{i:05d}.png')), self.context(plan.motion, i, self.camera))
                     yield finish_alpha(image, self.dataset.alpha[plan.source[i]] if plan.known[i] else None)
             write_frames(folder, len(plan.source), frames, f'round {k}: restore')
-        name = self.config.restorer if isinstance(self.config.restorer, str) else getattr(self.config.restorer, '__qualname__', type(self.config.restorer).__qualname__)
-        return self.run.make(self.name(k, 'restored'), build, [self.name(k, 'renders')], dict(restorer=name, settings=self.config.settings))
+        return self.run.make(self.name(k, 'restored'), build, [self.name(k, 'renders')], dict(restorer=self.config.restorer_name, settings=self.config.settings))
 
     def data(self, k: int) -> HeadDataset:
         "What round k trains on."
@@ -377,9 +398,9 @@ class Rounds:
             row = dict(round=k, **row, psnr_input=self.psnr_to_input(k))
             np.save(folder/'faces.npy', faces)
             np.save(folder/'numbers.npy', check.frames)
-            write_atomic(folder/'metrics.json', json.dumps(row, indent=1) + '\n')
+            write_atomic(folder/'metrics.json', measures_json(row))
         needs = [self.name(k, 'avatar')] + ([self.name(k - 1, 'check')] if k else [])
-        folder = self.run.make(self.name(k, 'check'), build, needs, dict(frames=self.config.check_frames))
+        folder = self.run.make(self.name(k, 'check'), build, needs, dict(frames=self.config.check_frames) | ({} if self.config.samples is None else dict(samples=self.config.samples)))
         text = (folder/'metrics.json').read_text()
         write_atomic(self.run.path(self.name(k, 'metrics.json')), text)
         return json.loads(text)
@@ -391,7 +412,7 @@ class Rounds:
         for i, render in zip(numbers, self.load_avatar(k).render(data.motion[numbers], self.camera, samples=self.config.samples)):
             target = to_float(data.rgba(i))
             values.append(psnr(on_background(to_float(render)), on_background(target), head_mask(target[..., 3]) & data.known(i)))
-        return float(np.mean(values))
+        return known_mean(values)
 
     def round(self, k: int) -> RoundResult:
         "All of round k."
@@ -433,11 +454,14 @@ def run_rounds(
 ) -> tuple[list[RoundResult], int]:    # every round, and the number of the chosen one
     "The iterative dataset update (OPHAvatars, Iterative Dataset Update), resumable at any point."
     config = config or RoundsConfig()
-    if not run.has('rounds/0/dataset'):
-        run.make('rounds/0/dataset', lambda folder: dataset.save(folder), params=dict(rgb=np.asarray(dataset.rgb[::max(1, len(dataset)//50)]), frames=len(dataset)))
+    if config.rounds < 0: raise InputError(f"{config.rounds} rounds cannot be; give 0 (the coarse frames alone) or more")
+    made = run.manifest('rounds/0/dataset').get('params', {}) if run.has('rounds/0/dataset') else None
+    if made is None or 'digest' in made: run.make('rounds/0/dataset', lambda folder: dataset.save(folder), params=dict(digest=dataset.digest()))
+    elif HeadDataset.load(run.path('rounds/0/dataset'), head).digest() != dataset.digest():     # made by the command that the folder belongs to
+        raise InputError(f"{run.folder} holds another coarse dataset than this one; choose another run folder")
     rounds = Rounds(run, dataset, portrait, head, config, seed, device, detector)
     results = [rounds.round(k) for k in range(config.rounds + 1)]
     chosen, reason = choose_round([r.metrics for r in results])
     log.info('%s', reason)
-    write_atomic(run.path('rounds', 'choice.json'), json.dumps(dict(chosen=chosen, reason=reason, rounds=[r.metrics for r in results]), indent=1) + '\n')
+    write_atomic(run.path('rounds', 'choice.json'), measures_json(dict(chosen=chosen, reason=reason, rounds=[r.metrics for r in results])))
     return results, chosen

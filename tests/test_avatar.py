@@ -80,7 +80,7 @@ def test_finished_training_is_not_redone(head, film, tmp_path):
 
 
 def test_another_training_in_the_same_folder_starts_anew(head, film, tmp_path, caplog):
-    other = film.with_images(255 - film.rgb)
+    other = replace(film, rgb=255 - film.rgb)
     for data, more in ((film, {}), (other, {}), (other, dict(lr_scale=.5)), (other, dict(lr_scale=.5, samples=3))):
         caplog.clear()
         a, b = (Avatar.create(head, film.shape, SMALL) for _ in range(2))

@@ -82,6 +82,12 @@ def test_files_are_seen_from_the_sweeps_folder(tmp_path, small, monkeypatch):
     assert [i["name"] for i in items] == ["anna", "a-1", "b", "x=7", "special"]
 
 
+def test_a_word_is_no_file(tmp_path, small):
+    for name in ("quick", "b.png"): (tmp_path/name).write_text(name)
+    _, items = read_sweep(sweep(tmp_path, "parameters: {portrait: b.png, x: quick}"))
+    assert items[0]["parameters"] == {"portrait": str(tmp_path/"b.png"), "x": "quick"}
+
+
 @pytest.mark.parametrize("text, message", [
     ("grid: {portrait: none/*.jpg}", "no file matches"), ("grids: {x: 1}", "grids is not part of a sweep"), ("parameters: {y: 1}", "no parameter y"),
     ("grid: [", "not YAML"), ("notebook: other.ipynb", "no such notebook")])

@@ -53,6 +53,17 @@ def test_command(tmp_path):
     with pytest.raises(InputError, match='earlier'): bench('raster', compare=tmp_path/'bad.json', out=None)
 
 
+def test_samples_a_second_and_files_of_before(tmp_path):
+    "The networks' part is exact, rates stand beside the times, and a file without them is compared as ever."
+    old = dict(format=2, parts=dict(encoder=dict(ratio=dict(plain_torch=1e9, matrix=1.), milliseconds=dict(ours=1.))))
+    (tmp_path/'old.json').write_text(json.dumps(old))
+    lines = []
+    result = bench('mlps,encoder,step_lean', out=None, quick=True, say=lines.append, compare=tmp_path/'old.json')
+    assert result['parts']['mlps']['error'] < 1e-4 and result['parts']['mlps']['ratio']['plain_torch'] > 0
+    assert all(row['unit'] == 'samples' and row['frames_per_second'] > 0 for row in result['parts'].values())
+    assert sum('samples/s' in line for line in lines) == 3 and [(r['part'], r['reference'], r['lost']) for r in result['compared']] == [('encoder', 'plain_torch', True)]
+
+
 def test_parts_without_reference(tmp_path):
     "Frames a second, work and memory are told, and the matrix product makes them comparable."
     result = bench(['animator', 'network_arcface18'], out=None, quick=True, say=lambda line: None)['parts']

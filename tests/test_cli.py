@@ -83,7 +83,7 @@ def test_quiet_before_and_after_the_command(calls, monkeypatch):
     (["create", "a", "--out", "o", "--nonsense"], "--nonsense"), (["animate", "r", "--out", "a.avi"], ".mp4"),
     (["animate", "r", "--out", "a.mp4", "--yaw", "nan"], "--yaw"), (["animate", "r", "--out", "a.mp4", "--size", "0"], "16 to 2048"), (["animate", "r", "--out", "a.mp4", "--seconds", "0"], "--seconds"), (["evaluate", "--out", "o"], "--clip"),
     (["evaluate", "r", "--out", "o"], "--motion"), (["evaluate", "r", "--clip", "c", "--out", "o"], "either"),
-    (["evaluate", "r", "--motion", "m", "--out", "o", "--matte", "rvm"], "--matte goes with --clip"), (["inspect", "nowhere"], "run folder"),
+    (["evaluate", "r", "--motion", "m", "--out", "o", "--matte", "rvm"], "--matte goes with --clip"), (["evaluate", "r", "--motion", "m", "--out", "o", "--seed", "3"], "--seed goes with --clip"), (["inspect", "nowhere"], "run folder"),
     (["batch", "lost.yaml", "--out", "o"], "lost.yaml"), (["weights", "add"], "needs a file"), (["weights", "get", "x"], "lists"),
     (["weights", "add", "lost.pth"], "no such file")])
 def test_mistakes_are_one_line(capsys, argv, part, tmp_path, monkeypatch):

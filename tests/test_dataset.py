@@ -3,17 +3,19 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import ophav_nb  # noqa: F401  (before torch: it decides about threads)
 import torch
-from ophav_nb.dataset import PARSING, UNKNOWN, HeadDataset, face_labels, parse_frame
+from ophav_nb.dataset import PARSING, UNKNOWN, HeadDataset, face_labels, film_dataset, parse_frame
 from ophav_nb.detect import parsing
 from ophav_nb.geometry import facing_camera, rasterize
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.run import InputError
+from ophav_nb.track import Track
 
 SIZE, N = 64, 5
 
@@ -185,13 +187,38 @@ def test_a_full_disk_is_said_and_half_a_file_is_made_anew(frames, motion, shape,
     assert np.array_equal(made.rgb, data.rgb) and np.array_equal(made.alpha, data.alpha)
 
 
-def test_frames_from_an_iterator_and_other_images(frames, motion, shape, camera, head, data):
+def test_frames_from_an_iterator(frames, motion, shape, camera, head, data):
     d = HeadDataset.from_frames((f for f in frames), motion, shape, camera, head, size=SIZE, test=2)
     equal(data, d, depth=0)
-    new = d.with_images(255 - d.rgb)
-    assert new.vertices is d.vertices and np.array_equal(new.rgb, 255 - frames[..., :3])
     part = d.subset(np.array([0, 2]))
     assert len(part) == 2 and len(part.motion) == 2
+
+
+def test_frames_must_fit_the_motion(frames, motion, shape, camera, head):
+    make = lambda f, **k: HeadDataset.from_frames(f, motion, shape, camera, head, **k)
+    for few in (frames[:3], iter(frames[:3]), iter([*frames, frames[0]])):
+        with pytest.raises(InputError, match='as many frames as the motion has'): make(few, size=SIZE)
+    for odd in (frames[:, :, 8:], iter(frames[:, 8:]), frames[..., :3]):
+        with pytest.raises(InputError, match='square, straight RGBA'): make(odd, size=SIZE)
+
+
+def test_lost_frames_of_a_film_are_not_trained_on(motion, shape, camera, head):
+    track = Track(motion, shape, camera, np.zeros((N, 478, 3), np.float32), np.zeros(N, np.float32), np.arange(N) != 2)
+    told = []
+    def regions(heads, start):
+        told.append(start)
+        return heads
+    made = film_dataset(np.zeros((N, SIZE, SIZE, 3), np.uint8), track, np.ones((N, SIZE, SIZE), np.float32), head, SIZE, regions=regions)
+    assert made.train.tolist() == (np.arange(N) != 2).tolist() and told == [0]
+
+
+def test_two_datasets_are_not_mixed_in_a_folder(data, tmp_path):
+    data.save(tmp_path)
+    for other in (replace(data, rgb=255 - data.rgb), data.subset(np.arange(3))):
+        with pytest.raises(InputError, match='holds another dataset'): other.save(tmp_path)
+    np.testing.assert_array_equal(HeadDataset.load(tmp_path).rgb, data.rgb)
+    (tmp_path/'head.npz').unlink()
+    with pytest.raises(InputError, match='holds another dataset'): data.save(tmp_path)
 
 
 def test_wrong_folders_say_what_is_missing(data, tmp_path):

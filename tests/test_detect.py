@@ -222,3 +222,8 @@ def test_a_detector_that_is_not_here(tmp_path, monkeypatch):
     for name in ("s3fd", "retinaface"):
         with pytest.raises(InputError, match="ophav weights get " + name): Detector(finder=name)
     with pytest.raises(InputError, match="unknown detector"): Detector(finder="other")
+
+
+@pytest.mark.parametrize("face", [-1, 0, 2])
+def test_a_film_has_no_face_of_that_number(detector, image, face):
+    with pytest.raises(InputError, match=f"no face {face}: the picture has 1"): detector.film(image[None, :400], face=face)

@@ -24,6 +24,15 @@ def test_compared_frames():
     numbers, spread = compared_frames(40, 5, 8, 3, seen)
     assert list(numbers[:spread]) == [3, 8, 13, 18, 23, 28, 33, 38] and seen[numbers].all() and (np.diff(numbers[spread:]) == 1).all() and len(numbers) == spread + 8
 
+    with pytest.raises(InputError, match='no face in the frames to compare'): compared_frames(24, 3, 6, 19, np.arange(24) < 19)
+
+
+def test_a_film_with_nothing_to_compare_is_refused_before_training(tmp_path, monkeypatch):
+    film = SimpleNamespace(frames=np.zeros((24, 2, 2, 3)), track=SimpleNamespace(ok=np.arange(24) < 19, first=0, landmarks=np.zeros((24, 478, 3), np.float32)))
+    for name, value in dict(Detector=lambda device: None, add_clip=lambda *a: film, add_truth=lambda *a: range(24)).items(): monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setattr(evaluate, 'Avatar', None)
+    with pytest.raises(InputError, match='no face in the frames'): evaluate.monocular_protocol(Run(tmp_path/'run', {}), 'film.mp4', PRESETS['smoke'], None)
+
 
 def test_the_portrait_shows_the_face(monkeypatch):
     "A film that fades in: its first frames hold no face."
@@ -47,6 +56,7 @@ def test_errors_come_first(tmp_path):
     with pytest.raises(InputError, match='unknown protocol'): evaluate_clip(film, out, protocol='other')
     with pytest.raises(InputError, match='unknown preset'): evaluate_clip(film, out, preset='other')
     with pytest.raises(InputError, match='no part in --protocol monocular'): evaluate_clip(film, out, protocol='monocular', restorer='none')
+    with pytest.raises(InputError, match='--rounds -1'): evaluate_clip(film, out, rounds=-1)
     with pytest.raises(InputError, match='no such film'): evaluate_clip(tmp_path/'none.mp4', out)
     with pytest.raises(InputError, match='not a run'): evaluate_run(tmp_path, film, out)
     assert not out.exists()
@@ -119,3 +129,20 @@ def test_clip_smoke(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path/'out').rglob('*.npy')}
     evaluate_clip(CLIPS/'glasses_lab.mp4', tmp_path/'out', preset='smoke', rounds=1)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path/'out').rglob('*.npy')}
+
+
+def test_mattes_are_written_in_pieces(tmp_path):
+    alpha = np.random.default_rng(0).random((10, 4, 4)).astype(np.float32)
+    evaluate.write_mattes(tmp_path/'matte.npy', alpha, 3)
+    assert np.array_equal(np.load(tmp_path/'matte.npy'), alpha.astype(np.float16))
+
+
+def test_a_frame_that_breaks_is_seen_without_a_truth(monkeypatch):
+    told = np.random.default_rng(0).random((9, 478, 3))*100
+    found = told + np.random.default_rng(1).normal(0, .1, told.shape)
+    found[4] += 5*np.sin(np.arange(478))[:, None]
+    monkeypatch.setattr(evaluate, 'detect_like', lambda detector, images, near: found if len(images) == 9 else near)
+    monkeypatch.setattr(evaluate, 'identity_embedding', lambda images, points: np.zeros((len(images), 128)))
+    monkeypatch.setattr(evaluate, 'network_metrics', lambda *a, **k: {})
+    row = evaluate.measure_driven(np.zeros((9, 32, 32, 3), np.uint8), told, told, np.zeros((32, 32, 3), np.uint8), told[:1], None)
+    assert row['landmark_distance_worst'] > 4 and row['landmark_distance'] > 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from meshes import soup
-from ophav_nb.geometry import (Camera, axis_angle_to_matrix, facing_camera, interpolate, kernel, matrix_to_axis_angle, push_pull, rasterize, sample_bilinear,
+from ophav_nb.geometry import (Camera, axis_angle_to_matrix, facing_camera, interpolate, kernel, matrix_to_axis_angle, mesh_laplacian, push_pull, rasterize, sample_bilinear,
                                triangle_frames, vertex_normals)
 
 
@@ -216,3 +216,8 @@ def test_kernel_options():
     x = np.zeros(3)
     many(x)
     assert (x == 1).all()
+
+
+def test_laplacian_of_a_mesh():
+    L = mesh_laplacian(np.array([[0, 1, 2], [2, 1, 3]]), 5).toarray()
+    assert (L == [[2, -1, -1, 0, 0], [-1, 3, -1, -1, 0], [-1, -1, 3, -1, 0], [0, -1, -1, 2, 0], [0]*5]).all()

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ophav_nb.inspect import (MEANINGS, Curves, RunView, example_run, inspect_coarse, inspect_drift, inspect_fit, inspect_run,
-                              joined, overlay, rounds_strip, training_curves, write_report)
+                              draw_views, joined, overlay, rounds_strip, training_curves, write_report)
 from ophav_nb.rounds import check_numbers
 from ophav_nb.run import InputError
 
@@ -107,7 +107,7 @@ def test_curves_from_files(run, tmp_path):
 
 
 @pytest.mark.parametrize('gone', [['rounds', 'motion'], ['rounds', 'coarse', 'motion', 'track'], ['rounds', 'coarse', 'motion', 'track', 'portrait'],
-                                  ['rounds/1', 'rounds/2/restored', 'rounds/choice.json']])
+                                  ['rounds/1', 'rounds/2/restored', 'rounds/choice.json'], ['coarse']])
 def test_unfinished_runs_open(run, tmp_path, gone):
     folder = tmp_path/'run'
     shutil.copytree(run, folder)
@@ -152,6 +152,13 @@ def test_report_is_one_file_and_says_what_it_is(run, tmp_path):
     assert not [line for line in page.split('"') if line.startswith('http')]
     assert 'class=chosen' in page
     assert all(word in page for word in ('What the numbers mean', 'lower is closer')) and page.count('<h2>') == page.count('</h2><p>')   # each part says what it is
+
+
+def test_views_are_drawn():
+    data = dict(yaw=[-10, 0, 10], pitch=[0, 15], landmark=[[1, 0, 2]]*2, identity=[[.5, .3, .6]]*2, trained=[[-20, -10, -5, 0], [20, 10, 5, 12]])
+    drawn = draw_views(np.full((40, 60, 3), 255, np.uint8), data)
+    red = lambda v: (drawn.astype(int) - draw_views(np.full((40, 60, 3), 255, np.uint8), data | dict(identity=[[v]*3]*2)).astype(int)).any()
+    assert drawn.shape[2] == 3 and red(.1)
 
 
 def test_every_measure_of_a_round_is_explained(run):

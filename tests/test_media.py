@@ -1,5 +1,6 @@
 """Pictures and films as people have them."""
 import errno
+import os
 import struct
 from fractions import Fraction
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from ophav_nb import media
-from ophav_nb.media import Crop, Film, VideoWriter, clip_info, read_image, read_video, resize, write_image, write_video
+from ophav_nb.media import Crop, Film, VideoWriter, clip_info, iter_video, read_image, read_video, resize, write_image, write_video
 from ophav_nb.run import InputError
 
 
@@ -263,3 +264,36 @@ def test_a_disk_that_fills_up_while_a_film_is_written(tmp_path, moving, monkeypa
         film.add(moving[0])
         film.container = Full(film.container)
     assert ".partial" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_gap_in_time_stamps_is_no_long_film(tmp_path, moving, caplog):
+    with av.open(str(tmp_path/"a.mp4"), "w") as film:
+        stream = film.add_stream("libx264", rate=25)
+        stream.width = stream.height = moving.shape[1]
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 25)
+        for i, image in enumerate(moving):
+            frame = av.VideoFrame.from_ndarray(image, "rgb24")
+            frame.pts, frame.time_base = i + 15000*(i >= 10), Fraction(1, 25)      # ten minutes of nothing
+            film.mux(stream.encode(frame))
+        film.mux(stream.encode())
+    total = sum(1 for _ in iter_video(tmp_path/"a.mp4", fps=25))
+    assert len(moving) + 4*25 < total < len(moving) + 6*25 and "no frames for 600 s after frame 10" in caplog.text
+
+
+@pytest.mark.parametrize("fps", [-1., 0., float("nan"), float("inf")])
+def test_rates_that_cannot_be(tmp_path, moving, fps):
+    path = write_video(tmp_path/"a.mp4", moving[:3])
+    with pytest.raises(InputError, match="frames a second cannot be"): next(iter_video(path, fps=fps))
+    with pytest.raises(InputError, match="frames a second cannot be"): write_video(tmp_path/"b.mp4", moving[:3], fps)
+
+
+def test_what_cannot_be_written_is_said(tmp_path, face):
+    with pytest.raises(InputError, match="at least one frame"): write_video(tmp_path/"a.mp4", [])
+    with pytest.raises(InputError, match="keeps no transparency"): write_image(tmp_path/"a.jpg", np.dstack([face, face[..., :1]]))
+    with pytest.raises(InputError, match="written as .png, .jpg or .webp"): write_image(tmp_path/"a.xyz", face)
+    with pytest.raises(InputError, match="unknown fill 'white'"): Crop(10, 10, 50, 32).apply(face, fill="white")
+    assert not list(tmp_path.iterdir())
+
+
+def test_films_of_two_processes_have_two_temporary_names(tmp_path):
+    assert f".{os.getpid()}.partial" in VideoWriter(tmp_path/"a.mp4").partial.name

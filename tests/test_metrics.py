@@ -1,4 +1,5 @@
 """Each measure against its definition, and a row of the table on the astronaut."""
+import json
 from pathlib import Path
 
 import ophav_nb  # noqa: F401  (before torch: it sets how threads wait)
@@ -68,6 +69,21 @@ def test_distances_are_told_in_inter_ocular_distances(head):
     assert m.landmark_distance(points + [.03*unit, .04*unit, 9], points) == pytest.approx(5, abs=1e-3)
     assert m.lid_gap(2*points) == pytest.approx(m.lid_gap(points), rel=1e-5)
     assert 5 < m.lid_gap(points) < 20 and m.mouth_gap(points) > 5           # she smiles with open eyes
+
+
+def test_a_few_broken_frames_are_seen():
+    assert m.worst_over_median(np.array([2., 2., np.nan, 2., 10.])) == 5 and np.isnan(m.worst_over_median(np.array([np.nan])))
+
+
+def test_what_is_no_number_is_null():
+    assert json.loads(m.measures_json(dict(a=np.float32("nan"), b=[1, np.int64(2), None, float("inf")], c="x", d=True))) == dict(a=None, b=[1, 2, None, None], c="x", d=True)
+
+
+def test_measures_of_a_frame_without_a_head_are_there():
+    picture, none = np.zeros((16, 16, 3), np.uint8), dict.fromkeys(m.Truth.REGIONS, np.zeros((16, 16), bool))
+    some = dict.fromkeys(m.Truth.REGIONS, np.ones((16, 16), bool))
+    empty, full = (m.Truth.score_pixels(m.Truth, picture, picture, masks) for masks in (none, some))
+    assert set(empty) == set(full) and np.isnan(empty["ssim_head"]) and full["ssim_head"] == pytest.approx(1)
 
 
 def test_correlation_of_what_stands_still():

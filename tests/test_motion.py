@@ -22,7 +22,7 @@ def test_names_are_the_heads(): assert NAMES == HeadModel.load().expression_name
 
 
 @pytest.mark.parametrize("name", ["range", "talk", "turn", "neutral"])
-@pytest.mark.parametrize("seconds", [.5, 3, 12])
+@pytest.mark.parametrize("seconds", [.1, .5, 3, 12])
 def test_scripts(name, seconds):
     motion, angles = scripted(name, seconds), None
     angles = np.abs(head_angles(motion.joints[:, 0]))
@@ -31,6 +31,19 @@ def test_scripts(name, seconds):
     assert angles[:, 0].max() < 26 and angles[:, 1].max() < 16
     np.testing.assert_array_equal(motion.joints, scripted(name, seconds).joints)
     assert np.abs(motion.joints[0, 0]).max() < .03
+
+
+@pytest.mark.parametrize("seconds, fps", [(0, 25), (-1, 25), (float("nan"), 25), (float("inf"), 25), (1, 0), (1, float("nan"))])
+def test_scripts_of_no_length(seconds, fps):
+    with pytest.raises(InputError, match="must be above 0"): scripted("talk", seconds, fps)
+
+
+@pytest.mark.parametrize("seconds", [.1, .3])
+def test_words_in_no_time_are_said_in_order(seconds):
+    "However short: each viseme comes after the one before, about within the time."
+    t = np.linspace(0, 1.5*seconds, 400)
+    jaw = speak("mama", t, 0, seconds)[:, 52]
+    assert jaw[0] == jaw[-1] == 0 and jaw.max() > .1 and (np.diff(np.sign(np.diff(jaw)[np.abs(np.diff(jaw)) > 1e-6])) != 0).sum() == 3   # open, closed, open
 
 
 def test_range_covers():

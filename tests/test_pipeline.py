@@ -1,4 +1,5 @@
 "The pipeline's parts that need no network: motions of a person, what an avatar has seen."
+import json
 from subprocess import TimeoutExpired
 from types import SimpleNamespace
 
@@ -9,9 +10,11 @@ import ophav_nb.pipeline as pipeline
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.motion import head_angles, scripted
-from ophav_nb.pipeline import PRESETS, add_motion, compiling, seen_motion
-from ophav_nb.run import Run
-from ophav_nb.track import Track
+from ophav_nb.media import write_image
+from ophav_nb.pipeline import PRESETS, VIEWS, add_film, add_motion, add_views, beyond, compiling, load_driven, seen_motion, trained_range, warn_of
+from ophav_nb.rounds import mesh_landmarks
+from ophav_nb.run import InputError, Run
+from ophav_nb.track import Track, landmark_error
 
 HEAD = HeadModel.load()
 
@@ -70,6 +73,45 @@ def test_an_avatar_knows_the_film_it_was_trained_on(tmp_path):
     assert len(track) == len(motion) == 6 and motion is track.motion
 
 
+def test_views_are_compared_with_the_portrait(filmed, monkeypatch):
+    "Not with the avatar's own middle view: an avatar of someone else would look perfect there."
+    filmed.path("coarse", "track.npz").unlink()
+    views, middle = len(VIEWS["yaw"]) * len(VIEWS["pitch"]), len(VIEWS["yaw"]) * len(VIEWS["pitch"]) // 2
+    grey = SimpleNamespace(render=lambda motion, camera: (np.full((camera.height, camera.width, 4), (.2, .2, .2, 1), np.float32) for _ in range(len(motion))))
+    monkeypatch.setattr(pipeline, "Avatar", SimpleNamespace(load=lambda *a, **k: grey))
+    monkeypatch.setattr(pipeline, "Detector", lambda device: None)
+    monkeypatch.setattr(pipeline, "detect_like", lambda detector, images, near: np.asarray(near))
+    monkeypatch.setattr(pipeline, "identity_embedding", lambda images, points: np.float32([[image[96, 96, 0] / 255] * 128 for image in images]))
+    add_views(filmed)
+    data = json.loads(filmed.path("views", "views.json").read_text())
+    assert np.allclose(data["identity"], 128**.5 * (128 / 255 - .2), atol=.02) and np.shape(data["identity"]) == (3, 7) and np.allclose(data["landmark"], 0)
+    assert np.shape(data["trained"]) == (2, 4) and views == 2 * middle + 1
+
+
+def test_what_was_not_trained_is_named(caplog):
+    known = trained_range(scripted("range", 12.))
+    assert not beyond(scripted("turn", 4.), known)
+    still = scripted("neutral", 1.)
+    neck, lean = scripted("neutral", .4), scripted("neutral", .4)
+    neck.joints[:, 1, 1] = np.radians(50)
+    lean.joints[:, 0] = np.radians([0, 0, 30])
+    assert set(beyond(neck, known)) == {"yaw"} and set(beyond(lean, known)) == {"roll"} and set(beyond(still, known, orbit=40.)) == {"yaw"}
+    wild = scripted("neutral", 1.)
+    wild.expression[:10], wild.joints[:10, 2, 0] = 5., 1.2
+    told, train = (HEAD.condition(m.expression, m.joints).numpy() for m in (wild, scripted("range", 12.)))
+    far = beyond(wild, known, told=told, clamped=np.clip(told, train.min(0), train.max(0)))
+    assert {k: v.sum() for k, v in far.items()} == dict(jaw=10, expression=10)
+    warn_of({}, known)
+    assert not caplog.records
+    warn_of(far, known)
+    assert caplog.messages[0].startswith("40% of the frames leave what the avatar was trained on: jaw (trained from 0 to") and "expression (held" in caplog.messages[0]
+
+
+def test_rounds_below_none(tmp_path):
+    with pytest.raises(InputError, match="--rounds -1"): pipeline.create("astronaut", tmp_path / "run", rounds=-1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_kernels_are_waited_for_and_not_left_running(monkeypatch):
     "The run waits for the process that compiles, not for ever, and ends it whatever happens."
     said = []
@@ -83,3 +125,35 @@ def test_kernels_are_waited_for_and_not_left_running(monkeypatch):
     assert said == ['wait', 'kill']
     with compiling(False) as ready: ready()
     assert said == ['wait', 'kill']
+
+
+@pytest.fixture
+def filmed(tmp_path):
+    "A run whose avatar was trained on a film in which the person has another shape than in the portrait."
+    run, own = Run(tmp_path / "run", {}), track_of()
+    own.landmarks = mesh_landmarks(HEAD, own.shape, own.motion, own.camera)
+    def portrait(folder):
+        write_image(folder / "crop.png", np.full((192, 192, 3), 128, np.uint8))
+        write_image(folder / "matte.png", np.full((192, 192), 255, np.uint8))
+    run.make("portrait", portrait)
+    run.make("track", lambda folder: own.save(folder / "track.npz"))
+    add_motion(run, "talk", PRESETS["smoke"], own)
+    run.make("coarse", lambda folder: track_of(6, seed=3).save(folder / "track.npz"))
+    run.make("avatar", lambda folder: None)
+    return run
+
+
+def test_the_film_is_played_in_the_shape_that_was_trained(filmed, monkeypatch):
+    "The mesh moves as the portrait's own would, whatever shape it has; without a film nothing changes."
+    played = []
+    monkeypatch.setattr(pipeline, "play", lambda run, motion, path, **k: (played.append(motion), path.write_bytes(b"film")))
+    add_film(filmed, PRESETS["smoke"])
+    driven, asked, own = load_driven(filmed, HEAD).track, Motion.load(filmed.path("motion", "film.npz")), Track.load(filmed.path("track", "track.npz"))
+    assert np.array_equal(driven.shape, seen_motion(filmed)[0].shape) and not np.array_equal(driven.shape, own.shape)
+    first = mesh_landmarks(HEAD, driven.shape, played[0][0], driven.camera)
+    assert landmark_error(first, own.landmarks)[0] < landmark_error(mesh_landmarks(HEAD, driven.shape, asked[0], driven.camera), own.landmarks)[0]
+    assert np.abs(np.ptp(played[0].joints[:, 0], 0) - np.ptp(asked.joints[:, 0], 0)).max() < .01 and np.abs(np.ptp(played[0].joints[:, 2], 0) - np.ptp(asked.joints[:, 2], 0)).max() < .03
+    key = filmed.manifest("film")["key"]
+    (filmed.path("coarse", "track.npz")).unlink()
+    add_film(filmed, PRESETS["smoke"])
+    assert filmed.manifest("film")["key"] != key and (played[1].joints == asked.joints).all()

@@ -1,6 +1,7 @@
 "The rounds around a stand-in avatar: what is rendered, kept, resumed, measured and chosen."
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from ophav_nb.geometry import facing_camera, interpolate, rasterize
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import to_uint8
 from ophav_nb.rounds import RoundsConfig, check_numbers, choose_round, film_camera, finish_alpha, plan_round, read_log, run_rounds
-from ophav_nb.run import Run
+from ophav_nb.run import InputError, Run
 from ophav_nb.track import Track
 
 SIZE, FRAMES = 64, 8
@@ -148,8 +149,41 @@ def test_only_what_changed_is_redone(tmp_path, stage):
     trained = len(FakeAvatar.trained)
     stage.go(run, rounds=3)
     assert len(FakeAvatar.trained) == trained + 1
-    stage.go(run, restorer=lambda render, context: render)
+    def as_it_is(render, context): return render
+    stage.go(run, restorer=as_it_is)
     assert len(FakeAvatar.trained) == trained + 3                                 # rounds 1 and 2, not 0
+
+
+def test_restorers_are_told_apart(tmp_path, stage):
+    "A lambda, a partial or an object has no name to know it by, unless one is given."
+    same = lambda render, context: render
+    for restorer in (same, partial(same), SimpleNamespace()):
+        with pytest.raises(InputError, match='attribute `name`'): stage.go(Run(tmp_path/'run', {}), restorer=restorer)
+    assert not FakeAvatar.trained
+    same.name = 'as it is'
+    assert RoundsConfig(restorer=same).restorer_name == 'as it is' and RoundsConfig(restorer=picture).restorer_name == 'picture' and RoundsConfig().restorer_name == 'detail'
+
+
+def test_another_dataset_is_another_run(tmp_path, stage, coarse):
+    run, other = Run(tmp_path/'run', {}), replace(coarse, rgb=255 - coarse.rgb)
+    stage.go(run, rounds=0)
+    stage.go(run, other, rounds=0)
+    assert len(FakeAvatar.trained) == 2 and (HeadDataset.load(run.path('rounds/0/dataset'), HEAD).rgb[0] == other.rgb[0]).all()
+    run = Run(tmp_path/'command', {})
+    run.make('rounds/0/dataset', lambda folder: coarse.save(folder), params=dict(size=SIZE))        # as `create` makes it
+    stage.go(run, coarse, rounds=0)
+    with pytest.raises(InputError, match='another coarse dataset'): stage.go(run, other, rounds=0)
+
+
+def test_rounds_below_none(tmp_path, stage):
+    with pytest.raises(InputError, match='-1 rounds'): stage.go(Run(tmp_path/'run', {}), rounds=-1)
+
+
+def test_samples_of_renders_are_part_of_the_check(tmp_path, stage):
+    run = Run(tmp_path/'run', {})
+    stage.go(run, rounds=0)
+    stage.go(run, rounds=0, samples=3)
+    assert len(stage.calls) == 2
 
 
 @pytest.mark.parametrize('after', [0, 3, 7])
@@ -187,6 +221,9 @@ def test_guard():
     assert choose_round([base, row(sharpness=90., landmark_drift=.8)])[0] == 0
     number, reason = choose_round([base, row(sharpness=90.), row(sharpness=99., identity_distance=.34)])
     assert number == 1 and reason.startswith('round 1') and 'round 2 drifts from the person' in reason
+    number, reason = choose_round([base, row(sharpness=None), row(sharpness=90.)])
+    assert number == 2 and 'sharpness of round 1 could not be measured' in reason
+    assert choose_round([row(sharpness=float('nan')), row(sharpness=90.)]) == (0, 'round 0: its sharpness could not be measured, so no later round can be compared with it')
     assert choose_round([row(sharpness=0.)]*2)[0] == 0                             # an empty picture, as of a parser that calls everything clothes
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from ophav_nb import run as run_module
-from ophav_nb.run import InputError, Run, make_key, plain, side_by_side, write_atomic
+from ophav_nb.inspect import RunView
+from ophav_nb.run import InputError, Run, make_key, plain, remove_scraps, side_by_side, write_atomic
 
 
 def child(code, *args):
@@ -220,7 +221,7 @@ def test_what_killed_writers_left_is_swept(tmp_path):
     run = Run(tmp_path/"run", {})
     def build(folder): (folder/"kept.txt").write_text("kept")
     (tmp_path/"run"/"a.partial").mkdir(); (tmp_path/"run"/"b"/"a.old.partial").mkdir(parents=True)
-    for place in ("", "a.partial"): (tmp_path/"run"/place/".picture.123.partial.png").write_bytes(b"half")
+    for place in ("", "a.partial"): (tmp_path/"run"/place/".picture.999999999.partial.png").write_bytes(b"half")
     (tmp_path/"run"/".mine.txt").write_text("the user's")
     run.make("a", build)
     left = {str(p.relative_to(tmp_path/"run")) for p in (tmp_path/"run").rglob("*") if "partial" in p.name}
@@ -228,6 +229,40 @@ def test_what_killed_writers_left_is_swept(tmp_path):
     scraps = []
     write_atomic(tmp_path/"new.json", lambda path: (scraps.append(path.name), path.write_text("{}")))
     assert fnmatch.fnmatch(scraps[0], ".*.partial.*")   # the names that are swept are those that are written
+
+
+def test_what_a_living_process_writes_is_left(tmp_path):
+    "A film that `animate` writes into a run's folder outlives a command that enters it; a folder of such a name is nobody's scrap."
+    for name in (f".film.{os.getpid()}.partial.mp4", ".film.999999999.partial.mp4", ".film.partial.mp4"): (tmp_path/name).write_bytes(b"half")
+    (tmp_path/".mine.partial").mkdir()
+    remove_scraps(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".film.{os.getpid()}.partial.mp4", ".mine.partial"]
+
+
+def test_a_run_that_cannot_begin_lets_go_of_its_lock(tmp_path, monkeypatch):
+    run = Run(tmp_path/"run", {})
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(run_module, "remove_scraps", lambda folder: 1/0)
+        run.make("a", lambda folder: None)
+    with Run(tmp_path/"run"): pass
+    assert run._lock.depth == 0 and run._lock.file is None
+
+
+@pytest.mark.parametrize("text", ["", '{"parameters": {', "[]", "\0\0"])
+def test_damaged_notes_are_said_or_made_anew(tmp_path, text):
+    run = Run(tmp_path/"run", dict(seed=1))
+    run.make("a", lambda folder: (folder/"a.txt").write_text("a"))
+    run.path("run.json").write_text(text)
+    for use in (lambda: Run.open(run.folder).info, lambda: Run(run.folder, dict(seed=1)), lambda: RunView(run.folder).info):
+        with pytest.raises(InputError, match="run.json is damaged; delete it"): use()
+    run.path("run.json").unlink()
+    again, built = Run(run.folder, dict(seed=1)), []                # what is finished is kept
+    again.make("a", built.append)
+    assert not built and again.params == dict(seed=1)
+    (run.path("b.partial")).mkdir()
+    (run.path("b.partial", "partial.json")).write_text(text)
+    again.make("b", built.append)
+    assert len(built) == 1 and again.has("b")
 
 
 def test_side_by_side():
