@@ -16,6 +16,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 PRESETS, SCRIPTS = ("smoke", "quick", "standard", "paper"), ("talk", "range", "turn", "neutral")
 _MOTION = f"a script's name ({', '.join(SCRIPTS)}), a film (.mp4 …), or a motion file (.npz, LivePortrait's .pkl)"
+_RECIPE = "what of the training is done otherwise, e.g. 'mouth_weight=40, condition=mouth' (settings: notebooks 14_avatar and 11_field)"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,6 +64,7 @@ The same command again continues where it stopped; changed options redo only wha
     _option(p, "--driving", "a film of anyone, whose expressions a network animator takes over", metavar="FILM")
     _option(p, "--restorer", "who sharpens the renders: detail (default), gfpgan, gfpgan-parsing or gfpgan-parsenet (pasted on the whole head), none")
     _option(p, "--backend", "kernels: auto (default), torch, numba, tcnn")
+    _option(p, "--recipe", _RECIPE, metavar="SETTINGS")
     _common(p)
 
 
@@ -139,6 +141,7 @@ metrics.json holds a row for each stage; what cannot be measured here stands und
     _option(p, "--rounds", "rounds of restoring and training on (default: 2, in smoke 1)", type=_count, metavar="N")
     _option(p, "--baselines", "earlier methods as rows, with commas: fomm, pirender, facevid2vid, liveportrait; or all whose weights are here", metavar="NAMES")
     _option(p, "--backend", "kernels: auto (default), torch, numba, tcnn")
+    _option(p, "--recipe", _RECIPE, metavar="SETTINGS")
     _common(p)
 
 

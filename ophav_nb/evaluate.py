@@ -25,7 +25,7 @@ import numpy as np
 from .animate import echo
 from .layers import head_alpha
 from .animators import NETWORKS, film_heads, make_animator, make_baseline
-from .avatar import Avatar, AvatarConfig
+from .avatar import Avatar, AvatarConfig, read_recipe
 from .dataset import HeadDataset, cut_heads, film_dataset
 from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector, detect_like
 from .geometry import Camera
@@ -468,6 +468,7 @@ def evaluate_clip(
     detector: str = 'default',        # who looks for faces, and for those of AKD: or 's3fd', 'retinaface'
     baselines: str = '',              # earlier methods as further rows, with commas; or 'all' whose weights are here
     half: bool = False,               # networks of others at half precision, but for those that measure
+    recipe: str = '',                 # what of the training is done otherwise, e.g. 'mouth_weight=40, occupancy=128', see `read_recipe`
 ) -> dict:                            # what metrics.json holds
     "Measure the whole way on a film of a real person."
     if protocol not in ('self', 'monocular'): raise InputError(f"unknown protocol {protocol!r}; use self or monocular")
@@ -480,11 +481,12 @@ def evaluate_clip(
     load_head(head)                   # says what is missing, before anything is made
     rounds, device = (1 if name == 'smoke' else 2) if rounds is None else rounds, pick_device(device)
     if rounds < 0: raise InputError(f"--rounds {rounds}: give 0 (the coarse film alone) or more")
-    field = AvatarConfig.preset(settings.field, backend=backend)
+    otherwise = read_recipe(recipe)
+    field = AvatarConfig.preset(settings.field, backend=backend, **otherwise)
     config = RoundsConfig(rounds, settings.steps, settings.round_steps, restorer=restorer, render_frames=settings.round_frames, avatar=field,
                           settings={'half': True} if half and restorer.startswith('gfpgan') else {})
     run = Run(out, dict(clip=str(clip), protocol=protocol, preset=name, settings=asdict(settings), rounds=rounds, seed=seed, restorer=restorer,
-                        animator=animator, backend=backend, device=device, head=head, matte=matte, parser=parser, detector=detector, baselines=earlier, half=half))
+                        animator=animator, backend=backend, device=device, head=head, matte=matte, parser=parser, detector=detector, baselines=earlier, half=half) | ({'recipe': otherwise} if otherwise else {}))
     with run, at_half_precision(half):
         seed_all(seed)
         if protocol == 'self': table, chosen = self_protocol(run, clip, settings, config, animator, seed, device, head, matte, parser, earlier, detector)

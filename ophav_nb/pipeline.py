@@ -31,7 +31,7 @@ import numpy as np
 # %% ../nbs/19_pipeline.ipynb #c003
 from .animate import echo
 from .animators import NETWORKS, film_heads, make_animator, stored_pictures
-from .avatar import Avatar, AvatarConfig, compile_ahead
+from .avatar import Avatar, AvatarConfig, compile_ahead, read_recipe
 from .dataset import HeadDataset
 from .detect import Detector, detect_like, head_crop
 from .flame import load_head
@@ -579,6 +579,7 @@ def create(
     seed: int = 0,
     detector: Literal["default", "s3fd", "retinaface"] = "default",   # who looks for faces
     half: bool = False,                 # networks of others at half precision
+    recipe: str = "",                   # what of the training is done otherwise, e.g. 'mouth_weight=40, occupancy=128', see `read_recipe`
 ) -> Run:
     "One portrait in, an animatable avatar out (OPHAvatars); continues where an earlier call with the same `out` stopped."
     settings = get_preset(preset)
@@ -590,13 +591,14 @@ def create(
         if value and (Path(value).suffix or name != "motion") and not Path(value).is_file():
             raise InputError(f"--{name} {value}: no such file; check the spelling")
     if not Path(motion).suffix: resolve_motion(motion, .2)   # an unknown script is said at once
+    otherwise = read_recipe(recipe)
     rounds = (1 if preset == "smoke" else 2) if rounds is None else rounds
     if rounds < 0: raise InputError(f"--rounds {rounds}: give 0 (the coarse film alone) or more")
     image, device = read_image(portrait), pick_device(device)
     model = load_head(head)
     params = dict(portrait=str(portrait), motion=motion, face=face, coarse=coarse and str(coarse), rounds=rounds, preset=preset if isinstance(preset, str) else 'own',
                   settings=settings, head=head, matte=matte, parser=parser, animator=animator, driving=driving and str(driving), restorer=restorer, backend=backend,
-                  device=device, seed=seed, detector=detector, half=half)
+                  device=device, seed=seed, detector=detector, half=half) | ({"recipe": otherwise} if otherwise else {})
     run = Run(out, params)
     with run, at_half_precision(half), compiling(device == "cpu" and not run.path("avatar").exists()) as ready:
         seed_all(seed)
@@ -608,7 +610,7 @@ def create(
         else: add_coarse(run, model, animator, settings.film_size)
         add_dataset(run, model, settings.size, parser, device)
         ready()
-        train_rounds(run, model, settings, rounds, restorer, backend, device, seed)
+        train_rounds(run, model, settings, rounds, restorer, backend, device, seed, otherwise)
         add_film(run, settings, device)
         add_views(run, device)
         write_run_report(run)
@@ -639,11 +641,12 @@ def train_rounds(
     backend: str,
     device: str,
     seed: int,
+    recipe: dict | None = None,   # settings of the training that differ
 ) -> int:   # the chosen round
     "Artifacts `rounds/k/…` and `avatar`: train, render, restore, train again; keep the best round (OPHAvatars, Iterative Dataset Update)."
     config = RoundsConfig(rounds=rounds, steps0=preset.steps, steps=preset.round_steps, render_frames=preset.round_frames, restorer=restorer,
                           settings=halved(restorer) if restorer.startswith("gfpgan") else {})
-    config = replace(config, avatar=AvatarConfig.preset(preset.field, backend=backend))
+    config = replace(config, avatar=AvatarConfig.preset(preset.field, backend=backend, **(recipe or {})))
     results, chosen = run_rounds(run, HeadDataset.load(run.path("rounds/0/dataset")), load_driven(run, head), head, config, seed=seed,
                                  device=device)
     run.make("avatar", lambda folder: copy_folder(run.path(f"rounds/{chosen}/avatar"), folder), needs=[f"rounds/{chosen}/avatar"],

@@ -157,3 +157,18 @@ def test_the_film_is_played_in_the_shape_that_was_trained(filmed, monkeypatch):
     (filmed.path("coarse", "track.npz")).unlink()
     add_film(filmed, PRESETS["smoke"])
     assert filmed.manifest("film")["key"] != key and (played[1].joints == asked.joints).all()
+
+
+def test_a_recipe_reaches_the_rounds(tmp_path, monkeypatch):
+    got = {}
+    def rounds(run, dataset, portrait, head, config, **_):
+        got["config"] = config
+        raise InputError("far enough")
+    monkeypatch.setattr(pipeline, "run_rounds", rounds)
+    monkeypatch.setattr(pipeline, "load_driven", lambda *a: None)
+    monkeypatch.setattr(pipeline, "HeadDataset", SimpleNamespace(load=lambda folder: None))
+    with pytest.raises(InputError, match="far enough"):
+        pipeline.train_rounds(SimpleNamespace(path=lambda *a: tmp_path), None, pipeline.get_preset("smoke"), 1, "detail", "auto", "cpu", 0, dict(mouth_weight=9., condition="mouth"))
+    assert got["config"].avatar.mouth_weight == 9 and got["config"].avatar.field.condition == "mouth"
+    with pytest.raises(InputError, match="did you mean"): pipeline.create("astronaut", tmp_path / "run", recipe="mouth_wait=3")
+    assert not (tmp_path / "run").exists()

@@ -8,12 +8,13 @@ import torch
 
 import ophav_nb  # noqa: F401
 import ophav_nb.avatar as avatar_module
-from ophav_nb.avatar import MORE, PATCH, Avatar, AvatarConfig, Batch, Corrections, FramePool, Trainer, losses, patch_loss, toy_film
+from ophav_nb.avatar import MORE, PATCH, Avatar, AvatarConfig, Batch, Corrections, FramePool, Trainer, losses, patch_loss, read_recipe, toy_film
 from ophav_nb.deform import Deformer
 from ophav_nb.field import Field, field_config
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel
 from ophav_nb.render import Occupancy, Rendered, shade, surface_band
+from ophav_nb.run import InputError
 from ophav_nb.training import Truth, one_pass_serves
 
 SMALL = AvatarConfig(rays=128, samples=4, frames=4, field=field_config(levels=4, log2_size=10))
@@ -228,3 +229,16 @@ def test_the_number_of_rays_survives_a_kill(head, film, tmp_path, monkeypatch):
     two = Avatar.create(head, film.shape, one.config)
     two.fit(film, 40, folder=tmp_path, every=0, log_every=1)
     assert taken == whole[-len(taken):] and all(torch.equal(p, q) for p, q in zip(one.shown.parameters(), two.shown.parameters()))
+
+
+def test_a_recipe_in_words():
+    told = read_recipe(" mouth_weight=40, occupancy=128,condition=mouth , blend=False, degree=0")
+    assert told == dict(mouth_weight=40., occupancy=128, condition="mouth", blend=False, degree=0) and read_recipe("") == {}
+    made = AvatarConfig.preset("paper", **told)
+    assert made == replace(AvatarConfig.preset("paper"), mouth_weight=40., occupancy=128, blend=False, field=field_config("paper", condition="mouth", degree=0))
+
+
+@pytest.mark.parametrize("text, said", [("mouth_wait=4", "did you mean mouth_weight"), ("rays=0", "from 1 on"), ("rays=1.5", "whole number"), ("decay=nan", "number from 0"),
+                                        ("blend=maybe", "true or false"), ("condition=all", "mouth, everywhere, none"), ("backend=torch", "no setting"), ("rays", "whole number")])
+def test_a_recipe_that_is_none(text, said):
+    with pytest.raises(InputError, match=said): read_recipe(text)
