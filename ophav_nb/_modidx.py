@@ -99,6 +99,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ophav_nb.animate.MeshAnimator.frame': ('animate.html#meshanimator.frame', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator.frames': ('animate.html#meshanimator.frames', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator.ground': ('animate.html#meshanimator.ground', 'ophav_nb/animate.py'),
+                                  'ophav_nb.animate.MeshAnimator.layers': ('animate.html#meshanimator.layers', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator.person_offset': ( 'animate.html#meshanimator.person_offset',
                                                                                    'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator.vertices': ('animate.html#meshanimator.vertices', 'ophav_nb/animate.py'),

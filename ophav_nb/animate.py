@@ -593,7 +593,7 @@ def _setup_own_colours(self):
     self.own = np.clip(self._spread(colour, self.sure*self._is_face()), 0, 1).astype(np.float32)*self.shadow      # light comes from above: under the chin there is little
     over, beyond = (at(a, P) for a in self._covers())
     away = np.where(V[:, 0] > 0, *(self._turned_away(side) for side in ('left', 'right')))*smoothstep(.03, .045, np.abs(V[:, 0]))
-    over = (smoothstep(.5, .9, over[:, 0])*(1 - self.seen)*away*self._is_face())[:, None]
+    over = (smoothstep(.5, .9, over[:, 0])*(1 - self.seen)*away*~self.head.region_vertices('neck'))[:, None]
     self.own += over*(beyond - self.own)
     self.mirror_seen *= 1 - over[:, 0]
     self.twin_light = self._spread(colour, w)[twin].sum(1)
@@ -963,8 +963,8 @@ def _moving(self, V, N, camera, facing) -> np.ndarray:
     return out
 
 @patch_to(MeshAnimator)
-def _render(self, V, A, jaw: float, size: int) -> np.ndarray:
-    "One frame from the mesh in the head's own space and its pose."
+def _render(self, V, A, jaw: float, size: int, layers: int = 4) -> np.ndarray:
+    "One frame from the mesh in the head's own space and its pose; of its layers the lowest so many."
     s = self.supersample
     camera = self.camera.resized(size*s, size*s).moved(A)
     dV = V - self.V0
@@ -985,12 +985,12 @@ def _render(self, V, A, jaw: float, size: int) -> np.ndarray:
     N = vertex_normals(V, self.faces)
     facing = self._facing(V, N, camera)
     keep[self.rim_points] *= self._rim_shown(facing)
-    _paint_sheet(cloth.face, cloth.bary, self.sheet_faces, self.sheet_source, self.flesh, self.alpha, keep, fine)   # no edge of a collar
+    if layers > 1: _paint_sheet(cloth.face, cloth.bary, self.sheet_faces, self.sheet_source, self.flesh, self.alpha, keep, fine)   # no edge of a collar
     mesh_screen = camera.project(V) - offset
     mesh = rasterize(mesh_screen, self.faces, h, w)
-    _paint_mesh(mesh.face, mesh.bary, self.faces, self.kind, self.fixed, self._moving(V, N, camera, facing), self.skin, self.lids, self.eyes, self.whites, self.lashes, self.alpha, fine)
-    if self.teeth_faces is not None: self._paint_teeth(V, camera, offset, mesh, fine)
-    self._meet_lips(V, camera, offset, mesh, fine)
+    if layers > 2: _paint_mesh(mesh.face, mesh.bary, self.faces, self.kind, self.fixed, self._moving(V, N, camera, facing), self.skin, self.lids, self.eyes, self.whites, self.lashes, self.alpha, fine)
+    if layers > 3 and self.teeth_faces is not None: self._paint_teeth(V, camera, offset, mesh, fine)
+    if layers > 3: self._meet_lips(V, camera, offset, mesh, fine)
     _shrink(fine, s, int(lo[0]), int(lo[1]), self.cut(self.camera.resized(size, size).moved(A), jaw), out)
     return out
 
@@ -1039,6 +1039,16 @@ def frame(self,
     "The head alone in one state."
     self._state = self._at(expression, joints, translation)
     return self._render(*self._state, size or self.size)
+
+@patch_to(MeshAnimator)
+def layers(self,
+    expression,   # [E]
+    joints,       # axis-angle, radians, [5, 3]
+    translation,  # metres, [3]
+) -> dict:        # name -> straight RGBA, float32 [size, size, 4]
+    "How a frame comes about, for a look: the back; with the sheet on it; with the face; with the teeth, which is the frame."
+    state = self._at(expression, joints, translation)
+    return {name: self._render(*state, self.size, k) for k, name in enumerate(('back', '+ sheet', '+ face', '+ teeth'), 1)}
 
 @patch_to(MeshAnimator)
 def frames(self,
