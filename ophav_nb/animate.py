@@ -812,9 +812,9 @@ def _setup_body(self):
     neck = ndi.gaussian_filter(ndi.binary_dilation(neck, iterations=max(1, int(7*px))).astype(np.float32), 2*px)
     still = np.maximum(ndi.gaussian_filter(self.cloth, .7*px), (1 - smoothstep(.002, .03, self.following))*(1 - neck))
     covered = ndi.maximum_filter(self.cloth, 2*int(5*px) + 1) > .1
-    under = np.where(covered, np.clip(2 - self.bare_away/reach, 0, 1), 1)
-    self.flesh_alpha = (self.person*(1 - neck*(1 - under))).astype(np.float32)
-    self.dressed = (self.skin + neck[..., None]*(self.flesh - self.skin)).astype(np.float32)     # beside the neck cloth goes on under cloth
+    piece = ndi.binary_dilation(ndi.binary_erosion(covered, iterations=int(12*px)), iterations=int(18*px))       # specks are no clothes
+    self.flesh_alpha = (self.person*np.where(covered, np.where(piece, neck, 1)*np.clip(2 - self.bare_away/reach, 0, 1), 1)).astype(np.float32)
+    self.cloth_alpha = (self.person*covered).astype(np.float32)
     self.clothes = np.concatenate([bleed(self.spread, still, .97, max(1, int(2*px))), (self.person*still)[..., None]], -1).astype(np.float32)
 
 @patch_to(MeshAnimator)
@@ -1111,9 +1111,10 @@ def _body(self, V, A, size: int) -> np.ndarray:
     still = camera.moved(self.A0).project(self.sheet)
     w = self.follows[:, None]
     r = rasterize(moved*w + still*(1 - w), self.body_faces, size*s, size*s)
-    fine = np.zeros((size*s, size*s, 4), np.float32)
+    fine, whole = np.zeros((size*s, size*s, 4), np.float32), np.ones(len(moved), np.float32)
+    _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.skin, self.cloth_alpha, whole, fine)   # what is drawn along beside the neck: no hole between head and clothes
     self._paint_neck(V, camera, A, fine)
-    _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.dressed, self.flesh_alpha, np.ones(len(moved), np.float32), fine)
+    _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.flesh, self.flesh_alpha, whole, fine)
     out = np.zeros((size, size, 4), np.float32)
     _shrink(fine, s, 0, 0, np.ones((size, size), np.float32), out)
     return out
