@@ -28,8 +28,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ophav_nb.animate.MeshAnimator._lid_gap': ('animate.html#meshanimator._lid_gap', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._lid_shade_seen': ( 'animate.html#meshanimator._lid_shade_seen',
                                                                                      'ophav_nb/animate.py'),
-                                  'ophav_nb.animate.MeshAnimator._lift_tongue': ( 'animate.html#meshanimator._lift_tongue',
-                                                                                  'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._like_source': ( 'animate.html#meshanimator._like_source',
                                                                                   'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._lip_shade': ( 'animate.html#meshanimator._lip_shade',

@@ -276,16 +276,7 @@ def vertices(self,
     j[:, :2] = 0
     with torch.no_grad():
         V = self.head(self.shape[None].expand(len(j), -1), torch.as_tensor(np.asarray(expression, np.float32)), torch.from_numpy(j), None).numpy()
-    return self._tuck_teeth(self._lift_tongue(V, j[:, 2]) + self.relief)
-
-@patch_to(MeshAnimator)
-def _lift_tongue(self, V, jaw, share: float = .3) -> np.ndarray:
-    "A tongue does not lie on the floor of an opened mouth: it gives back a share of the jaw's turn (in place), so that it is seen behind the lower teeth."
-    tongue = self._part('tongue')
-    if len(tongue):
-        joint, back = self.joints3[2].astype(np.float32), axis_angle_to_matrix(-share*np.asarray(jaw, np.float64)).astype(np.float32)
-        V[:, tongue] = (V[:, tongue] - joint) @ np.swapaxes(back, -1, -2) + joint
-    return V
+    return self._tuck_teeth(V + self.relief)
 
 @patch_to(MeshAnimator)
 def _tuck_teeth(self, V, most: float = .005) -> np.ndarray:

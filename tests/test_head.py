@@ -235,3 +235,15 @@ def test_rebuild(tmp_path):
         if a.dtype.kind != 'f': assert np.array_equal(a, new[k]) or k == 'landmark_faces', k
     assert np.allclose(new['v_template'], old['v_template'], atol=1e-5)
     assert np.abs(new['shapedirs'][..., :30].astype(float) - old['shapedirs'][..., :30]).max() < 1e-4
+
+
+def test_the_tongue_goes_part_of_the_way_with_the_jaw(head):
+    joints = torch.zeros(1, 5, 3)
+    joints[0, 2, 0] = np.radians(20.5)
+    tongue, teeth = head.region_vertices('tongue'), head.region_vertices('lower_teeth')
+    tip = tongue & (head.v_template[:, 2].numpy() > np.quantile(head.v_template[tongue, 2], .9))
+    moved, jaw = (head(joints=joints)[0] - head.v_template).numpy(), head.joint_positions().reshape(-1, 3)[2].numpy()
+    angle = lambda where: np.degrees(np.linalg.norm(moved[where], axis=1)/np.linalg.norm((head.v_template.numpy() - jaw)[where, 1:], axis=1)).mean()
+    assert abs(angle(tip)/angle(teeth) - .7) < .05
+    opened = (head(expression=head.expression(jawOpen=1.))[0] - head.v_template).numpy()
+    assert np.abs(opened - moved)[tongue].max() < 1e-3               # the expression and the joint agree
