@@ -667,6 +667,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ophav_nb.evaluate.comparison': ('evaluate.html#comparison', 'ophav_nb/evaluate.py'),
                                    'ophav_nb.evaluate.evaluate_clip': ('evaluate.html#evaluate_clip', 'ophav_nb/evaluate.py'),
                                    'ophav_nb.evaluate.evaluate_run': ('evaluate.html#evaluate_run', 'ophav_nb/evaluate.py'),
+                                   'ophav_nb.evaluate.example_film': ('evaluate.html#example_film', 'ophav_nb/evaluate.py'),
                                    'ophav_nb.evaluate.first_frame': ('evaluate.html#first_frame', 'ophav_nb/evaluate.py'),
                                    'ophav_nb.evaluate.labelled': ('evaluate.html#labelled', 'ophav_nb/evaluate.py'),
                                    'ophav_nb.evaluate.measure_driven': ('evaluate.html#measure_driven', 'ophav_nb/evaluate.py'),

@@ -6,7 +6,7 @@
 __all__ = ['log', 'PRESETS', 'EvaluationPreset', 'pick_preset', 'with_regions', 'add_clip', 'write_mattes', 'add_truth',
            'first_frame', 'add_reenactment', 'compared_frames', 'shown_frames', 'Comparison', 'pick_baselines',
            'add_baseline', 'render_frames', 'compare', 'self_protocol', 'monocular_protocol', 'write_results',
-           'comparison', 'labelled', 'results_table', 'evaluate_clip', 'measure_driven', 'evaluate_run']
+           'comparison', 'labelled', 'results_table', 'evaluate_clip', 'measure_driven', 'evaluate_run', 'example_film']
 
 # %% ../nbs/20_evaluate.ipynb #c003
 import json
@@ -31,17 +31,17 @@ from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Det
 from .geometry import Camera
 from .flame import load_head
 from .head import HeadModel, Motion
-from .media import Film, VideoWriter, iter_video, on_background, resize, to_float, to_uint8, write_image
+from .media import Film, VideoWriter, iter_video, on_background, read_image, resize, to_float, to_uint8, write_image
 from .metrics import (Truth, correlation, flicker, head_mask, identity_distance, identity_embedding, inter_ocular, landmark_distance,
                               known_mean, lid_gap, measures_json, missing_metrics, mouth_gap, network_metrics, present_networks, sharpness, sharpness_mask,
                               worst_over_median)
-from .motion import retarget
+from .motion import retarget, scripted
 from .nets.blocks import at_half_precision
 from .pipeline import check_avatar, driven_key, frame_pose, halved, head_key, load_driven, matting_detector, unusual
 from .regions import make_parser, parsed_heads
 from .rounds import RoundsConfig, mesh_landmarks, read_frames, render_plan, run_rounds, write_frames
 from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
-from .track import Track, track_film
+from .track import Track, track_film, track_portrait
 from .weights import BACKENDS, check_backends
 
 # %% ../nbs/20_evaluate.ipynb #c006
@@ -556,3 +556,18 @@ def evaluate_run(
         with VideoWriter(run.path('comparison.mp4'), 8., metadata=dict(comment='Left: a recording. Right: synthetic, made by ophav.')) as video:
             for a, b in zip(driver, images): video.add(np.concatenate([a, b], 1))
         return result
+
+
+def example_film(
+    path: str|Path,        # .mp4
+    seconds: float = 3.,
+    seed: int = 3,
+) -> Path:
+    "A film to try evaluations with, where none is at hand: the mesh animator's astronaut says something, every third frame of it."
+    head = load_head('open')
+    _, image, matte, track = track_portrait(read_image('astronaut'), Detector(), head, size=256)
+    animator, motion = make_animator('mesh', image=image, track=track, head=head, matte=matte), retarget(scripted('talk', seconds, fps=25, seed=seed), track)[::3]
+    with VideoWriter(path, 25.) as film:
+        for i, rgba in enumerate(animator.frames(motion)): film.add(to_uint8(animator.composite(rgba, **frame_pose(motion, i))))
+    return Path(path)
+

@@ -156,3 +156,8 @@ def test_badges_are_made_from_the_settings_and_replaced(tmp_path):
         cells = nbformat.read(path, 4).cells
         assert len(cells) == 3 and f"github/{user}/r/blob/b/nbs/sub/a.ipynb" in cells[1].source
         assert skipped(cells[2].source) and f"github.com/{user}/r@b" in cells[2].source
+
+
+@pytest.mark.parametrize("name, wanted", [("create", {"portrait", "out", "recipe"}), ("evaluate", {"films", "protocol", "baselines", "recipe"}), ("fidelity", {"evaluations"})])
+def test_templates_say_what_they_take(name, wanted):
+    assert wanted <= set(notebook_parameters(template(name)))

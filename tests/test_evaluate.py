@@ -146,3 +146,10 @@ def test_a_frame_that_breaks_is_seen_without_a_truth(monkeypatch):
     monkeypatch.setattr(evaluate, 'network_metrics', lambda *a, **k: {})
     row = evaluate.measure_driven(np.zeros((9, 32, 32, 3), np.uint8), told, told, np.zeros((32, 32, 3), np.uint8), told[:1], None)
     assert row['landmark_distance_worst'] > 4 and row['landmark_distance'] > 0
+
+
+def test_a_film_to_try_it_with(tmp_path):
+    from ophav_nb.evaluate import example_film
+    from ophav_nb.media import clip_info
+    info = clip_info(example_film(tmp_path/"film.mp4", seconds=.5))
+    assert info.frames == 5 and (info.width, info.height) == (256, 256)
