@@ -25,7 +25,7 @@ import numpy as np
 from .animate import echo
 from .layers import head_alpha
 from .animators import NETWORKS, film_heads, make_animator, make_baseline
-from .avatar import Avatar, AvatarConfig, read_recipe
+from .avatar import ANIMATED, Avatar, AvatarConfig, read_recipe
 from .dataset import HeadDataset, cut_heads, film_dataset
 from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector, detect_like
 from .geometry import Camera
@@ -482,7 +482,7 @@ def evaluate_clip(
     rounds, device = (1 if name == 'smoke' else 2) if rounds is None else rounds, pick_device(device)
     if rounds < 0: raise InputError(f"--rounds {rounds}: give 0 (the coarse film alone) or more")
     otherwise = read_recipe(recipe)
-    field = AvatarConfig.preset(settings.field, backend=backend, **otherwise)
+    field = AvatarConfig.preset(settings.field, backend=backend, **(ANIMATED if protocol == 'self' else {}) | otherwise)
     config = RoundsConfig(rounds, settings.steps, settings.round_steps, restorer=restorer, render_frames=settings.round_frames, avatar=field,
                           settings={'half': True} if half and restorer.startswith('gfpgan') else {})
     run = Run(out, dict(clip=str(clip), protocol=protocol, preset=name, settings=asdict(settings), rounds=rounds, seed=seed, restorer=restorer,

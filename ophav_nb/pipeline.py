@@ -31,7 +31,7 @@ import numpy as np
 # %% ../nbs/19_pipeline.ipynb #c003
 from .animate import echo
 from .animators import NETWORKS, film_heads, make_animator, stored_pictures
-from .avatar import Avatar, AvatarConfig, compile_ahead, read_recipe
+from .avatar import ANIMATED, Avatar, AvatarConfig, compile_ahead, read_recipe
 from .dataset import HeadDataset
 from .detect import Detector, detect_like, head_crop
 from .flame import load_head
@@ -646,7 +646,7 @@ def train_rounds(
     "Artifacts `rounds/k/…` and `avatar`: train, render, restore, train again; keep the best round (OPHAvatars, Iterative Dataset Update)."
     config = RoundsConfig(rounds=rounds, steps0=preset.steps, steps=preset.round_steps, render_frames=preset.round_frames, restorer=restorer,
                           settings=halved(restorer) if restorer.startswith("gfpgan") else {})
-    config = replace(config, avatar=AvatarConfig.preset(preset.field, backend=backend, **(recipe or {})))
+    config = replace(config, avatar=AvatarConfig.preset(preset.field, backend=backend, **ANIMATED | (recipe or {})))
     results, chosen = run_rounds(run, HeadDataset.load(run.path("rounds/0/dataset")), load_driven(run, head), head, config, seed=seed,
                                  device=device)
     run.make("avatar", lambda folder: copy_folder(run.path(f"rounds/{chosen}/avatar"), folder), needs=[f"rounds/{chosen}/avatar"],
