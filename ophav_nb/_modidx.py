@@ -855,6 +855,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ophav_nb.inspect._fit_width': ('inspect.html#_fit_width', 'ophav_nb/inspect.py'),
                                   'ophav_nb.inspect._head': ('inspect.html#_head', 'ophav_nb/inspect.py'),
                                   'ophav_nb.inspect._img': ('inspect.html#_img', 'ophav_nb/inspect.py'),
+                                  'ophav_nb.inspect._limits': ('inspect.html#_limits', 'ophav_nb/inspect.py'),
                                   'ophav_nb.inspect._live': ('inspect.html#_live', 'ophav_nb/inspect.py'),
                                   'ophav_nb.inspect._measures_figure': ('inspect.html#_measures_figure', 'ophav_nb/inspect.py'),
                                   'ophav_nb.inspect._next_section': ('inspect.html#_next_section', 'ophav_nb/inspect.py'),

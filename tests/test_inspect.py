@@ -163,3 +163,11 @@ def test_views_are_drawn():
 
 def test_every_measure_of_a_round_is_explained(run):
     assert {name for row in RunView(run).metrics().values() for name in row} - {'round'} <= set(MEANINGS)
+
+
+def test_an_axis_does_not_make_much_of_little():
+    from ophav_nb.inspect import SPANS, _limits, draw_measures
+    low, high = _limits("identity_distance", [.2512, .2479])
+    assert high - low > SPANS["identity_distance"] and low < .2479 < .2512 < high
+    assert np.allclose(_limits("sharpness", [400., 600.]), (380, 620)) and _limits("flicker", [0., 0.])[0] < 0
+    assert draw_measures({0: dict(sharpness=None, flicker=1.), 1: dict(sharpness=None, flicker=1.)}) is not None
