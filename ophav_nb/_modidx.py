@@ -13,6 +13,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ophav_nb.animate.MeshAnimator._clothes_behind': ( 'animate.html#meshanimator._clothes_behind',
                                                                                      'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._covers': ('animate.html#meshanimator._covers', 'ophav_nb/animate.py'),
+                                  'ophav_nb.animate.MeshAnimator._cut_in_four': ( 'animate.html#meshanimator._cut_in_four',
+                                                                                  'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._ear_in_view': ( 'animate.html#meshanimator._ear_in_view',
                                                                                   'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._face_mask': ( 'animate.html#meshanimator._face_mask',

@@ -602,7 +602,7 @@ def _ear_in_view(self, side) -> np.ndarray:
 def _turned_away(self, side) -> float:
     "1 where the portrait is turned so far that this side's ear is hidden behind the face, 0 where both are in view."
     mine, other = (self._ear_in_view(s).sum() for s in (side, 'right' if side == 'left' else 'left'))
-    return 1 - smoothstep(.1, .4, mine/max(other, 1))
+    return 1 - smoothstep(.1, .4, mine/other) if other else 0.
 
 @patch_to(MeshAnimator)
 def _covers(self, reach: float = .08) -> tuple:
@@ -749,6 +749,13 @@ def _setup_back(self):
     self.neck = self.back.copy()
     self.neck[:, 4] = smoothstep(.4, .9, at(solid, Q))*(1 - smoothstep(-.05, -.02, level))
     self.full = np.ones((2, 2), np.float32)
+    self._cut_in_four()
+    self.behind, self.back, self.neck, self.attached = (np.concatenate([x, x[self.back_edges].mean(1)]).astype(np.float32) for x in (self.behind, self.back, self.neck, attached))
+
+@patch_to(MeshAnimator)
+def _cut_in_four(self):
+    "Smaller triangles for the back: its edges, whose middles are the new points, and how the old ones go in for what the middles go out."
+    n = len(self.rest)
     edges = np.sort(np.stack([self.back_faces, np.roll(self.back_faces, -1, 1)], -1), -1)                  # of each triangle: from its first corner on
     self.back_edges, half = np.unique(edges.reshape(-1, 2), axis=0, return_inverse=True)
     half, (a, b, c) = n + half.reshape(-1, 3), self.back_faces.T
@@ -757,8 +764,6 @@ def _setup_back(self):
     k = np.tile(np.arange(len(self.back_edges)), 2)
     at_corner = sparse.csr_matrix((np.ones(len(k), np.float32), (self.back_edges.T.ravel(), k)), shape=(n, len(self.back_edges)))
     self.half_in = (sparse.diags(.5/np.maximum(np.asarray(at_corner.sum(1)).ravel(), 1)) @ at_corner).astype(np.float32)
-    halved = lambda x: np.concatenate([x, x[self.back_edges].mean(1)]).astype(np.float32)
-    self.behind, self.back, self.neck, self.attached = halved(self.behind), halved(self.back), halved(self.neck), halved(attached)
 
 @patch_to(MeshAnimator)
 def _hull(self, V) -> np.ndarray:
