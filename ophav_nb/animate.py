@@ -584,9 +584,9 @@ def _setup_own_colours(self):
     self.own = np.clip(self._spread(colour, self.sure*self._is_face()), 0, 1).astype(np.float32)*self.shadow      # light comes from above: under the chin there is little
     over, beyond = (at(a, P) for a in self._covers())
     away = np.where(V[:, 0] > 0, *(self._turned_away(side) for side in ('left', 'right')))*smoothstep(.03, .045, np.abs(V[:, 0]))
-    over = (smoothstep(.5, .9, over[:, 0])*(1 - self.seen)*away*~self.head.region_vertices('neck'))[:, None]
-    self.own += over*(beyond - self.own)
-    self.mirror_seen *= 1 - over[:, 0]
+    self.covered = smoothstep(.5, .9, over[:, 0])*(1 - self.seen)*away
+    self.own += (self.covered*~self.head.region_vertices('neck'))[:, None]*(beyond - self.own)
+    self.mirror_seen *= 1 - self.covered
     self.twin_light = self._spread(colour, w)[twin].sum(1)
     light = self.own.mean(1)
     self.relit = np.clip(light/np.maximum(light[twin], .02), .5, 1.8)
@@ -609,7 +609,7 @@ def _covers(self, reach: float = .08) -> tuple:
     "Where hair, veil or hood goes on beyond the head's outline it also covers the side behind that outline: how much, [H, W, 1], and its colour, [H, W, 3]."
     px = self.size/512
     core = ndi.binary_dilation(self.raster0.mask, iterations=max(1, int(3*px)))
-    hair = (self.matte > .9) & (self.cloth < .1) & ((self.unlike > 3.5) | (self.light < .35))
+    hair = (self.matte > .9) & ((self.unlike > 3.5) | (self.light < .35))
     away, (i, j) = ndi.distance_transform_edt(core, return_indices=True)
     covered = ndi.gaussian_filter((hair[i, j] & (away < reach*self.size)).astype(np.float32), 2*px)
     inner = ndi.binary_erosion(hair & ~core, iterations=max(1, int(3*px)))          # the matte's rim holds something of the background
@@ -747,7 +747,7 @@ def _setup_back(self):
     upper = smoothstep(.5, .9, attached)*np.where(scalp, smoothstep(-.10, -.02, level), smoothstep(-.045, -.02, level))
     self.back[:, 4] = np.where(scalp, 1, smoothstep(.4, .9, at(solid, Q)))*np.maximum(upper, below)
     self.neck = self.back.copy()
-    self.neck[:, 4] = smoothstep(.4, .9, at(solid, Q))*(1 - smoothstep(-.05, -.02, level))
+    self.neck[:, 4] = smoothstep(.4, .9, at(solid, Q))*(1 - smoothstep(-.05, -.02, level))*(1 - self.covered)
     self.full = np.ones((2, 2), np.float32)
     self._cut_in_four()
     self.behind, self.back, self.neck, self.attached = (np.concatenate([x, x[self.back_edges].mean(1)]).astype(np.float32) for x in (self.behind, self.back, self.neck, attached))
