@@ -754,20 +754,21 @@ def _setup_back(self):
 
 @patch_to(MeshAnimator)
 def _cut_in_four(self):
-    "Smaller triangles for the back: its edges, whose middles are the new points, and how the old ones go in for what the middles go out."
-    n = len(self.rest)
-    edges = np.sort(np.stack([self.back_faces, np.roll(self.back_faces, -1, 1)], -1), -1)                  # of each triangle: from its first corner on
+    "Smaller triangles for the scalp: its edges, whose middles are the new points, and how the old ones go in for what the middles go out."
+    n, on = len(self.rest), self.scalp[self.back_faces].sum(1) > 1                # with an edge that is bent; both sides of one are cut
+    faces = self.back_faces[on]
+    edges = np.sort(np.stack([faces, np.roll(faces, -1, 1)], -1), -1)           # of each triangle: from its first corner on
     self.back_edges, half = np.unique(edges.reshape(-1, 2), axis=0, return_inverse=True)
-    half, (a, b, c) = n + half.reshape(-1, 3), self.back_faces.T
+    half, (a, b, c) = n + half.reshape(-1, 3), faces.T
     ab, bc, ca = half.T
-    self.fine_faces = np.concatenate([np.stack(t, 1) for t in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))]).astype(np.int32)
+    self.fine_faces = np.concatenate([self.back_faces[~on], *(np.stack(t, 1) for t in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca)))]).astype(np.int32)
     k = np.tile(np.arange(len(self.back_edges)), 2)
     at_corner = sparse.csr_matrix((np.ones(len(k), np.float32), (self.back_edges.T.ravel(), k)), shape=(n, len(self.back_edges)))
     self.half_in = (sparse.diags(.5/np.maximum(np.asarray(at_corner.sum(1)).ravel(), 1)) @ at_corner).astype(np.float32)
 
 @patch_to(MeshAnimator)
 def _hull(self, V) -> np.ndarray:
-    "Skin and the outside of the hair, each triangle cut in four; on the scalp the new points lie on the arc that the normals tell, or one would see corners in the outline, [V + E, 3]."
+    "Skin and the outside of the hair; on the scalp each triangle is cut in four and the new points lie on the arc that the normals tell, or one would see corners in the outline, [V + E, 3]."
     H = V + self.hair
     (i, j), N = self.back_edges.T, vertex_normals(H, self.back_faces)
     d, both = H[j] - H[i], .125*(self.scalp[i] & self.scalp[j])[:, None].astype(np.float32)
