@@ -751,6 +751,7 @@ def _setup_back(self):
     self.full = np.ones((2, 2), np.float32)
     self._cut_in_four()
     self.behind, self.back, self.neck, self.attached = (np.concatenate([x, x[self.back_edges].mean(1)]).astype(np.float32) for x in (self.behind, self.back, self.neck, attached))
+    self.hull0 = self._hull(self.V0)
 
 @patch_to(MeshAnimator)
 def _cut_in_four(self):
@@ -1119,7 +1120,7 @@ def _body(self, V, A, size: int) -> np.ndarray:
 @patch_to(MeshAnimator)
 def _paint_neck(self, V, camera, A, fine):
     "Under the body: a neck that goes up behind the jaw, its upper end turning with the head."
-    moved, still = camera.moved(A).project(self._hull(V)), camera.moved(self.A0).project(self._hull(self.V0))
+    moved, still = camera.moved(A).project(self._hull(V)), camera.moved(self.A0).project(self.hull0)
     w = self.attached[:, None]
     r = rasterize(moved*w + still*(1 - w), self.fine_faces, *fine.shape[:2])
     _paint_mesh(r.face, r.bary, self.fine_faces, np.zeros(len(self.fine_faces), np.int8), self.behind, self.neck, *[self.skin]*5, self.full, fine)

@@ -435,16 +435,20 @@ def add_film(
     device: str = "cpu",
 ) -> Path:   # video.mp4
     "The film of the chosen avatar over the portrait's background: artifact `film`, copied to `video.mp4`."
-    build = lambda folder: play(run, shown_motion(run), folder / "video.mp4", size=preset.film_size, device=device)
+    def build(folder: Path) -> None:
+        portrait = load_driven(run, run_head(run))
+        play(run, portrait, Avatar.load(run.path("avatar"), device=device), shown_motion(run, portrait.track), folder / "video.mp4", size=preset.film_size)
+
     folder = run.make("film", build, needs=["avatar", "motion", "portrait", "track"], params=dict(size=preset.film_size) | driven_key(run))
     return publish(folder / "video.mp4", run.path("video.mp4"))
 
 
 def shown_motion(
     run: Run,
+    driven: Track,   # of `load_driven`
 ) -> Motion:
     "The film's motion, which was made for the portrait's own track, as the avatar can follow it."
-    motion, own, driven = Motion.load(run.path("motion", "film.npz")), load_portrait(run).track, load_driven(run, run_head(run)).track
+    motion, own = Motion.load(run.path("motion", "film.npz")), Track.load(run.path("track", "track.npz"))
     return motion if np.array_equal(own.shape, driven.shape) else retarget(motion, driven, neutral=own.motion[0], keep=1., reach=1.)   # mouth and reach were settled the first time
 
 
@@ -460,15 +464,15 @@ def publish(
 
 def play(
     run: Run,
+    portrait: SimpleNamespace,    # of `load_driven`
+    avatar: Avatar,
     motion: Motion,
     path: Path,
     size: int = 320,              # side of the rendered head, pixels
     background: Literal["portrait", "white"] = "portrait",
     cameras: list | None = None,  # a camera a frame, where it moves
-    device: str = "cpu",
 ) -> Path:
     "Render the run's avatar through a motion into a film."
-    portrait, avatar = load_driven(run, run_head(run)), Avatar.load(run.path("avatar"), device=device)
     camera = portrait.track.camera.resized(size, size)
     whole = portrait.image.shape[0]
     plate = None
@@ -706,7 +710,7 @@ def animate(
         target = played.translation.mean(0)
         angles = orbit * np.sin(np.linspace(0, 2 * np.pi, len(played), endpoint=False))
         cameras = [portrait.track.camera.resized(size, size).orbit(np.radians(a), 0., target) for a in angles]
-    return play(run, played, Path(out), size, background, cameras, device)
+    return play(run, portrait, avatar, played, Path(out), size, background, cameras)
 
 
 def turned(

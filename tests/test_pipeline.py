@@ -146,7 +146,8 @@ def filmed(tmp_path):
 def test_the_film_is_played_in_the_shape_that_was_trained(filmed, monkeypatch):
     "The mesh moves as the portrait's own would, whatever shape it has; without a film nothing changes."
     played = []
-    monkeypatch.setattr(pipeline, "play", lambda run, motion, path, **k: (played.append(motion), path.write_bytes(b"film")))
+    monkeypatch.setattr(pipeline, "play", lambda run, portrait, avatar, motion, path, **k: (played.append(motion), path.write_bytes(b"film")))
+    monkeypatch.setattr(pipeline, "Avatar", SimpleNamespace(load=lambda *a, **k: None))
     add_film(filmed, PRESETS["smoke"])
     driven, asked, own = load_driven(filmed, HEAD).track, Motion.load(filmed.path("motion", "film.npz")), Track.load(filmed.path("track", "track.npz"))
     assert np.array_equal(driven.shape, seen_motion(filmed)[0].shape) and not np.array_equal(driven.shape, own.shape)
