@@ -89,7 +89,7 @@ _SKIN, _EYE, _MOUTH, _TEETH = 0, 1, 2, 3
 
 @kernel(parallel=True)
 def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, whites, lashes, alpha, out):
-    "The face over the sheet. fixed: place (2), place with lids shut (2), seen, tooth, twin's place (2), seen there, its light, how much its very colours are taken (hair, an ear), light here relative to there; moving: weight of lids, own colour (3), opacity (of an eye: of its whites, light, place under the lid (2))."
+    "The face over the sheet. fixed: place (2), place with lids shut (2), seen, tooth, twin's place (2), seen there, its light (of teeth: millimetres from their biting edge), how much its very colours are taken (hair, an ear), light here relative to there; moving: weight of lids, own colour (3), opacity (of an eye: of its whites, light, place under the lid (2))."
     h, w = face.shape
     for y in prange(h):
         for x in range(w):
@@ -136,19 +136,21 @@ def _paint_mesh(face, bary, faces, kind, fixed, moving, skin, lids, eyes, whites
                     cr, cg, cb = cr + seen*(kr - cr), cg + seen*(kg - cg), cb + seen*(kb - cb)
                     if kind[f] == _SKIN: t *= 1 - seen*(1 - _look1(alpha, sx, sy))
                 if kind[f] >= _MOUTH: t = np.float32(1)
-                if kind[f] == _TEETH:                                     # the gaps between teeth
+                if kind[f] == _TEETH:                                     # round teeth: gaps between them, wider towards a biting edge that is thin
                     u = a*fixed[p, 5] + b*fixed[q, 5] + c*fixed[r, 5]
-                    u = (u - np.round(u))*np.float32(9)
-                    u = np.float32(1) - np.float32(.11)*np.exp(-u*u)
-                    cr, cg, cb = cr*u, cg*u*(np.float32(.25) + np.float32(.75)*u), cb*u*(np.float32(.25) + np.float32(.75)*u)
+                    u = np.abs(u - np.round(u))
+                    edge = np.exp(-(a*fixed[p, 9] + b*fixed[q, 9] + c*fixed[r, 9])*np.float32(.8))
+                    side, gap = np.float32(1) - 2*u, u*np.float32(11)*(np.float32(1) - np.float32(.55)*edge)
+                    u = (np.float32(1) - (np.float32(.13) + np.float32(.15)*edge)*np.exp(-gap*gap))*(np.float32(1) - np.float32(.10)*side*side)*(np.float32(1) - np.float32(.13)*edge)
+                    cr, cg, cb = cr*u, cg*u, cb*u
             out[y, x, 0] = out[y, x, 0]*(1-t) + cr*t
             out[y, x, 1] = out[y, x, 1]*(1-t) + cg*t
             out[y, x, 2] = out[y, x, 2]*(1-t) + cb*t
             out[y, x, 3] = out[y, x, 3]*(1-t) + t
 
 @kernel(parallel=True)
-def _paint_own_teeth(face, bary, faces, source, image, weight, inner, stay, mesh_face, kind, x0, y0, out):
-    "The portrait's teeth wherever the mouth's inside is seen."
+def _paint_own_teeth(face, bary, faces, source, image, risen, weight, inner, stay, mesh_face, kind, x0, y0, out):
+    "The portrait's teeth wherever the mouth's inside is seen; `risen` has what a lip shows of them that is not where it was."
     h, w = face.shape
     for y in prange(h):
         for x in range(w):
@@ -163,7 +165,10 @@ def _paint_own_teeth(face, bary, faces, source, image, weight, inner, stay, mesh
             t = _look1(weight, sx, sy)
             t += (1 - t)*stay*_look1(inner, sx, sy)
             if t <= 0: continue
-            cr, cg, cb = _look(image, sx, sy)
+            cr, cg, cb = _look(risen, sx, sy)
+            if stay > 0:
+                kr, kg, kb = _look(image, sx, sy)
+                cr, cg, cb = cr + stay*(kr - cr), cg + stay*(kg - cg), cb + stay*(kb - cb)
             out[y+y0, x+x0, 0] = out[y+y0, x+x0, 0]*(1-t) + cr*t
             out[y+y0, x+x0, 1] = out[y+y0, x+x0, 1]*(1-t) + cg*t
             out[y+y0, x+x0, 2] = out[y+y0, x+x0, 2]*(1-t) + cb*t
@@ -279,11 +284,16 @@ def vertices(self,
     return self._tuck_teeth(V + self.relief)
 
 @patch_to(MeshAnimator)
-def _tuck_teeth(self, V, most: float = .005) -> np.ndarray:
-    "Lower teeth stand behind the lower lip (in place): where it bares more of them than `most` metres, it would bare gums."
+def _tuck_teeth(self, V, most: float = .0035) -> np.ndarray:
+    "Lower teeth stand behind the lower lip (in place): where it bares more of the front ones than `most` metres, it would bare gums. Their roots stay: pushed down whole, they would come out of the chin."
     teeth = self._part('lower_teeth')
-    if len(teeth):
-        for v in V: v[teeth, 1] -= max(v[teeth, 1].max() - self._points(v, [14])[0, 1] - most, 0)
+    if len(teeth) == 0: return V
+    forward = self.head.v_template.cpu().numpy()[teeth, 2]
+    front = forward > forward.max() - .012
+    for v in V:
+        y = v[teeth, 1]
+        low, top = y[front].min(), y[front].max()
+        v[teeth, 1] -= max(top - self._points(v, [14])[0, 1] - most, 0)*np.clip((y - low)/(top - low), 0, 1)
     return V
 
 @patch_to(MeshAnimator)
@@ -351,9 +361,13 @@ def _beside(self, V) -> np.ndarray:
 
 @patch_to(MeshAnimator)
 def _over_face(self, V, offset) -> np.ndarray:
-    "Landmarks' offsets [478, 3] over a mesh, [V, 3]."
+    "Landmarks' offsets [478, 3] over a mesh, [V, 3]; a row of teeth goes as one: lips bend, teeth do not."
     index = np.array(INNER_FACE + OVAL)
-    return _fading(self._points(V, index), offset[index], V).astype(np.float32)
+    out = _fading(self._points(V, index), offset[index], V).astype(np.float32)
+    for name in ('upper_teeth', 'lower_teeth'):
+        v = self._part(name)
+        if len(v): out[v] = out[v[V[v, 2] > V[v, 2].max() - .012]].mean(0)
+    return out
 
 # %% ../nbs/08_animate.ipynb #g2c
 @patch_to(MeshAnimator)
@@ -441,6 +455,7 @@ def _setup_textures(self):
     self.parted, self.skin = parted(self.landmarks), crisp(without_mouth(self.spread, self.landmarks))
     shade, below = self._lid_shade_seen()
     self.eyes, self.whites = map(crisp, whole_eyes(self.spread/shade[..., None], self.landmarks, self.face_colour))
+    self.whites = self._tinted(self.whites).astype(np.float32)
     self.lashes = self._lashes_seen(shade, below)
 
 @patch_to(MeshAnimator)
@@ -459,6 +474,7 @@ def _unlike_skin(self) -> tuple:
     chroma = lambda c: c[..., :2]/np.maximum(c.sum(-1, keepdims=True), .05)
     face = sample_bilinear(self.image, *self.T0[(self.face_mask > .9) & (self.seen > .9) & ~self.eye_vertices].T.astype(np.float32))
     middle = np.median(chroma(face), axis=0)
+    self.colourless = float(1 - smoothstep(.004, .01, chroma(face).std(0).sum()))             # a black-and-white or sepia portrait
     spread = 1.48*np.median(np.abs(chroma(face) - middle), axis=0) + .012
     self.face_colour = np.median(face, axis=0)
     return np.sqrt((((chroma(self.image) - middle)/spread)**2).sum(-1)), self.image.sum(-1)/np.median(face.sum(-1))
@@ -487,6 +503,12 @@ def _bare_neck(self) -> np.ndarray:
     bare = ndi.maximum_filter(np.maximum(self.cloth, stray), 2*int(px) + 1)
     return 1 - ndi.gaussian_filter(bare.astype(np.float32), .7*px)
 
+@patch_to(MeshAnimator)
+def _tinted(self, colour) -> np.ndarray:
+    "Made-up colours [..., 3] as the portrait has them: one without colours gets its own grey (or brown)."
+    colour = np.asarray(colour)
+    return colour + self.colourless*(colour.mean(-1, keepdims=True)*self.face_colour/self.face_colour.mean() - colour)
+
 # %% ../nbs/08_animate.ipynb #g4c
 @patch_to(MeshAnimator)
 def _lid_gap(self, V, eye) -> float:
@@ -514,7 +536,7 @@ def _setup_lids(self):
         mine = fall*(self.rest[:, 0]*sign > 0)
         self.lids_of[side] = smoothstep(.08, .3, mine/max(mine.max(), 1e-6)).astype(np.float32)   # the upper lid alone falls
         rim = cKDTree(self._points(self.rest, eye['outline'][8:])).query(self.rest)[0]             # and covers the lower one's wet rim
-        self.rims_of[side] = (1 - smoothstep(.0008, .0025, rim)).astype(np.float32)
+        self.rims_of[side] = (1 - smoothstep(.0015, .0045, rim)).astype(np.float32)
         eye_open, eye_shut = self._lid_gap(self.V0, eye), self._lid_gap(V, eye)
         setattr(self, f'gap_{side}', (eye_open, min(eye_shut, .8*eye_open)))
     self.lids = closed_lids(self.skin, self.landmarks, edges)
@@ -580,8 +602,9 @@ def _setup_own_colours(self):
     self.mirror, self.mirror_seen = P[twin], (w[twin]*smoothstep(.2, .8, w[twin])).astype(np.float32)
     below = (V[:, 1] < self._points(V, [14])[0, 1]) & ~self.scalp
     under = smoothstep(.15, .85, -vertex_normals(V, self.faces)[:, 1])*below*(1 - self.sure)
-    self.shadow = (1 - np.outer(under, [.32, .42, .48])).astype(np.float32)     # skin in shadow is warm
+    self.shadow = (1 - np.outer(under, np.array([.32, .42, .48])*(1 - self.colourless) + .41*self.colourless)).astype(np.float32)     # skin in shadow is warm
     self.own = np.clip(self._spread(colour, self.sure*self._is_face()), 0, 1).astype(np.float32)*self.shadow      # light comes from above: under the chin there is little
+    self._lips_within(colour, w)
     over, beyond = (at(a, P) for a in self._covers())
     away = np.where(V[:, 0] > 0, *(self._turned_away(side) for side in ('left', 'right')))*smoothstep(.03, .045, np.abs(V[:, 0]))
     self.covered = smoothstep(.5, .9, over[:, 0])*(1 - self.seen)*away
@@ -592,6 +615,17 @@ def _setup_own_colours(self):
     self.relit = np.clip(light/np.maximum(light[twin], .02), .5, 1.8)
     cheek = self.landmarks[CHEEKS, :2]
     self.skin_colour = np.median(sample_bilinear(self.skin, cheek[:, 0], cheek[:, 1]), axis=0)
+
+@patch_to(MeshAnimator)
+def _lips_within(self, colour, weight):
+    "What the portrait hides of the lips (their inner side) goes on as they are without: no skin around them, no line between them, no gloss."
+    lips, P = self._part('lips'), self.T0.astype(np.float32)
+    if not len(lips): return
+    red = sample_bilinear(polygon_mask(self.landmarks[OUTER_LIPS, :2], *self.matte.shape, grow=-.003*self.size)[..., None], P[:, 0], P[:, 1])[:, 0]
+    red *= weight*smoothstep(.001, .0035, cKDTree(self._points(self.rest, INNER_LIPS)).query(self.rest)[0])
+    if not (red > .5).any(): return
+    matt = .4*colour + .6*np.minimum(colour, np.median(colour[red > .5], axis=0))
+    self.own[lips] += (1 - self.seen[lips, None])*(spread_over(self.faces[self._region('lips')], matt, red + 1e-6) - self.own)[lips]
 
 @patch_to(MeshAnimator)
 def _ear_in_view(self, side) -> np.ndarray:
@@ -842,16 +876,18 @@ def _setup_teeth(self):
     light = self.image.mean(-1)
     skin = self.skin_colour
     grey = float(skin.mean())
-    tooth = np.array([1.08, .98, .91])*warmth(skin)**np.array([.5, 0, -.5])
+    cool = min(skin[0]/max(skin[2], .05)/1.53, 1.)
+    tooth = np.array([1.08, .98, .91])*(warmth(skin)**.67*warmth(self.face_colour)**.33)**np.array([.5, 0, -.5])*cool**np.array([.3, .15, -.3])      # bright cheeks are bleached; pale skin is no light
     self.tooth_colour = tooth*min(1.24*grey, .95/tooth.max())          # lit teeth beside lit skin: 1.21-1.28 on films
     self.teeth_faces = None
     if self.teeth_weight.any():
         sure = self.teeth_weight > .8
         if sure.any():                                   # their hue; as bright as they are in the open, not in the lips' shadow
-            own = np.median(self.image[sure], axis=0)
+            own = np.median(self.image[sure & (light >= np.median(light[sure]))], axis=0)
             lit = max(np.percentile(light[sure], 90), .92*self.tooth_colour.mean())
             self.tooth_colour = own*min(lit/max(own.mean(), .05), .95/max(own.max(), .05))
-        self._teeth_surface(inner)
+    self._teeth_up(wide)
+    if self.parted > .5 and (inner > .5).any(): self._teeth_surface(inner)      # at rest, the inside of an open mouth without teeth is the portrait's, too
     dark = .5*skin*[.36, .14, .13] + .5*grey*np.array([.34, .12, .11])           # flesh is red whatever the skin (or the varnish) is
     if gap > .06*wide:
         px = self.image[inner > .8]
@@ -860,10 +896,23 @@ def _setup_teeth(self):
     self._setup_inside()
 
 @patch_to(MeshAnimator)
+def _teeth_up(self, wide, reach: float = .09):
+    "Teeth whose upper end the lip hides go on beneath it, `reach` of the mouth's width: a lip that rises shows more of the same, no second row."
+    self.teeth_image, rows = self.image.copy(), np.arange(len(self.image))[:, None]
+    shown = self.teeth_weight > .6
+    up = _line_at(np.arange(shown.shape[1]) + .5, self.landmarks[INNER_LIPS_UPPER])
+    top = shown.argmax(0)
+    under = shown.any(0) & (top - up < max(2, .05*wide))
+    fill = under & (rows < top) & (rows > top - reach*wide)
+    y, x = np.nonzero(fill)
+    self.teeth_image[y, x] = self.image[self.teeth_weight.argmax(0)[x], x]
+    self.teeth_weight = np.where(fill, 1 - smoothstep(.6, 1, (top - rows)/(reach*wide)), self.teeth_weight).astype(np.float32)
+
+@patch_to(MeshAnimator)
 def _teeth_surface(self, inner):
     "Pixel by pixel, at the depth of the model's teeth."
     h, w = self.image.shape[:2]
-    y, x = np.nonzero(ndi.binary_dilation(inner > 0, iterations=2))
+    y, x = np.nonzero(ndi.binary_dilation((inner > 0) | (self.teeth_weight > 0), iterations=2))
     x0, x1, y0, y1 = x.min(), x.max() + 2, y.min(), y.max() + 2
     teeth = rasterize(self.P0, self.faces[self._region('upper_teeth')], h, w)
     depth = push_pull(teeth.depth, teeth.mask.astype(np.float32)) if teeth.mask.sum() > 20 else np.full((h, w), self.raster0.depth[inner > .5].mean(), np.float32)
@@ -883,7 +932,7 @@ def _setup_inside(self):
     base = np.array(self.own)
     skin = np.zeros(len(self.V0), bool)
     skin[self.skin_vertices] = True
-    for name, colour in (('mouth_interior', self.cavity_colour), ('tongue', self.tongue_colour), ('lower_teeth', self.tooth_colour*[.80, .75, .70]),
+    for name, colour in (('mouth_interior', self.cavity_colour), ('tongue', self.tongue_colour), ('lower_teeth', self.tooth_colour*[.82, .75, .71]),
                          ('upper_teeth', self.tooth_colour)):
         v = np.zeros(len(self.V0), bool)
         v[self.faces[self._region(name)]] = True
@@ -893,6 +942,7 @@ def _setup_inside(self):
             rim = 1 - smoothstep(.001, .009, cKDTree(self._points(self.rest, INNER_LIPS)).query(self.rest[v])[0])[:, None]
             base[v] += rim*.5*(self.own[v] - base[v])
         self.inside |= v
+    base[self.inside] = self._tinted(base[self.inside])
     self.base = base.astype(np.float32)
     self.least = np.full(len(base), .22, np.float32)
     self.least[self.faces[self.kind == _TEETH]] = .85
@@ -905,8 +955,8 @@ def _setup_inside(self):
         depth = self.rest[lower, 1].max() - self.rest[lower, 1]
         self.least[lower] *= 1 - .35*smoothstep(0, .004, depth)
         self.base[lower] *= (1 - .5*smoothstep(.002, .007, depth))[:, None]
-        back = .75*smoothstep(2, 4.5, np.abs(numbers[lower]))[:, None]            # molars are lost in the dark beside the tongue
-        self.base[lower] += (back*(2*self.cavity_colour - self.base[lower])).astype(np.float32)
+        back = .9*smoothstep(1.5, 3.8, np.abs(numbers[lower]))[:, None]            # molars are lost in the dark beside the tongue
+        self.base[lower] += (back*(2*self._tinted(self.cavity_colour) - self.base[lower])).astype(np.float32)
     self.front_teeth = self.least > .4
     self.least[self.faces[self._region('mouth_interior')]] = .5                                 # flesh: dark red, not black
     self.seen[self.inside] = 0
@@ -914,17 +964,29 @@ def _setup_inside(self):
     self.fixed = np.concatenate([self.T0, self.P_shut[:, :2], self.seen[:, None], numbers[:, None],
                                  self.mirror, self.mirror_seen[:, None], self.twin_light[:, None], np.zeros((len(base), 1)), self.relit[:, None]], 1).astype(np.float32)
     self.fixed[self.inside, 8] = 0
+    self.fixed[self.inside, 9] = self._from_edge(numbers)[self.inside]
 
 @patch_to(MeshAnimator)
 def _teeth_numbers(self) -> np.ndarray:
     "Where a vertex of the teeth stands along its row, in teeth from the middle."
     out = np.zeros(len(self.rest), np.float32)
-    for name, wide in (('upper_teeth', .0078), ('lower_teeth', .0058)):
+    for name, gaps in (('upper_teeth', (0, .334, .609, .938, 1.243, 1.53)), ('lower_teeth', (0, .23, .491, .806, 1.152, 1.494))):     # the model's own, radians
         v = self._part(name)
         if len(v) == 0: continue
         p = self.rest[v]
-        radius = .5*np.ptp(p[:, 0])
-        out[v] = np.arctan2(p[:, 0], p[:, 2] - (p[:, 2].max() - radius))*radius*1.1/wide
+        angle = np.arctan2(p[:, 0], p[:, 2] - (p[:, 2].max() - .5*np.ptp(p[:, 0])))
+        out[v] = np.sign(angle)*np.interp(np.abs(angle), [*gaps, 2*gaps[-1] - gaps[-2]], np.arange(7))
+    return out
+
+@patch_to(MeshAnimator)
+def _from_edge(self, numbers) -> np.ndarray:
+    "How far a vertex of the teeth stands from their biting edge, millimetres, [V]."
+    out = np.zeros(len(self.rest), np.float32)
+    for name, down in (('upper_teeth', 1), ('lower_teeth', -1)):
+        v = self._part(name)
+        if len(v) == 0: continue
+        height, near = down*self.rest[v, 1], np.abs(numbers[v][:, None] - numbers[v]) < .6
+        out[v] = 1e3*(height - np.where(near, height, np.inf).min(1))
     return out
 
 @patch_to(MeshAnimator)
@@ -1007,7 +1069,7 @@ def _paint_teeth(self, V, camera, offset, mesh, fine):
     hi = np.clip(np.ceil(q[:, :2].max(0)).astype(int), 0, [w, h])
     if (hi <= lo).any(): return
     r = rasterize(q - [lo[0], lo[1], 0], self.teeth_faces, hi[1] - lo[1], hi[0] - lo[0])
-    _paint_own_teeth(r.face, r.bary, self.teeth_faces, self.teeth_source, self.image, self.teeth_weight, self.inner,
+    _paint_own_teeth(r.face, r.bary, self.teeth_faces, self.teeth_source, self.image, self.teeth_image, self.teeth_weight, self.inner,
                  np.float32(self._like_source(V)), mesh.face, self.kind, lo[0], lo[1], fine)
 
 @patch_to(MeshAnimator)

@@ -204,7 +204,7 @@ def visible_teeth(
     image,         # [H, W, 3]
     landmarks,     # pixels, [478, 2+]
 ) -> np.ndarray:   # float32 [H, W], 0..1; nothing where the mouth is closed or shows none
-    "The teeth that an open mouth shows: what is light and has little colour between the lips."
+    "The upper teeth that an open mouth shows: what is light, has little colour and is not as red as lips (a tongue is) between them, and reaches up to the upper lip."
     h, w = image.shape[:2]
     out = np.zeros((h, w), np.float32)
     if parted(landmarks) < 1: return out
@@ -212,10 +212,35 @@ def visible_teeth(
     if (inner > .8).sum() <= 12: return out
     low, high = np.percentile(light[inner > .8], [4, 92])
     saturation = (image.max(-1) - image.min(-1))/np.maximum(image.max(-1), .05)
-    tooth = smoothstep(.35, .6, (light - low)/max(high - low, .05))*(1 - smoothstep(.38, .6, saturation))
+    light = (light - low)/max(high - low, .05)
+    tooth = smoothstep(.35, .6, light)*(1 - smoothstep(.38, .6, saturation))
     cheeks = np.median(sample_bilinear(image, *landmarks[CHEEKS, :2].T.astype(np.float32)), axis=0)
-    if high <= .55*cheeks.mean() or (tooth*inner > .5).sum() <= 8: return out
+    lips = (polygon_mask(landmarks[OUTER_LIPS, :2], h, w) > .9) & (polygon_mask(landmarks[INNER_LIPS, :2], h, w, grow=1) < .1)
+    red = _redness(image, cheeks, np.median(image[lips], axis=0)) if lips.any() else np.zeros((h, w))
+    tooth *= 1 - smoothstep(.35, .7, red)
+    tooth *= _hanging(tooth*inner > .5, landmarks)
+    shown = tooth*inner > .5
+    if high <= .55*cheeks.mean() or shown.sum() <= 8 or np.median(red[shown]) > .15: return out      # no reddish ones: on films and portraits teeth are at -.2 and less, a tongue's lights at .3
+    gaps = 2*max(1, round(.025*np.linalg.norm(landmarks[78, :2] - landmarks[308, :2]))) + 1
+    tooth = np.maximum(tooth, ndi.grey_closing(tooth*inner, (1, gaps))*smoothstep(.2, .4, light))             # what is less light between two teeth is theirs
     return (ndi.gaussian_filter(tooth, .4)*inner).astype(np.float32)
+
+def _redness(image, skin, lips) -> np.ndarray:
+    "How far each pixel's hue lies from skin [3] to lips [3] (those that are painted count as bare ones), [H, W]."
+    chroma = lambda c: c[..., :2]/np.maximum(c.sum(-1, keepdims=True), .05)
+    way = chroma(lips) - chroma(skin)
+    long = np.linalg.norm(way)
+    return (chroma(image) - chroma(skin)) @ (way/max(long, 1e-6))/np.clip(long, .018, .05)
+
+def _hanging(teeth, landmarks) -> np.ndarray:
+    "0 on what stands up from the lower lip and does not reach the upper one's half: lower teeth go with the jaw, bool [H, W] -> float [H, W]."
+    h, w = teeth.shape
+    line = lambda index: np.interp(np.arange(w) + .5, *landmarks[sorted(index, key=lambda i: landmarks[i, 0]), :2].T)
+    up, down = line(INNER_LIPS_UPPER), line(INNER_LIPS_LOWER)
+    deep = (np.arange(h)[:, None] + .5 - up)/np.maximum(down - up, 1.)
+    label, n = ndi.label(teeth)
+    standing = [k for k in range(1, n + 1) if np.percentile(deep[label == k], 10) > .4]
+    return 1 - ndi.binary_dilation(np.isin(label, standing), iterations=2).astype(np.float32) if standing else np.ones((h, w), np.float32)
 
 def draw_curve(
     points,       # pixels, [N, 2]
