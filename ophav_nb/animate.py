@@ -78,8 +78,9 @@ def _paint_sheet(face, bary, faces, source, image, alpha, keep, out):
             a, b, c = bary[y, x, 0], bary[y, x, 1], bary[y, x, 2]
             sx = a*source[p, 0] + b*source[q, 0] + c*source[r, 0]
             sy = a*source[p, 1] + b*source[q, 1] + c*source[r, 1]
-            cr, cg, cb = _look(image, sx, sy)
             t = _look1(alpha, sx, sy)*(a*keep[p] + b*keep[q] + c*keep[r])
+            if t <= 0: continue
+            cr, cg, cb = _look(image, sx, sy)
             out[y, x, 0] = out[y, x, 0]*(1-t) + cr*t
             out[y, x, 1] = out[y, x, 1]*(1-t) + cg*t
             out[y, x, 2] = out[y, x, 2]*(1-t) + cb*t
@@ -267,8 +268,11 @@ class MeshAnimator:
         self._setup_sheet()
         self._setup_teeth()
         self._setup_back()
+        self._empty = self._make_ground()
+        self._own_edges()
         self._setup_body()
         self._ground, self._state = None, (self.V0, self.A0, float(self.source[1][2, 0]))
+        self.unmoved = self._state
 
 # %% ../nbs/08_animate.ipynb #g1c
 @patch_to(MeshAnimator)
@@ -485,6 +489,8 @@ def _bare_neck(self) -> np.ndarray:
     h, w = self.image.shape[:2]
     px = h/512
     core = rasterize(self.P0, self.faces[~self._region('neck')], h, w).mask
+    unit = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])
+    core &= (polygon_mask(self.landmarks[OVAL, :2], h, w, grow=0) > .5) | (np.arange(h)[:, None] < self.landmarks[[61, 291], 1].mean() + .4*unit)   # not under the chin
     area = ~ndi.binary_dilation(core, iterations=max(1, int(px))) & (np.arange(h)[:, None] > self.landmarks[[61, 291], 1].mean())
     if not area.any(): raise InputError('the picture ends above the chin; use one that shows the whole face, and best the shoulders, too')
     far, light = self.unlike, self.light
@@ -494,7 +500,9 @@ def _bare_neck(self) -> np.ndarray:
     label, _ = ndi.label((cloth > .5) & (self.matte > .4))
     first = np.flatnonzero(area.any(1))[0]
     hanging = np.unique(label[first:first + max(2, int(3*px))])                # what comes down from above is hair
-    cloth = np.where(np.isin(label, hanging[hanging > 0]), 0, cloth)
+    collar = area*smoothstep(2.5, 3.5, far)*smoothstep(1.1, 1.4, light)          # no neck is lighter than its face; a seam or a stripe is no collar
+    collar *= ndi.binary_propagation(ndi.binary_erosion(collar > .5, iterations=max(1, int(.06*unit))), mask=collar > 0)
+    cloth = np.where(np.isin(label, hanging[hanging > 0]), 0, np.maximum(cloth, collar))
     self.cloth = ndi.grey_closing(ndi.median_filter(cloth.astype(np.float32), 3), 5)
     neck = rasterize(self.P0, self.faces[self._region('neck') & (self.kind == _SKIN)], h, w).mask
     self.hanging = ndi.binary_dilation(np.isin(label, hanging[hanging > 0]), iterations=max(1, int(4*px)))
@@ -690,7 +698,8 @@ def _setup_sheet(self, step: int = 2):
     xy = np.stack([gx.ravel(), gy.ravel()], 1).astype(np.float32)
     self._flesh()
     covers = lambda alpha, q: sample_bilinear((ndi.maximum_filter(alpha, 3) > .02)[..., None].astype(np.float32), *xy.T)[..., 0][q].max(1) > 0
-    q = q[covers(self.person, q)]
+    self.fringe = ndi.grey_dilation(self.person, size=2*round(8*h/512) + 1)      # strands that the matte misses
+    q = q[covers(self.fringe, q)]
     of_head = covers(self.alpha, q)
     used, q = np.unique(q, return_inverse=True)
     q = q.reshape(-1, 4)
@@ -835,6 +844,15 @@ def _flesh(self):
     self.bare_away = away
 
 @patch_to(MeshAnimator)
+def _own_edges(self, trust: float = .03):
+    "Colours of the outline's half-covered pixels: the ones that, over the ground, make the portrait, as far as they can be told."
+    m, near = self.person[..., None], ((self.person > .02) & (self.person < .98))[..., None]
+    for name in ('skin', 'flesh'):
+        c = getattr(self, name)
+        more = m/(m*m + trust)*(self.image - m*c - (1 - m)*self._empty)
+        setattr(self, name, np.where(near, np.clip(c + more, 0, 1), c).astype(np.float32))
+
+@patch_to(MeshAnimator)
 def _setup_body(self):
     "What stays still: clothes and all that does not follow the head. Under it there is a neck, and no more."
     h, w = self.image.shape[:2]
@@ -847,6 +865,7 @@ def _setup_body(self):
     piece = ndi.binary_dilation(ndi.binary_erosion(covered, iterations=int(12*px)), iterations=int(18*px))       # specks are no clothes
     self.flesh_alpha = (self.person*np.where(covered, np.where(piece, neck, 1)*np.clip(2 - self.bare_away/reach, 0, 1), 1)).astype(np.float32)
     self.cloth_alpha = (self.person*covered).astype(np.float32)
+    self.covered_cloth, self.fringe_alpha = covered, None
     self.clothes = np.concatenate([bleed(self.spread, still, .97, max(1, int(2*px))), (self.person*still)[..., None]], -1).astype(np.float32)
 
 @patch_to(MeshAnimator)
@@ -1019,7 +1038,8 @@ def _moving(self, V, N, camera, facing) -> np.ndarray:
     light = camera.c2w[:3, :3].astype(np.float32) @ np.array([.1, -.45, -.88], np.float32)
     lit = (.70 + .30*np.clip(N[i] @ light, 0, 1))*self._lip_shade(V)
     out[i, 1:4] *= np.maximum(lit*np.maximum(np.exp(-np.clip(behind - .008, 0, 1)/self.reach[i]), self.least[i]), self.least[i]*.98)[:, None]
-    out[:, 4] = self.face_mask*np.maximum(smoothstep(.12, .34, facing), self.opening)
+    turned = smoothstep(.04, .2, facing - self.facing0)                          # what the portrait shows aslant is the sheet's, until it turns to us
+    out[:, 4] = self.face_mask*np.maximum(smoothstep(.12, .34, facing)*(self.seen + (1 - self.seen)*turned), self.opening)
     return out
 
 @patch_to(MeshAnimator)
@@ -1140,8 +1160,7 @@ def _make_ground(self) -> np.ndarray:
     y, x = np.mgrid[:h, :w]
     grain = grain[np.clip(2*i - y, 0, h - 1), np.clip(2*j - x, 0, w - 1)]
     edge = np.clip(ndi.distance_transform_edt(clear)/(4*px), 0, 1)[..., None]
-    ground = (self.image*edge + np.clip(smooth + grain, 0, 1)*(1 - edge)).astype(np.float32)
-    return self._clothes_behind(ground)
+    return (self.image*edge + np.clip(smooth + grain, 0, 1)*(1 - edge)).astype(np.float32)
 
 @patch_to(MeshAnimator)
 def _clothes_behind(self, ground) -> np.ndarray:
@@ -1159,15 +1178,52 @@ def _clothes_behind(self, ground) -> np.ndarray:
 @property
 def ground(self) -> np.ndarray:
     "The background without anybody, float32 [H, W, 3]."
-    if self._ground is None: self._ground = self._make_ground()
+    if self._ground is None:
+        self._ground = self._clothes_behind(self._empty)
+        self._as_portrayed()
     return self._ground
+
+def _laid_on(aim, under, noise: float = .01) -> tuple:
+    "A layer that makes `aim` of what is under it, twice as opaque as it must be (its colours stay near those aimed at): opacity [H, W] and colours [H, W, 3]."
+    d = aim - under
+    need = np.maximum(np.abs(d) - noise, 0)/np.maximum(np.where(d > 0, 1 - under, under), .1)
+    a = np.clip(2*need.max(-1), 0, 1)
+    return a, np.clip(under + d/np.maximum(a, 1e-3)[..., None], 0, 1).astype(np.float32)
+
+def _over(under, layer) -> np.ndarray:
+    "A straight RGBA layer over a picture."
+    return under*(1 - layer[..., 3:]) + layer[..., :3]*layer[..., 3:]
+
+@patch_to(MeshAnimator)
+def _as_portrayed(self):
+    "The body's layers such that, where nothing has moved, all layers together are the portrait: beside the outline the sheet carries what head and ground leave over, and clothes are the portrait's own pixels wherever the layers under them are not."
+    V, A, jaw = self.unmoved
+    head, ground, cloth = self._render(V, A, jaw, self.size), self._ground, self.clothes[..., 3:]
+    a = (head[..., 3]*self._above_body(A, jaw, self.size))[..., None]
+    low, high = np.minimum(self.image, ground) - .04, np.maximum(self.image, ground) + .04
+    aim = np.clip((self.image - head[..., :3]*a)/np.maximum(1 - a, .1), low, high)        # what is to be seen under the head: nothing stranger than what is there
+    edge = (self.fringe > .04) & (self.person < .98)
+    under = np.clip((aim - self.clothes[..., :3]*cloth)/np.maximum(1 - cloth, .1), low, high)
+    b, self.fringe_colours = _laid_on(under, _over(ground, self._body(V, A, self.size)))
+    self.fringe_alpha = (b*edge).astype(np.float32)
+    under = _over(_over(ground, self._body(V, A, self.size)), self.clothes)
+    unlike = ndi.grey_closing(np.abs(self.image - under).max(-1)*~edge*self.covered_cloth, 5)
+    own = (ndi.gaussian_filter(smoothstep(.02, .08, unlike), self.size/512)*(1 - a[..., 0])*~edge)[..., None]
+    self.clothes = (np.concatenate([self.clothes[..., :3]*cloth*(1 - own) + self.image*own, 0*cloth], -1)/np.maximum(cloth*(1 - own) + own, 1e-3)).astype(np.float32)
+    self.clothes[..., 3:] = cloth*(1 - own) + own
+
+@patch_to(MeshAnimator)
+def _above_body(self, A, jaw, size) -> np.ndarray:
+    "How much of a head stands over a body, [size, size]."
+    return smoothstep(-.011*size, -.002*size, self.cut.reserve(self.camera.resized(size, size).moved(A), jaw, tight=True))
 
 @patch_to(MeshAnimator)
 def _body(self, V, A, size: int) -> np.ndarray:
     "The whole person, the head as it moves, neck and hair going along, the clothes still; straight RGBA."
     s = self.supersample
     camera = self.camera.resized(size*s, size*s)
-    moved = camera.moved(A).project(self.sheet + self.binding @ (V - self.V0))
+    moved_to = self.sheet + self.binding @ (V - self.V0)
+    moved = camera.moved(A).project(moved_to)
     still = camera.moved(self.A0).project(self.sheet)
     w = self.follows[:, None]
     r = rasterize(moved*w + still*(1 - w), self.body_faces, size*s, size*s)
@@ -1175,9 +1231,18 @@ def _body(self, V, A, size: int) -> np.ndarray:
     _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.skin, self.cloth_alpha, whole, fine)   # what is drawn along beside the neck: no hole between head and clothes
     self._paint_neck(V, camera, A, fine)
     _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.flesh, self.flesh_alpha, whole, fine)
+    if self.fringe_alpha is not None:
+        _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.fringe_colours, self.fringe_alpha, self._near(moved_to, A), fine)
     out = np.zeros((size, size, 4), np.float32)
     _shrink(fine, s, 0, 0, np.ones((size, size), np.float32), out)
     return out
+
+@patch_to(MeshAnimator)
+def _near(self, sheet, A) -> np.ndarray:
+    "1 for the sheet's points that are where they were in the portrait, 0 some centimetres farther: a head that has turned has another outline."
+    M, M0 = (np.asarray(m, np.float32) for m in (A, self.A0))
+    away = sheet @ M[:3, :3].T - self.sheet @ M0[:3, :3].T + (M - M0)[:3, 3]
+    return (1 - smoothstep(.008, .035, np.sqrt((away*away).sum(1)))*smoothstep(0, .15, self.follows)).astype(np.float32)
 
 @patch_to(MeshAnimator)
 def _paint_neck(self, V, camera, A, fine):
@@ -1207,8 +1272,7 @@ def composite(self,
     clothes = self.clothes if size == self.size else np.clip(resize(self.clothes, size), 0, 1)
     out = ground*(1 - body[..., 3:]) + body[..., :3]*body[..., 3:]
     out = out*(1 - clothes[..., 3:]) + clothes[..., :3]*clothes[..., 3:]
-    inside = self.cut.reserve(self.camera.resized(size, size).moved(A), jaw, tight=True)
-    a = rgba[..., 3:]*smoothstep(-.011*size, -.002*size, inside)[..., None]
+    a = rgba[..., 3:]*self._above_body(A, jaw, size)[..., None]
     return out*(1 - a) + rgba[..., :3]*a
 
 # %% ../nbs/08_animate.ipynb #c022

@@ -133,6 +133,9 @@ class NeckCut:
         metre = np.float32(small.focal)/z                                          # pixels of a metre
         level, slope, bend = self.surface.astype(np.float32)
         above = (py - (level + slope*pz + bend*px*px) - .025*tight)*metre           # a body's own neck takes over before the head's end, which is soft
+        if tight:                                                                 # at the chin the height jumps to the neck's: a line between, not the map's pixels
+            most = np.float32(.012*small.height)
+            above = ndi.gaussian_filter(np.clip(above, -most, most), 1.) - np.float32(.3)*most
         core = seen.mask & (above > 0)
         unit = np.linalg.norm(self.eyes[0] - self.eyes[1])
         wide = np.interp((py - self.eyes[:, 1].mean())/unit, self.HEIGHTS, self.TIGHT if tight else self.WIDTHS)*unit*metre

@@ -277,6 +277,41 @@ def test_body_stays(animator, portrait, head):
     assert low.mean() < .1
 
 
+def dressed(head, portrait):
+    "The portrait in a dark pullover with a light collar, on a ground with a pattern, a strand of hair beside its matte; and an animator of it."
+    image, track, matte = portrait
+    y, x = np.mgrid[:SIZE, :SIZE]
+    chin = track.landmarks[0, 152, 1] + .06*SIZE
+    image = np.where(matte[..., None] > .5, image, (128 + 30*np.sin(x/9)*np.sin(y/7))[..., None].astype(np.uint8))
+    image[(matte > .5) & (y > chin)] = [30, 32, 60]
+    image[(matte > .5) & (y > chin) & (y < chin + .06*SIZE)] = [235, 240, 250]
+    beside = ndi.binary_dilation(matte > .5, iterations=3) & (matte < .5) & (y < .4*SIZE)
+    image[beside & (x % 5 < 2)] = [60, 40, 30]
+    soft = ndi.gaussian_filter(matte, 1.)
+    return image.astype(np.uint8), MeshAnimator(image.astype(np.uint8), track, head, soft, supersample=1)
+
+
+def test_unmoved_the_whole_picture_is_the_portrait(portrait, head):
+    "Outline, strands and clothes, too."
+    image, animator = dressed(head, portrait)
+    s = state(portrait[1], head)
+    out = animator.composite(animator.frame(*s), *s)
+    error = ((out - image/255.)**2).mean(-1)
+    outline = ndi.binary_dilation(portrait[2] > .5, iterations=4) & ~ndi.binary_erosion(portrait[2] > .5, iterations=3)
+    psnr = lambda where: -10*np.log10(error[where].mean())
+    assert psnr(error >= 0) > 33 and psnr(outline) > 22.5           # 35.4 and 24.9; 29.9 and 18.6 while nothing was carried
+
+
+def test_what_is_carried_beside_the_outline_fades(portrait, head):
+    "Little by little as the head moves: no frame jumps."
+    image, animator = dressed(head, portrait)
+    rest, seen = state(portrait[1], head), []
+    for yaw in (0, 2, 4, 8, 16, 32):
+        V, A, jaw = animator._at(*state(portrait[1], head, yaw=yaw))
+        seen.append(animator._near(animator.sheet, A)[animator.follows > .9].mean())
+    assert seen[0] == 1 and seen[1] > .95 and seen[-1] < .5 and np.all(np.diff(seen) <= 0)
+
+
 def test_a_pose_is_whole_or_none(animator, portrait, head):
     e, j, t = state(portrait[1], head)
     rgba = animator.frame(e, j, t)
