@@ -615,9 +615,10 @@ def _setup_own_colours(self):
     self._lips_within(colour, w)
     over, beyond = (at(a, P) for a in self._covers())
     away = np.where(V[:, 0] > 0, *(self._turned_away(side) for side in ('left', 'right')))*smoothstep(.03, .045, np.abs(V[:, 0]))
-    self.covered = smoothstep(.5, .9, over[:, 0])*(1 - self.seen)*away
+    self.covered = self._spread((smoothstep(.5, .9, over[:, 0])*(1 - self.seen)*away)[:, None], np.full(len(V), .1))[:, 0].clip(0, 1)      # no teeth
     self.own += (self.covered*~self.head.region_vertices('neck'))[:, None]*(beyond - self.own)
     self.mirror_seen *= 1 - self.covered
+    self.seen *= np.maximum(smoothstep(.35, .5, self.facing0), smoothstep(.5, .95, at(inner[..., None], P)[:, 0])).astype(np.float32)     # a slope's pixels in the matte's rim hold something of the background
     self.twin_light = self._spread(colour, w)[twin].sum(1)
     light = self.own.mean(1)
     self.relit = np.clip(light/np.maximum(light[twin], .02), .5, 1.8)
@@ -723,31 +724,46 @@ def _setup_sheet(self, step: int = 2):
     near = sparse.diags(1/np.asarray(near.sum(1)).ravel()) @ near
     self.binding = (near @ (near @ binding)).astype(np.float32).tocsr()       # neighbours move alike
     self.beside = near.astype(np.float32).tocsr()
-    self._setup_rim()
+    self.hair_seen = self._hair_seen()
+    self.grown = self._grown()
+    self.mirror_seen *= 1 - smoothstep(.1, .5, sample_bilinear(self.hair_near[..., None], *self.mirror.T.astype(np.float32))[:, 0])     # no shadow of the other side's hair
+    self._setup_rim(hull)
     self.following = self._following()
     self.follows = sample_bilinear(self.following[..., None], *self.sheet_source.T)[..., 0]
 
 @patch_to(MeshAnimator)
-def _setup_rim(self):
-    "Where the sheet is the outline of cheek and jaw in the portrait: which of its points, how much, and what they are bound to."
-    ears, share = np.zeros(len(self.V0), np.float32), np.maximum(np.asarray(self.binding.sum(1)).ravel(), .05)
+def _setup_rim(self, hull):
+    "Where the sheet is the outline of cheek, jaw and hair in the portrait: which of its points, how much, and of which vertices of the hull (as rasterised) they are."
+    h, w = self.image.shape[:2]
+    y, x = np.clip(self.sheet_source.astype(int), 0, [w - 1, h - 1]).T[::-1]
+    away, (i, j) = ndi.distance_transform_edt(~hull.mask, return_indices=True)
+    away = away*np.median(self.shell)/self.camera.focal
+    hangs = smoothstep(0, .2, ndi.gaussian_filter(((away > .015) & (self.matte > .5) & (self.hair_near > .5)).astype(np.float32), .02*h))
+    away, i, j = away[y, x], i[y, x], j[y, x]
+    n, corners = len(away), self.faces[self.kind == _SKIN][hull.face[i, j]]
+    binding = self.beside @ (self.beside @ sparse.csr_matrix((hull.bary[i, j].ravel(), (np.repeat(np.arange(n), 3), corners.ravel())), shape=(n, len(self.V0))))
+    ears = np.zeros(len(self.V0), np.float32)
     ears[self._part('left_ear', 'right_ear')] = 1
-    part = lambda weight: self.binding @ np.asarray(weight, np.float32)/share
-    bare = 1 - sample_bilinear(self.hairy[..., None], *self.sheet_source.T)[..., 0]
+    part, at = lambda weight: binding @ np.asarray(weight, np.float32), lambda image: sample_bilinear(image[..., None].astype(np.float32), *self.sheet_source.T)[..., 0]
     low = 1 - smoothstep(-.01, .01, self.rest[:, 1] - self.joints3[3:, 1].mean())      # temples end in hair
-    outline = part(low)*(1 - smoothstep(.25, .6, part(self.facing0)))*smoothstep(0, .3, part(self._is_face()))*(1 - smoothstep(0, .3, part(ears)))*bare
+    grown = smoothstep(.2, .8, part(self.grown))*(1 - smoothstep(.008, .02, away))*smoothstep(.1, .5, at(self.hair_near))*(1 - at(hangs))      # what hangs beside the head has no hull under it
+    facing, skin = part(self.facing0), part(low)*smoothstep(0, .3, part(self._is_face()))*(1 - at(self.hairy))
+    skin, grown = (a*(1 - smoothstep(*ends, facing))*(1 - smoothstep(0, .3, part(ears))) for a, ends in ((skin, (.25, .6)), (grown, (.1, .35))))
+    outline = np.maximum(skin, grown)
     self.rim_points = np.flatnonzero(outline > .02)
-    self.rim, self.rim_binding = outline[self.rim_points], sparse.diags(1/share[self.rim_points]) @ self.binding[self.rim_points]
+    self.rim, self.rim_binding = outline[self.rim_points].astype(np.float32), binding[self.rim_points].astype(np.float32)
+    self.rim_hair = (grown/np.maximum(skin + grown, 1e-3))[self.rim_points].astype(np.float32)
 
 @patch_to(MeshAnimator)
 def _rim_shown(self, facing) -> np.ndarray:
     "How much of the rim's points is left: as far as a turn makes a slope of what was the outline, it gives way to the head's side beneath, which has no edge there."
-    return 1 - self.rim*smoothstep(.04, .2, self.rim_binding @ (facing - self.facing0))
+    late = self.rim_hair                                                         # hair's outline is its own as long as it can be
+    return 1 - self.rim*smoothstep(.04 + .11*late, .2 + .2*late, self.rim_binding @ (facing - self.facing0))
 
 @patch_to(MeshAnimator)
 def _press_ears(self, least: float = .5):
     "Under the sheet, which carries them, there are no ears: the hair's hull goes on smoothly. Which of them does the portrait show (enough pixels look like skin)? Hair over an ear does not stick out with it. One that is turned away while the other is shown stands as that does, in its colours."
-    self.ears_shown, self.ears_copied = np.ones(len(self.V0), bool), np.zeros(len(self.V0), np.float32)
+    self.ears_shown, self.ears_copied, self.ear_bare = np.ones(len(self.V0), bool), np.zeros(len(self.V0), np.float32), dict(left=0, right=0)
     skin = (self.unlike < 3.5) & (self.light > .35) & (self.matte > .9)
     for side in ('left', 'right'):
         mine, others = self._part(f'{side}_ear'), np.ones(len(self.V0), bool)
@@ -755,7 +771,8 @@ def _press_ears(self, least: float = .5):
         others[mine] = False
         self.hair[mine] = (spread_over(self.faces[self.kind == _SKIN], self.V0 + self.hair, others*1.) - self.V0)[mine]
         on = self._ear_in_view(side)
-        self.ears_shown[mine] = on.any() and skin[on].mean() > least
+        self.ear_bare[side] = skin[on].mean() if on.any() else 0
+        self.ears_shown[mine] = self.ear_bare[side] > least
     for side, other in (('left', 'right'), ('right', 'left')):
         mine = self._part(f'{side}_ear')
         if len(mine) and self._turned_away(side) > .5 and not self.ears_shown[mine].any() and self.ears_shown[self._part(f'{other}_ear')].all():
@@ -776,17 +793,20 @@ def _setup_back(self):
     self.back, Q = np.zeros((n, 5), np.float32), self.camera0.project((self.V0 + self.hair).astype(np.float64))
     skin = sample_bilinear(self.skin, P[:, 0].astype(np.float32), P[:, 1].astype(np.float32))
     bare = self.sure*~scalp*(at(self.alpha, P) > .9)*(at(ndi.maximum_filter(np.maximum(self.cloth, self.hanging), 5), P) < .1)
-    hairy = smoothstep(.2, .8, self._spread(scalp[:, None]*1., np.full(n, .01)))          # no teeth where hair meets the neck
-    covered = scalp*smoothstep(.15, .4, self.facing0)*(at(solid, Q) > .95)
-    hair = sample_bilinear(self.spread, Q[:, 0].astype(np.float32), Q[:, 1].astype(np.float32))
-    self.back[:, 1:4] = np.clip(self._spread(hair, covered)*hairy + np.where(self._is_face()[:, None], self.own, self._spread(skin, bare)*self.shadow)*(1 - hairy), 0, 1)
+    hairy = smoothstep(.2, .8, self._spread(scalp[:, None]*1., np.full(n, .01))[:, 0])    # no teeth where hair meets the neck
+    self.mane = self._mane()
+    strands = self._strands_at(Q)
+    hair = sample_bilinear(self.mane, *strands.T.astype(np.float32))
     level = self.rest[:, 1] - self.joints3[3, 1]                                 # above the eyes, metres
+    hairy = np.where(scalp, hairy*self.grown, np.maximum(hairy, self.grown))
+    turned = np.where(scalp, 1 - smoothstep(.2, .45, self.facing0), self.grown)   # what faces the camera is as it is
+    self.back[:, 0] = turned
+    bald = np.where(self._is_face()[:, None], self.own, self._spread(skin, bare)*self.shadow)
+    self.back[:, 1:4] = np.clip(bald + hairy[:, None]*(hair - bald), 0, 1)
     self.behind = self.fixed.copy()
     self.behind[:, 10] = self.ears_copied
-    self.behind[scalp] = 0                                                       # beyond its edge the hair goes on as it came: mirrored
-    self.behind[scalp, :2], self.behind[scalp, 4] = Q[scalp, :2], smoothstep(.5, .9, at(self.hairy, Q))[scalp]
-    twin = self.twin[scalp]                                                      # and where a side shows none: the other side's
-    self.behind[scalp, 6:8], self.behind[scalp, 10], self.behind[scalp, 11] = Q[twin, :2], (covered*smoothstep(.5, .9, at(self.hairy, Q)))[twin], 1
+    self.behind[scalp], self.behind[scalp, :2], self.behind[scalp, 4] = 0, Q[scalp, :2], np.maximum(1 - turned, smoothstep(0, .5, hairy))[scalp]
+    self.behind[:, 2:4], self.behind[:, 4] = strands, np.maximum(self.behind[:, 4], self.grown*~scalp)
     upper = smoothstep(.5, .9, attached)*np.where(scalp, smoothstep(-.10, -.02, level), smoothstep(-.045, -.02, level))
     self.back[:, 4] = np.where(scalp, 1, smoothstep(.4, .9, at(solid, Q)))*np.maximum(upper, below)
     self.neck = self.back.copy()
@@ -795,6 +815,83 @@ def _setup_back(self):
     self._cut_in_four()
     self.behind, self.back, self.neck, self.attached = (np.concatenate([x, x[self.back_edges].mean(1)]).astype(np.float32) for x in (self.behind, self.back, self.neck, attached))
     self.hull0 = self._hull(self.V0)
+
+@patch_to(MeshAnimator)
+def _hair_seen(self) -> np.ndarray:
+    "Pixels in the hair's colours rather than in the face's, outside the face and inside the matte's rim, bool [H, W]. Which are the hair's is told by the head's outline above the eyes."
+    eyes, chin = self.landmarks[[468, 473], :2], self.landmarks[152, :2]
+    unit, up = np.linalg.norm(eyes[0] - eyes[1]), eyes.mean(0) - chin
+    up, (y, x) = up/np.linalg.norm(up), np.mgrid[:self.size, :self.size] + .5
+    level = ((x - eyes[:, 0].mean())*up[0] + (y - eyes[:, 1].mean())*up[1])/unit
+    around, logs = (self.hairy > .5) & (self.matte > .9), np.log(blurred(self.image, self.size/512) + .04)
+    deep = ndi.distance_transform_edt(np.pad(self.matte > .5, 1, mode='edge'))[1:-1, 1:-1]
+    crown = around & (level > .5) & (deep < .3*unit)
+    face = (self.face_mask > .9) & (self.seen > .9) & ~self.eye_vertices
+    if crown.sum() < 30: return around
+    def unlikely(some):                                                            # of a colour, if it were one of these: minus the logarithm of a normal density
+        middle, spread = np.median(some, axis=0), np.cov(some.T) + .01*np.eye(3)
+        d = logs - middle
+        return ((d @ np.linalg.inv(spread))*d).sum(-1) + np.log(np.linalg.det(spread))
+    more = unlikely(sample_bilinear(logs, *self.T0[face].T.astype(np.float32))) - unlikely(logs[crown])
+    bare = (self.raster0.face >= 0) & ~self.scalp[self.faces[self.raster0.face]].all(-1) & (level < 0)
+    prior = np.where(level > 0, 5*np.exp(-(deep/(.3*unit))**2), 0) - 4*bare             # hair is rather at the outline, and rather not on a cheek
+    like = around & (ndi.gaussian_filter(np.clip(more, -9, 9) + prior, 1.5*self.size/512) > 1)
+    return like & np.isin(pieces := ndi.label(like)[0], pieces[like & (level > .3)])    # teeth or a collar are none
+
+@patch_to(MeshAnimator)
+def _grown(self) -> np.ndarray:
+    "Where hair covers what the portrait does not show [V]: the scalp, bare at the nape; and temples and sides where the portrait's outline is hair."
+    px, level = self.size/512, self.rest[:, 1] - self.joints3[3, 1]
+    inner = ndi.binary_erosion(self.matte > .9, iterations=max(1, int(5*px)), border_value=1)
+    ring = inner & ~ndi.binary_erosion(inner, iterations=max(1, int(3*px)), border_value=1)
+    self.hair_near = self.hair_seen.astype(np.float32)
+    if not ring.any(): return self.scalp*1.
+    at = lambda some: smoothstep(.3, .7, sample_bilinear(some[..., None], *self.P0[:, :2].T.astype(np.float32))[:, 0])
+    nearest = lambda known: ndi.gaussian_filter(self.hair_seen[tuple(ndi.distance_transform_edt(~known, return_distances=False, return_indices=True))].astype(np.float32), 2*px)
+    shown, self.hair_near = smoothstep(0, .2, self.facing0), nearest(inner)
+    beside = at(nearest(ring))*(1 - shown + shown*at(self.hair_near))*(1 - smoothstep(.1, .35, self.facing0))*smoothstep(.03, .045, np.abs(self.rest[:, 0]))
+    for side, sign in (('left', 1), ('right', -1)):                              # beside an ear in view hair goes no lower than to its top
+        ear = self._part(f'{side}_ear')
+        if len(ear): beside *= np.where(sign*self.rest[:, 0] > 0, np.maximum(1 - smoothstep(.4, .6, self.ear_bare[side]), smoothstep(-.01, .01, self.rest[:, 1] - self.rest[ear, 1].max())), 1)
+    beside = self._spread(beside[:, None], np.full(len(beside), .1))[:, 0].clip(0, 1)         # no teeth
+    return np.where(self.scalp, np.maximum(smoothstep(-.07, -.035, level), beside), beside)
+
+@patch_to(MeshAnimator)
+def _strands_at(self, Q, start: float = 1.1) -> np.ndarray:
+    "Where in the mane a point of the hull finds its strands, pixels [V, 2]: the head taken for a ball, they go on outwards from an angle of `start` radians to the sight on."
+    skull = self.V0[self.rest[:, 1] > self.joints3[3, 1] - .05]
+    H, middle = self.V0 + self.hair, .5*(skull.min(0) + skull.max(0))
+    facing, centre = self._facing(H, H - middle, self.camera0), self.camera0.project(middle[None].astype(np.float64))[0]
+    out = Q[:, :2] - centre[:2]
+    out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-6)
+    angle = np.maximum(np.arccos(np.clip(facing, -1, 1)), start)
+    at = Q[:, :2] + out*(.06*self.camera0.focal/centre[2]*(angle - start - np.sin(angle) + np.sin(start)))[:, None]
+    return self.size - np.abs(self.size - np.abs(at))                              # mirrored at the picture's edge
+
+@patch_to(MeshAnimator)
+def _mane(self) -> np.ndarray:
+    "The portrait's hair, carried on over all of the picture as if it grew everywhere: the colours of the nearest, and strands from patches nearby, [H, W, 3]."
+    hair, soft, r = self.hair_seen & (self.alpha > .5), 6*self.size/512, max(4, round(16*self.size/512))
+    if not hair.any(): return self.skin
+    deep = ndi.distance_transform_edt(hair)
+    core = deep > min(r, .7*deep.max())
+    smooth = lambda known: blurred(self.spread*known[..., None], soft)/np.maximum(blurred(known[..., None]*1., soft), .02)
+    i, j = ndi.distance_transform_edt(~core, return_distances=False, return_indices=True)
+    colour = blurred(smooth(core)[i, j], 2*soft)
+    strands = np.where(hair[..., None], self.spread - smooth(hair), 0)
+    most = np.quantile(np.abs(strands[core]), .9, axis=0)                          # strands, not clips or seams
+    strands = np.pad(np.clip(strands, -most, most), ((r, r), (r, r), (0, 0)))
+    places, random, window = np.argwhere(core)[::7], np.random.default_rng(0), np.outer(*[np.hanning(2*r + 1)[:-1]]*2)[..., None]
+    at = np.stack(np.meshgrid(*[np.arange(0, self.size + r, r)]*2, indexing='ij'), -1).reshape(-1, 2)
+    near = cKDTree(places).query(at, k=min(len(places), r*r))[1].reshape(len(at), -1)
+    total, weight = np.zeros((self.size + 3*r, self.size + 3*r, 3), np.float32), np.zeros((self.size + 3*r, self.size + 3*r, 1), np.float32)
+    for (y, x), some in zip(at, near):
+        v, u = places[random.choice(some)]
+        total[y:y + 2*r, x:x + 2*r] += window*strands[v:v + 2*r, u:u + 2*r]
+        weight[y:y + 2*r, x:x + 2*r] += window**2
+    made = colour + .75*(total/np.sqrt(np.maximum(weight, 1e-3)))[r:r + self.size, r:r + self.size]
+    share = ndi.gaussian_filter(hair.astype(np.float32), self.size/512)[..., None]
+    return crisp(self.spread*share + np.clip(made, 0, 1)*(1 - share))
 
 @patch_to(MeshAnimator)
 def _cut_in_four(self):
@@ -1078,7 +1175,7 @@ def _render(self, V, A, jaw: float, size: int, layers: int = 4) -> np.ndarray:
 def _paint_back(self, V, camera, offset, fine):
     "Under all: the sides and back of the head that the portrait does not show, as far out as its hair."
     r = rasterize(camera.project(self._hull(V)) - offset, self.fine_faces, *fine.shape[:2])
-    _paint_mesh(r.face, r.bary, self.fine_faces, np.zeros(len(self.fine_faces), np.int8), self.behind, self.back, *[self.skin]*5, self.full, fine)
+    _paint_mesh(r.face, r.bary, self.fine_faces, np.zeros(len(self.fine_faces), np.int8), self.behind, self.back, self.skin, self.mane, *[self.skin]*3, self.full, fine)
 
 @patch_to(MeshAnimator)
 def _paint_teeth(self, V, camera, offset, mesh, fine):
@@ -1250,7 +1347,7 @@ def _paint_neck(self, V, camera, A, fine):
     moved, still = camera.moved(A).project(self._hull(V)), camera.moved(self.A0).project(self.hull0)
     w = self.attached[:, None]
     r = rasterize(moved*w + still*(1 - w), self.fine_faces, *fine.shape[:2])
-    _paint_mesh(r.face, r.bary, self.fine_faces, np.zeros(len(self.fine_faces), np.int8), self.behind, self.neck, *[self.skin]*5, self.full, fine)
+    _paint_mesh(r.face, r.bary, self.fine_faces, np.zeros(len(self.fine_faces), np.int8), self.behind, self.neck, self.skin, self.mane, *[self.skin]*3, self.full, fine)
 
 @patch_to(MeshAnimator)
 def composite(self,

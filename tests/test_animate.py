@@ -340,6 +340,18 @@ def test_a_hood_covers_the_side_turned_away(head):
     assert front._turned_away('left') == front._turned_away('right') == 0
 
 
+def test_hair_goes_on_where_nothing_is_seen(head):
+    an = turned_portrait(head, 0, hood=True)
+    hood, face = np.array([40, 20, 12])/255, an.face_mask > .9
+    assert an.hair_seen.any() and np.abs(an.image[an.hair_seen] - hood).max() < .05    # told from the face by its colour
+    assert np.abs(an.mane - hood).mean() < .05                                          # and everywhere
+    top = an.scalp & (an.rest[:, 1] > an.joints3[3, 1])
+    assert (an.grown[top] == 1).all() and an.grown[face & (an.facing0 > .4)].max() < .1
+    hidden = top & (an.facing0 < 0)
+    assert (an.back[:len(an.rest)][hidden, 4] == 1).all() and (an.behind[:len(an.rest)][hidden, 4] > .9).all()   # opaque, and its own texture
+    assert np.allclose(an._rim_shown(an.facing0), 1)                                    # at rest the outline is the portrait's
+
+
 def test_a_hidden_ear_is_like_the_other(head):
     for yaw, hidden, shown in ((-30, 'right', 'left'), (30, 'left', 'right')):
         an = turned_portrait(head, yaw)
