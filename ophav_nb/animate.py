@@ -726,7 +726,9 @@ def _setup_sheet(self, step: int = 2):
     self.beside = near.astype(np.float32).tocsr()
     self.hair_seen = self._hair_seen()
     self.grown = self._grown()
-    self.mirror_seen *= 1 - smoothstep(.1, .5, sample_bilinear(self.hair_near[..., None], *self.mirror.T.astype(np.float32))[:, 0])     # no shadow of the other side's hair
+    unit = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])
+    near = ndi.gaussian_filter(ndi.maximum_filter(self.hair_near, 2*int(.35*unit) + 1), .05*unit)      # sides are not quite alike
+    self.mirror_seen *= 1 - smoothstep(.1, .5, sample_bilinear(near[..., None], *self.mirror.T.astype(np.float32))[:, 0])     # no shadow of the other side's hair
     self._setup_rim(hull)
     self.following = self._following()
     self.follows = sample_bilinear(self.following[..., None], *self.sheet_source.T)[..., 0]
