@@ -428,6 +428,8 @@ def doubts(
         found.append(f"the picture's {' and '.join(cut)} edge cuts the head off: what is missing is made up; a portrait with room around the head looks better")
     inside = image[max(0, int(y0)):int(y1) + 1, max(0, int(x0)):int(x1) + 1]
     if inside.size and inside.mean() < 35: found.append("the face is very dark: the avatar will be as dark; brighten the picture first")
+    if eye_opening(face.landmarks).max() < .1:        # shut ones are at .09 and less, those that squint at .12
+        found.append("the eyes are shut: what they look like when they open is made up; a portrait with open eyes looks better")
     return found
 
 # %% ../nbs/05_detect.ipynb #c031

@@ -1,5 +1,6 @@
 """Networks against the originals' outputs, faces and points on the astronaut."""
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import ophav_nb  # noqa: F401  (before torch: it sets how threads wait)
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ophav_nb.detect import (INNER_LIPS, IRIS, LEFT_IRIS, RIGHT_IRIS, Detector, _box, _solve_symmetric, blink, cut, eye_opening, fill_lost, foreground,
+from ophav_nb.detect import (INNER_LIPS, IRIS, LEFT_IRIS, LID_PAIRS, RIGHT_IRIS, Detector, _box, _solve_symmetric, blink, cut, doubts, eye_opening, fill_lost, foreground,
                              guided_filter, head_crop, merge, overlap, parsing, roi_of_landmarks, to_batch, uncut)
 from ophav_nb.media import read_image, resize
 from ophav_nb.nets.mediapipe import load_networks
@@ -125,6 +126,10 @@ def test_doubtful_portraits_are_named(detector, image, caplog):
         with caplog.at_level("WARNING", "ophav_nb"): detector.one(np.ascontiguousarray(picture))
         assert re.search(said, caplog.text) if said else not caplog.text, caplog.text
     with pytest.raises(InputError, match="very dark"): detector.one(image//25)
+    face = detector.one(image)
+    shut = face.landmarks.copy()
+    for upper, lower in LID_PAIRS: shut[upper] = shut[lower] + .1*(shut[upper] - shut[lower])
+    assert "eyes are shut" in doubts(image, replace(face, landmarks=shut))[0] and not doubts(image, face)
 
 
 def test_a_picture_of_one_line(detector):
