@@ -86,9 +86,12 @@ class RunView:
     def head(self) -> HeadModel: return _head(self.info.get('parameters', {}).get('head', 'open'))
 
     def portrait(self) -> np.ndarray|None:
-        "The crop, uint8 [S, S, 3]."
+        "The crop, uint8 [S, S, 3]; white where it reaches beyond the picture, which was made up there."
         path = self.path('portrait', 'crop.png')
-        return read_image(path) if path.is_file() else None
+        if not path.is_file(): return None
+        image, (x0, y0, x1, y1) = read_image(path), self.numbers('portrait', 'crop.json').get('shown', (0, 0, 1e9, 1e9))
+        y, x = (np.arange(n) + .5 for n in image.shape[:2])
+        return np.where(((y0 < y) & (y < y1))[:, None, None] & ((x0 < x) & (x < x1))[:, None], image, np.uint8(255))
 
     @cached_property
     def track(self) -> Track|None:
@@ -325,7 +328,7 @@ def inspect_fit(
     "The head model in the portrait and, where the coarse video is a film, in each of its frames."
     view = run if isinstance(run, RunView) else RunView(run)
     sources = {}
-    if view.track is not None and view.portrait() is not None: sources['portrait'] = (view.track, [view.path('portrait', 'crop.png')])
+    if view.track is not None and view.portrait() is not None: sources['portrait'] = (view.track, [view.portrait()])
     film = view.path('coarse', 'track.npz')
     if film.is_file(): sources['film'] = (Track.load(film), view.frames('coarse', 'frames'))
     if not sources: return _note('Nothing has been fitted yet.')
@@ -336,7 +339,7 @@ def inspect_fit(
         track, paths = sources[source.value]
         i = min(frame.value, len(paths) - 1)
         text.value = _fit_text(track, i)
-        return _drawn_fit(np.asarray(Image.open(paths[i])), track, view.head, i, opacity.value, points.value)
+        return _drawn_fit(_opened(paths[i]), track, view.head, i, opacity.value, points.value)
     def choose(_=None):
         frame.max = len(sources[source.value][1]) - 1
         frame.layout.display = '' if frame.max else 'none'
@@ -345,10 +348,12 @@ def inspect_fit(
     _live([source, opacity, points, frame], image, draw)
     def still():
         track, paths = sources['portrait' if 'portrait' in sources else 'film']
-        plain = np.asarray(Image.open(paths[0]))
+        plain = _opened(paths[0])
         views = [_drawn_fit(plain, track, view.head, 0, o, p) for o, p in ((0, False), (0, True), (.6, False))]
         return _fit_width(strip(views))
     return Panel([widgets.HBox([source, opacity, points]), frame, image, text], still)
+
+def _opened(picture): return np.asarray(Image.open(picture) if isinstance(picture, Path) else picture)
 
 def _fit_text(track, i):
     n = np.degrees(np.linalg.norm(track.motion.joints[i, 0]))
@@ -603,7 +608,7 @@ pre{font-size:12px;overflow:auto;background:#f6f6f6;padding:1em}"""
 
 LESSONS = dict(   # a word to each part of the page, for who sees the first one
     film="The finished avatar over the portrait's own background.",
-    portrait='What came in, cut to the head. The blue head is the model that was fitted to it: everything later moves with this mesh.',
+    portrait='What came in, cut to the head; white is beyond the picture. The blue head is the model that was fitted to it: everything later moves with this mesh.',
     rounds='Left, a frame of the coarse film, which the animator made of the portrait; round 0 is trained on it. Each later round is trained on the restored '
            'pictures of the one before: it shall become sharper and stay the same person.',
     drift='What changed from round to round. The sharpest round is kept that is still the same person in the same poses.',

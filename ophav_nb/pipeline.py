@@ -7,9 +7,9 @@ __all__ = ['log', 'PRESETS', 'FILM_NOTE', 'VIEWS', 'ANGLES', 'Preset', 'get_pres
            'add_portrait', 'add_track', 'head_key', 'run_head', 'load_portrait', 'seen_motion', 'load_driven',
            'driven_key', 'add_motion', 'resolve_motion', 'film_motion', 'add_coarse', 'add_coarse_network',
            'driving_film', 'write_coarse_video', 'add_coarse_film', 'write_coarse', 'frame_pose', 'film_metadata',
-           'add_dataset', 'read_rgba', 'shrink', 'add_film', 'shown_motion', 'publish', 'play', 'add_views',
-           'shown_angles', 'trained_range', 'beyond', 'warn_of', 'create', 'compiling', 'train_rounds', 'copy_folder',
-           'write_run_report', 'check_avatar', 'animate', 'turned']
+           'add_dataset', 'read_rgba', 'shrink', 'add_film', 'shown_motion', 'publish', 'shown_part', 'play',
+           'add_views', 'shown_angles', 'trained_range', 'beyond', 'warn_of', 'create', 'compiling', 'train_rounds',
+           'copy_folder', 'write_run_report', 'check_avatar', 'animate', 'turned']
 
 # %% ../nbs/19_pipeline.ipynb #c002
 import json
@@ -37,6 +37,7 @@ from .detect import Detector, detect_like, head_crop
 from .flame import load_head
 from .geometry import axis_angle_to_matrix, matrix_to_axis_angle
 from .head import HeadModel, Motion
+from .layers import head_alpha
 from .media import (Film, VideoWriter, clip_info, iter_video, on_background, read_image, resize, to_float, to_uint8, write_image)
 from .metrics import identity_distance, identity_embedding, landmark_distance
 from .motion import VIDEO, head_angles, limit, read_motion, relative, retarget, scripted
@@ -60,7 +61,7 @@ class Preset:
     round_steps: int     # training steps of each later round
     round_frames: int    # frames rendered and restored for each later round
     film_seconds: float  # length of the film that shows the avatar
-    film_size: int       # side of its rendered head, pixels (the film itself is at least as large as the portrait's crop)
+    film_size: int       # side of its rendered head, pixels (the film itself is at least as fine as the portrait's crop, and shows what `shown_part` says of it)
     field: str = "lean"  # grid and networks: 'lean' or 'paper' (INSTA's)
 
 
@@ -126,7 +127,8 @@ def add_portrait(
         write_image(folder / "crop.png", square)
         write_image(folder / "matte.png", to_uint8(detector.matte(square[None])[0]))
         np.save(folder / "landmarks.npy", in_crop(crop, found.landmarks).astype(np.float32))
-        write_atomic(folder / "crop.json", json.dumps(dict(cx=float(crop.cx), cy=float(crop.cy), side=float(crop.side), size=size)))
+        write_atomic(folder / "crop.json", json.dumps(dict(cx=float(crop.cx), cy=float(crop.cy), side=float(crop.side), size=size,
+                                                             shown=crop.covered(image.shape[1], image.shape[0]).tolist())))
 
     run.make("portrait", build, params=dict(image=image, size=size, face=face, matte=matte) | unusual(detector=finder) | halved(matte))
 
@@ -160,11 +162,13 @@ def run_head(
 
 def load_portrait(
     run: Run,
-) -> SimpleNamespace:   # image uint8 [S,S,3], matte float32 [S,S], track
-    "The portrait of a run with its matte and its fit."
+) -> SimpleNamespace:   # image uint8 [S,S,3], matte float32 [S,S], track, shown [4]
+    "The portrait of a run with its matte, its fit, and the part of the crop that the picture fills (left, top, right, bottom, pixels; older runs do not say: all of it)."
     from skimage.io import imread
-    return SimpleNamespace(image=read_image(run.path("portrait", "crop.png")), matte=to_float(imread(run.path("portrait", "matte.png"))),
-                           track=Track.load(run.path("track", "track.npz")))
+    image, crop = read_image(run.path("portrait", "crop.png")), run.path("portrait", "crop.json")
+    shown = json.loads(crop.read_text()).get("shown") if crop.exists() else None
+    return SimpleNamespace(image=image, matte=to_float(imread(run.path("portrait", "matte.png"))), track=Track.load(run.path("track", "track.npz")),
+                           shown=np.array(shown or [0, 0, *image.shape[1::-1]], np.float32))
 
 
 def seen_motion(
@@ -262,7 +266,7 @@ def add_coarse(
     animator: str = "mesh",      # which animator makes the frames
     film_size: int = 320,        # side of `video.mp4`, pixels
 ) -> None:
-    "Artifact `coarse`: `frames/%05d.png` (head only, RGBA) and, to look at, `video.mp4` (smaller, over the portrait's own background)."
+    "Artifact `coarse`: `frames/%05d.png` (head only, RGBA) and, to look at, `video.mp4` (smaller, over the portrait's own background; a whole square, as parsers look at it, too)."
     def build(folder: Path) -> None:
         portrait, motion = load_portrait(run), Motion.load(run.path("motion", "train.npz"))
         maker = make_animator(animator, image=portrait.image, track=portrait.track, head=head, matte=portrait.matte)
@@ -462,6 +466,24 @@ def publish(
     return target
 
 
+def shown_part(
+    portrait: SimpleNamespace,   # of `load_portrait`
+    head: HeadModel,
+    size: int,                   # side of the square that is cut, pixels
+    room: float = .25,           # around the head at rest, which will turn, in distances between the eyes
+) -> tuple[slice, slice]:        # rows and columns, an even number of each
+    "What a film shows of the crop: what the picture fills, since the border beyond it is made up; but all of the head, and some room around it."
+    whole = portrait.image.shape[0]
+    marks = portrait.track.landmarks[0, :, :2] * (whole / portrait.track.camera.width)
+    rows, columns = np.nonzero(head_alpha(portrait.matte, head, portrait.track) > .5)
+    room *= np.linalg.norm(marks[468] - marks[473])
+    low = np.minimum(portrait.shown[:2], [a.min(initial=whole) - room for a in (columns, rows)]).clip(0)
+    high = np.maximum(portrait.shown[2:], [columns.max(initial=-1) + 1 + room, marks[:, 1].max() + room]).clip(max=whole)   # down to the chin: the neck may end with the picture
+    left, top = np.ceil(low * size / whole - .01).astype(int)          # a pixel that the picture fills in part is left out
+    width, height = np.floor(high * size / whole + .01).astype(int) - (left, top)
+    return slice(top, top + height - height % 2), slice(left, left + width - width % 2)
+
+
 def play(
     run: Run,
     portrait: SimpleNamespace,    # of `load_driven`
@@ -472,18 +494,17 @@ def play(
     background: Literal["portrait", "white"] = "portrait",
     cameras: list | None = None,  # a camera a frame, where it moves
 ) -> Path:
-    "Render the run's avatar through a motion into a film."
-    camera = portrait.track.camera.resized(size, size)
-    whole = portrait.image.shape[0]
+    "Render the run's avatar through a motion into a film; over the portrait's background it shows what `shown_part` says."
+    camera, whole = portrait.track.camera.resized(size, size), max(portrait.image.shape[0], size)
     plate = None
     if background == "portrait" and cameras is None:
-        plate = make_animator("mesh", image=portrait.image, track=portrait.track, head=run_head(run), matte=portrait.matte)
+        head = run_head(run)
+        plate, part = make_animator("mesh", image=portrait.image, track=portrait.track, head=head, matte=portrait.matte), shown_part(portrait, head, whole)
     rendered = avatar.render(motion, camera if cameras is None else cameras)
     with VideoWriter(path, motion.fps, metadata=film_metadata(run)) as video:
         for i, rgba in enumerate(progress(rendered, len(motion), f"film {Path(path).name}")):
             head_frame = to_uint8(rgba)
-            video.add(plate.composite(shrink(head_frame, max(whole, size)), **frame_pose(motion, i)) if plate
-                      else on_background(head_frame))
+            video.add(plate.composite(shrink(head_frame, whole), **frame_pose(motion, i))[part] if plate else on_background(head_frame))
     return Path(path)
 
 # %% ../nbs/19_pipeline.ipynb #c014b

@@ -56,6 +56,16 @@ def test_fit_opacity_and_landmarks(run):
     assert 'landmark error' in controls(panel, 'HTML')[0].value
 
 
+def test_what_no_picture_showed_is_white(run, tmp_path):
+    folder = tmp_path/'run'
+    shutil.copytree(run, folder)
+    whole = RunView(folder).portrait()
+    (folder/'portrait'/'crop.json').write_text(json.dumps(dict(shown=[0, 9.5, 80.2, 96])))
+    part = RunView(folder).portrait()
+    assert (part[:9] == 255).all() and (part[:, 80:] == 255).all() and (part[10:, :80] == whole[10:, :80]).all() and (whole[:9] != 255).any()
+    assert (shown(controls(inspect_coarse(folder), 'Image')[0])[:5, :96] > 245).all() and (shown(controls(inspect_fit(folder), 'Image')[0])[:5] > 245).all()
+
+
 def test_drift(run):
     view, panel = RunView(run), inspect_drift(run)
     assert rounds_strip(view, 0)[1] == ['coarse', 'round 0', 'round 1', 'round 2']

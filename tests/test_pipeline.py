@@ -10,8 +10,9 @@ import ophav_nb.pipeline as pipeline
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.motion import head_angles, scripted
-from ophav_nb.media import write_image
-from ophav_nb.pipeline import PRESETS, VIEWS, add_film, add_motion, add_views, beyond, compiling, load_driven, seen_motion, trained_range, warn_of
+from ophav_nb.media import read_image, read_video, write_image
+from ophav_nb.pipeline import (PRESETS, VIEWS, add_film, add_motion, add_portrait, add_track, add_views, beyond, compiling, load_driven, load_portrait, play, seen_motion,
+                               shown_part, trained_range, warn_of)
 from ophav_nb.rounds import mesh_landmarks
 from ophav_nb.run import InputError, Run
 from ophav_nb.track import Track, landmark_error
@@ -158,6 +159,49 @@ def test_the_film_is_played_in_the_shape_that_was_trained(filmed, monkeypatch):
     (filmed.path("coarse", "track.npz")).unlink()
     add_film(filmed, PRESETS["smoke"])
     assert filmed.manifest("film")["key"] != key and (played[1].joints == asked.joints).all()
+
+
+@pytest.fixture(scope="module")
+def tight(tmp_path_factory):
+    "A picture that ends above the hair, at the throat and beside the shoulder, up to the fit."
+    run = Run(tmp_path_factory.mktemp("tight") / "run", {})
+    add_portrait(run, read_image("astronaut")[:212, :330], 160)
+    add_track(run, HEAD)
+    return run
+
+
+def test_a_film_shows_what_the_picture_shows(tight, tmp_path):
+    portrait, sizes = load_portrait(tight), []
+    (x0, y0, x1, y1), (rows, columns) = portrait.shown, shown_part(portrait, HEAD, 160)
+    assert y0 > 5 and y1 < 155 and x0 == 0 and x1 < 155                              # made up above, below and on the right
+    assert y0 <= rows.start < y0 + 1.1 and y1 - 2.1 < rows.stop <= y1 and columns.start == 0 and x1 - 2.1 < columns.stop <= x1
+    render = lambda motion, camera: (np.zeros((96, 96, 4), np.float32) for _ in range(len(motion)))
+    for name, background in (("body", "portrait"), ("white", "white")):
+        film, _ = read_video(play(tight, portrait, SimpleNamespace(render=render), portrait.track.motion, tmp_path / f"{name}.mp4", 96, background))
+        sizes.append(film.shape[1:3])
+    assert sizes == [(rows.stop - rows.start, columns.stop - columns.start), (96, 96)] and not any(n % 2 for n in sizes[0])
+    larger = shown_part(portrait, HEAD, 481)                                         # at any size the same part, and even
+    for a, b in zip((rows, columns), larger): assert abs(b.start - 3 * a.start) < 4 and abs(b.stop - 3 * a.stop) < 8 and (b.stop - b.start) % 2 == 0
+
+
+def test_a_film_shows_the_whole_head_though_the_picture_does_not(tight):
+    portrait = load_portrait(tight)
+    eyes = np.linalg.norm(portrait.track.landmarks[0, 468, :2] - portrait.track.landmarks[0, 473, :2])
+    top = np.nonzero(portrait.matte > .5)[0].min()
+    portrait.shown = np.float32([0, top + 12, 160, portrait.track.landmarks[0, :, 1].max() - 6])     # it cuts hair and chin off
+    rows, _ = shown_part(portrait, HEAD, 160)
+    assert abs(rows.start - (top - eyes / 4)) < 2 and abs(rows.stop - (portrait.shown[3] + 6 + eyes / 4)) < 3
+
+
+def test_a_run_that_does_not_say_what_the_picture_fills_shows_the_square(tight):
+    path = tight.path("portrait", "crop.json")
+    told = path.read_text()
+    try:
+        path.write_text(json.dumps({k: v for k, v in json.loads(told).items() if k != "shown"}))
+        assert shown_part(load_portrait(tight), HEAD, 160) == (slice(0, 160),) * 2
+        path.unlink()
+        assert shown_part(load_portrait(tight), HEAD, 160) == (slice(0, 160),) * 2
+    finally: path.write_text(told)
 
 
 def test_a_recipe_reaches_the_rounds(tmp_path, monkeypatch):
