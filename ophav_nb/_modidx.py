@@ -12,6 +12,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ophav_nb.animate.MeshAnimator._at': ('animate.html#meshanimator._at', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._bare_neck': ( 'animate.html#meshanimator._bare_neck',
                                                                                 'ophav_nb/animate.py'),
+                                  'ophav_nb.animate.MeshAnimator._beard': ('animate.html#meshanimator._beard', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._beside': ('animate.html#meshanimator._beside', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._body': ('animate.html#meshanimator._body', 'ophav_nb/animate.py'),
                                   'ophav_nb.animate.MeshAnimator._clothes_behind': ( 'animate.html#meshanimator._clothes_behind',

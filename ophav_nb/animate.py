@@ -485,31 +485,68 @@ def _unlike_skin(self) -> tuple:
 
 @patch_to(MeshAnimator)
 def _bare_neck(self) -> np.ndarray:
-    "0 on clothes beside and below the jaw (neither like the face's skin nor like the hair): a collar does not turn with the head."
+    "0 on clothes beside and below the jaw (neither like the face's skin nor like hair or beard): a collar does not turn with the head."
     h, w = self.image.shape[:2]
-    px = h/512
+    px, rows, L = h/512, np.arange(h)[:, None], self.landmarks
     core = rasterize(self.P0, self.faces[~self._region('neck')], h, w).mask
-    unit = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])
-    core &= (polygon_mask(self.landmarks[OVAL, :2], h, w, grow=0) > .5) | (np.arange(h)[:, None] < self.landmarks[[61, 291], 1].mean() + .4*unit)   # not under the chin
-    area = ~ndi.binary_dilation(core, iterations=max(1, int(px))) & (np.arange(h)[:, None] > self.landmarks[[61, 291], 1].mean())
+    unit = np.linalg.norm(L[468, :2] - L[473, :2])
+    core &= (polygon_mask(L[OVAL, :2], h, w, grow=0) > .5) | (rows < L[[61, 291], 1].mean() + .4*unit)   # not under the chin
+    around = ~ndi.binary_dilation(core, iterations=max(1, int(px)))
+    area = around & (rows > L[[61, 291], 1].mean())
     if not area.any(): raise InputError('the picture ends above the chin; use one that shows the whole face, and best the shoulders, too')
-    far, light = self.unlike, self.light
+    far, light, first = self.unlike, self.light, int(np.clip(L[4, 1] - .2*unit, 0, h - 1))
+    around &= rows >= first                                                    # a shoulder reaches up to the mouth, but not to the nose
     beside = ~ndi.binary_dilation(rasterize(self.P0, self.faces[self.kind == _SKIN], h, w).mask, iterations=int(4*px))
-    cloth = np.maximum(smoothstep(3.5, 6, far + 2*beside), 1 - smoothstep(.18, .34, light))
-    cloth = cloth*area
-    label, _ = ndi.label((cloth > .5) & (self.matte > .4))
-    first = np.flatnonzero(area.any(1))[0]
-    hanging = np.unique(label[first:first + max(2, int(3*px))])                # what comes down from above is hair
-    collar = area*smoothstep(2.5, 3.5, far)*smoothstep(1.1, 1.4, light)          # no neck is lighter than its face; a seam or a stripe is no collar
+    cloth = around*np.maximum(smoothstep(3.5, 6, far + 2*beside), 1 - smoothstep(.18, .34, light))
+    pieces = lambda some: ndi.label((some > .5) & (self.matte > .4))[0]
+    top = np.flatnonzero(area.any(1))[0]
+    across, opened = slice(top, top + max(2, int(3*px))), ((self.matte < .4) & around)[first:top].any(0)
+    tells = opened | around[first:top].all(0)                                    # columns beside the cheek, not those under it
+    def shoulders(label):                                                      # of the pieces that reach the mouth's height: which have the background above them
+        votes = [np.bincount(label[across][:, v].ravel(), minlength=label.max() + 1) for v in (tells & opened, tells & ~opened)]
+        return np.flatnonzero(votes[0] > votes[1])
+    large = lambda label: np.isin(label, np.setdiff1d(np.flatnonzero(np.bincount(label.ravel()) > .25*unit**2), 0))         # a curl is no shoulder
+    label = pieces(cloth*area)
+    hanging = np.isin(label, np.setdiff1d(label[across], 0)) & ~(np.isin(label, shoulders(label)) & large(pieces(around & ((far > 2) | (cloth > .5)))))
+    hanging |= self._beard(around, unit)                                         # what comes down from above is hair
+    collar = around*smoothstep(2.5, 3.5, far)*smoothstep(1.1, 1.4, light)        # no neck is lighter than its face; a seam or a stripe is no collar
     collar *= ndi.binary_propagation(ndi.binary_erosion(collar > .5, iterations=max(1, int(.06*unit))), mask=collar > 0)
-    cloth = np.where(np.isin(label, hanging[hanging > 0]), 0, np.maximum(cloth, collar))
-    self.cloth = ndi.grey_closing(ndi.median_filter(cloth.astype(np.float32), 3), 5)
+    cloth = np.where(hanging, 0, np.maximum(cloth, collar))
+    self.cloth = ndi.grey_closing(ndi.median_filter((cloth*area).astype(np.float32), 3), 5)
     neck = rasterize(self.P0, self.faces[self._region('neck') & (self.kind == _SKIN)], h, w).mask
-    self.hanging = ndi.binary_dilation(np.isin(label, hanging[hanging > 0]), iterations=max(1, int(4*px)))
+    self.hanging = ndi.binary_dilation(hanging, iterations=max(1, int(4*px)))
     stray = area & ~self.hanging & ~ndi.binary_dilation(core | neck, iterations=max(1, int(4*px)))
-    self.cloth = np.maximum(self.cloth, stray*smoothstep(1.5, 2.5, far))
+    self.cloth, thin = np.maximum(self.cloth, stray*smoothstep(1.5, 2.5, far)), max(1, int(.025*unit))
+    self.cloth *= ndi.binary_dilation(ndi.binary_erosion((self.cloth > .5) & (self.matte > .4), iterations=thin), iterations=thin + 2) | (self.matte < .4)      # a line of shadow under the jaw is no cloth, nor one of light beside it
+    label = pieces(around & ~hanging & ((far > 2) | (cloth > .5)))
+    self.cloth = np.maximum(self.cloth, np.isin(label, np.setdiff1d(shoulders(label), np.append(label[first], 0))) & large(label) & ~area)
+    small = lambda some, most: np.isin(label := ndi.label(some)[0], 1 + np.flatnonzero(np.bincount(label.ravel())[1:] < most*unit**2))
+    sure = (self.cloth > .5) & (self.matte > .4)
+    self.cloth[(self.matte > .4) & ~ndi.binary_propagation(sure & ~small(sure, .06), mask=self.cloth > .02)] = 0
+    self.cloth[ndi.binary_closing(self.cloth > .5, iterations=max(1, int(.06*unit))) & (rows > L[152, 1] + .1*unit)] = 1      # light stripes of a tie
+    self.cloth[small(ndi.binary_fill_holes(self.cloth > .5) & (self.cloth <= .5), .25)] = 1
     bare = ndi.maximum_filter(np.maximum(self.cloth, stray), 2*int(px) + 1)
     return 1 - ndi.gaussian_filter(bare.astype(np.float32), .7*px)
+
+@patch_to(MeshAnimator)
+def _beard(self, around, unit) -> np.ndarray:
+    "What of the pixels around the face hangs from a chin that is not bare, in its colours, bool [H, W]. `unit`: between the eyes, pixels."
+    h, w = self.image.shape[:2]
+    L = self.landmarks
+    mouth = L[[61, 291], :2].mean(0)
+    down = L[152, :2] - mouth
+    low = ((np.mgrid[:w, :h].T + .5 - mouth) @ (down/np.linalg.norm(down)))/unit
+    chin = (polygon_mask(L[OVAL, :2], h, w, grow=-.05*unit) > .5) & (polygon_mask(L[OUTER_LIPS, :2], h, w, grow=.1*unit) < .5) & (low > .15)
+    cheeks = np.median(sample_bilinear(blurred(self.light[..., None], .05*unit), *L[CHEEKS, :2].T.astype(np.float32)))
+    if not chin.any() or np.median(self.light[chin]) > .58*cheeks: return np.zeros((h, w), bool)     # in shadow a bare chin has .7 of the cheeks' light, a brown beard .43
+    logs = np.log(blurred(self.image, .02*unit) + .04)
+    d, person = logs - np.median(logs[chin], axis=0), around & (self.matte > .3) & (low < 2)
+    like = person & (ndi.gaussian_filter(((d @ np.linalg.inv(np.cov(logs[chin].T) + .01*np.eye(3)))*d).sum(-1), .04*unit) < 9)
+    mass = ndi.binary_opening(like, iterations=max(1, int(.03*unit)))
+    mass = ndi.binary_propagation(ndi.binary_dilation(chin, iterations=max(1, int(.15*unit))) & mass, mask=mass)
+    curls = (like | person & (self.light < .3*cheeks)) & ndi.binary_dilation(mass, iterations=max(1, int(.2*unit)))
+    mass = ndi.binary_propagation(mass, mask=curls | mass)
+    return ndi.binary_closing(np.pad(mass, h//8), iterations=max(1, int(.1*unit)))[h//8:-(h//8), h//8:-(h//8)] & around
 
 @patch_to(MeshAnimator)
 def _tinted(self, colour) -> np.ndarray:
@@ -960,11 +997,13 @@ def _setup_body(self):
     neck = rasterize(self.camera0.project((self.V0 + self.hair).astype(np.float64)), below, h, w).mask
     neck = ndi.gaussian_filter(ndi.binary_dilation(neck, iterations=max(1, int(7*px))).astype(np.float32), 2*px)
     still = np.maximum(ndi.gaussian_filter(self.cloth, .7*px), (1 - smoothstep(.002, .03, self.following))*(1 - neck))
-    covered = ndi.maximum_filter(self.cloth, 2*int(5*px) + 1) > .1
+    covered = ndi.maximum_filter(self.cloth*(self.matte > .1), 2*int(5*px) + 1) > .1
     piece = ndi.binary_dilation(ndi.binary_erosion(covered, iterations=int(12*px)), iterations=int(18*px))       # specks are no clothes
     self.flesh_alpha = (self.person*np.where(covered, np.where(piece, neck, 1)*np.clip(2 - self.bare_away/reach, 0, 1), 1)).astype(np.float32)
-    self.cloth_alpha = (self.person*covered).astype(np.float32)
     self.covered_cloth, self.fringe_alpha = covered, None
+    beside = covered & (self.cloth < .5) & (self.following > .1)               # a neck slides along its collar
+    self.slides = beside | (ndi.minimum_filter(self.person, 2*int(2*px) + 1) < .98) & (self.following > .1)
+    self.near_cloth = sample_bilinear(ndi.binary_dilation(self.slides & covered)[..., None].astype(np.float32), *self.sheet_source.T)[..., 0]
     self.clothes = np.concatenate([bleed(self.spread, still, .97, max(1, int(2*px))), (self.person*still)[..., None]], -1).astype(np.float32)
 
 @patch_to(MeshAnimator)
@@ -1301,13 +1340,13 @@ def _as_portrayed(self):
     a = (head[..., 3]*self._above_body(A, jaw, self.size))[..., None]
     low, high = np.minimum(self.image, ground) - .04, np.maximum(self.image, ground) + .04
     aim = np.clip((self.image - head[..., :3]*a)/np.maximum(1 - a, .1), low, high)        # what is to be seen under the head: nothing stranger than what is there
-    edge = (self.fringe > .04) & (self.person < .98)
+    rim = (self.fringe > .04) & (self.person < .98)
     under = np.clip((aim - self.clothes[..., :3]*cloth)/np.maximum(1 - cloth, .1), low, high)
     b, self.fringe_colours = _laid_on(under, _over(ground, self._body(V, A, self.size)))
-    self.fringe_alpha = (b*edge).astype(np.float32)
+    self.fringe_alpha = (b*(rim | ndi.binary_dilation(self.slides))).astype(np.float32)
     under = _over(_over(ground, self._body(V, A, self.size)), self.clothes)
-    unlike = ndi.grey_closing(np.abs(self.image - under).max(-1)*~edge*self.covered_cloth, 5)
-    own = (ndi.gaussian_filter(smoothstep(.02, .08, unlike), self.size/512)*(1 - a[..., 0])*~edge)[..., None]
+    unlike = ndi.grey_closing(np.abs(self.image - under).max(-1)*~rim*self.covered_cloth, 5)
+    own = (ndi.gaussian_filter(ndi.maximum_filter(smoothstep(.02, .08, unlike), 3), self.size/512)*(1 - a[..., 0])*~(rim | self.slides))[..., None]
     self.clothes = (np.concatenate([self.clothes[..., :3]*cloth*(1 - own) + self.image*own, 0*cloth], -1)/np.maximum(cloth*(1 - own) + own, 1e-3)).astype(np.float32)
     self.clothes[..., 3:] = cloth*(1 - own) + own
 
@@ -1327,7 +1366,6 @@ def _body(self, V, A, size: int) -> np.ndarray:
     w = self.follows[:, None]
     r = rasterize(moved*w + still*(1 - w), self.body_faces, size*s, size*s)
     fine, whole = np.zeros((size*s, size*s, 4), np.float32), np.ones(len(moved), np.float32)
-    _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.skin, self.cloth_alpha, whole, fine)   # what is drawn along beside the neck: no hole between head and clothes
     self._paint_neck(V, camera, A, fine)
     _paint_sheet(r.face, r.bary, self.body_faces, self.sheet_source, self.flesh, self.flesh_alpha, whole, fine)
     if self.fringe_alpha is not None:
@@ -1341,7 +1379,8 @@ def _near(self, sheet, A) -> np.ndarray:
     "1 for the sheet's points that are where they were in the portrait, 0 some centimetres farther: a head that has turned has another outline."
     M, M0 = (np.asarray(m, np.float32) for m in (A, self.A0))
     away = sheet @ M[:3, :3].T - self.sheet @ M0[:3, :3].T + (M - M0)[:3, 3]
-    return (1 - smoothstep(.008, .035, np.sqrt((away*away).sum(1)))*smoothstep(0, .15, self.follows)).astype(np.float32)
+    away = np.sqrt((away*away).sum(1))*(1 + 8*self.near_cloth)                   # a neck that slides along its collar shows it sooner
+    return (1 - smoothstep(.008, .035, away)*smoothstep(0, .15, self.follows)).astype(np.float32)
 
 @patch_to(MeshAnimator)
 def _paint_neck(self, V, camera, A, fine):

@@ -291,6 +291,28 @@ def dressed(head, portrait):
     return image.astype(np.uint8), MeshAnimator(image.astype(np.uint8), track, head, soft, supersample=1)
 
 
+def test_clothes_hair_and_beard_are_told_apart(portrait, head):
+    "A shoulder has the background above it, hair does not; what hangs from a chin in its colours is a beard, under a bare chin it is a pullover."
+    image, track, matte = portrait
+    L, (y, x) = track.landmarks[0], np.mgrid[:SIZE, :SIZE]
+    nose, mouth, chin = L[4, 1], L[[61, 291], 1].mean(), L[152, 1]
+    beside = ~ndi.binary_dilation(matte > .5, iterations=2) & (np.abs(x - L[152, 0]) < .46*SIZE)
+    def made(where, dark=None):
+        picture = image.copy()
+        picture[where if dark is None else where | dark] = [30, 22, 18]
+        return MeshAnimator(picture, track, head, np.maximum(matte, where).astype(np.float32), supersample=1)
+    at = beside & (y > mouth + 4) & (y < chin)
+    shoulders, hair = made(beside & (y > .5*(nose + mouth))), made(beside & (y > L[10, 1]))
+    assert shoulders.cloth[at].mean() > .9 and not shoulders.hanging[at].any()
+    assert hair.cloth[at].mean() < .1 and hair.hanging[at].mean() > .9
+    below = (y > chin) & (y < chin + .1*SIZE) & (np.abs(x - L[152, 0]) < .12*SIZE)
+    jaw = (matte > .5) & (y > L[17, 1] + .02*SIZE) & (y <= chin + .02*SIZE)
+    low = below & (y > chin + .04*SIZE)
+    pullover, beard = made(below & (y > chin + .03*SIZE)), made(below, jaw)
+    assert pullover.cloth[low].mean() > .8 and not pullover.hanging[low].any()
+    assert beard.cloth[low].mean() < .1 and beard.hanging[low].mean() > .9
+
+
 def test_unmoved_the_whole_picture_is_the_portrait(portrait, head):
     "Outline, strands and clothes, too."
     image, animator = dressed(head, portrait)
