@@ -263,8 +263,8 @@ class MeshAnimator:
         self._setup_mesh()
         self._setup_textures()
         self._setup_lids()
+        self._setup_hair()
         self._setup_own_colours()
-        self.hair = self.normals0*hair_thickness(head, self.V0, self.camera0, self.matte)[:, None]
         self._setup_sheet()
         self._setup_teeth()
         self._setup_back()
@@ -640,6 +640,7 @@ def _setup_own_colours(self):
     P, V = self.T0, self.rest
     at = lambda image, p: sample_bilinear(image, p[:, 0].astype(np.float32), p[:, 1].astype(np.float32))
     colour = at(self.skin, P)
+    self.seen *= 1 - smoothstep(.2, .6, at(self.hair_beside[..., None].astype(np.float32), P)[:, 0])*self._is_face()*(1 - smoothstep(.5, .75, self.facing0))     # hair hangs beside a slope, it is not its skin
     w = self.seen*(at(self.matte[..., None], P)[:, 0] > .9)
     inner = ndi.minimum_filter(self.matte, 2*max(1, round(3*self.size/512)) + 1)                # the rim's pixels hold something of the background
     self.sure = w*smoothstep(.3, .55, self.facing0)*(at(inner[..., None], P)[:, 0] > .9)
@@ -651,11 +652,11 @@ def _setup_own_colours(self):
     self.own = np.clip(self._spread(colour, self.sure*self._is_face()), 0, 1).astype(np.float32)*self.shadow      # light comes from above: under the chin there is little
     self._lips_within(colour, w)
     over, beyond = (at(a, P) for a in self._covers())
-    away = np.where(V[:, 0] > 0, *(self._turned_away(side) for side in ('left', 'right')))*smoothstep(.03, .045, np.abs(V[:, 0]))
+    away = self._of_side(*(self._turned_away(side) for side in ('left', 'right')))*smoothstep(.03, .045, np.abs(V[:, 0]))*self._behind_temples()
     self.covered = self._spread((smoothstep(.5, .9, over[:, 0])*(1 - self.seen)*away)[:, None], np.full(len(V), .1))[:, 0].clip(0, 1)      # no teeth
     self.own += (self.covered*~self.head.region_vertices('neck'))[:, None]*(beyond - self.own)
     self.mirror_seen *= 1 - self.covered
-    self.seen *= np.maximum(smoothstep(.35, .5, self.facing0), smoothstep(.5, .95, at(inner[..., None], P)[:, 0])).astype(np.float32)     # a slope's pixels in the matte's rim hold something of the background
+    self.seen *= np.maximum(smoothstep(.6, .8, self.facing0), smoothstep(.5, .95, at(inner[..., None], P)[:, 0])).astype(np.float32)     # a slope's pixels in the matte's rim hold something of the background
     self.twin_light = self._spread(colour, w)[twin].sum(1)
     light = self.own.mean(1)
     self.relit = np.clip(light/np.maximum(light[twin], .02), .5, 1.8)
@@ -709,26 +710,35 @@ def _spread(self, data, weight) -> np.ndarray:
 
 # %% ../nbs/08_animate.ipynb #g6c
 @patch_to(MeshAnimator)
+def _setup_hair(self):
+    "The hull of skin and hair, and which of the portrait's pixels are hair."
+    h, w = self.image.shape[:2]
+    f = self.faces[self.kind == _SKIN]
+    self.hair = self.normals0*hair_thickness(self.head, self.V0, self.camera0, self.matte)[:, None]
+    standing = self.hair.copy()
+    self._press_ears()
+    standing[~self.ears_shown] = self.hair[~self.ears_shown]
+    outer = self.outer0 = rasterize(self.camera0.project((self.V0 + np.where(self.ears_shown[:, None], 0, self.hair)).astype(np.float64)), f, h, w)
+    scalp = (1 - self.face_mask)[:, None].astype(np.float32)
+    scalp[self.faces[self._region('neck') & (self.kind == _SKIN)]] = 0
+    hairy = self.scalp_seen = interpolate(scalp, f, outer)[..., 0] > .98          # hair hides the scalp: its depth says little
+    self.hull_seen = rasterize(self.camera0.project((self.V0 + standing).astype(np.float64)), f, h, w)
+    self.hairy = ndi.gaussian_filter(ndi.binary_erosion((hairy | ~outer.mask) & (self.matte > .9), iterations=max(1, int(4*h/512))).astype(np.float32), 2*h/512)
+    self.hair_seen = self._hair_seen()
+    self.grown = self._grown()
+
+@patch_to(MeshAnimator)
 def _setup_sheet(self, step: int = 2):
     "A dense grid over the portrait, with depth, bound to the mesh."
     h, w = self.image.shape[:2]
     self.step = step
-    f = self.faces[self.kind == _SKIN]
-    standing = self.hair.copy()
-    self._press_ears()
-    standing[~self.ears_shown] = self.hair[~self.ears_shown]
-    outer = rasterize(self.camera0.project((self.V0 + np.where(self.ears_shown[:, None], 0, self.hair)).astype(np.float64)), f, h, w)
-    scalp = (1 - self.face_mask)[:, None].astype(np.float32)
-    scalp[self.faces[self._region('neck') & (self.kind == _SKIN)]] = 0
-    hairy = interpolate(scalp, f, outer)[..., 0] > .98          # hair hides the scalp: its depth says little
-    hull = rasterize(self.camera0.project((self.V0 + standing).astype(np.float64)), f, h, w)
-    self.hairy = ndi.gaussian_filter(ndi.binary_erosion((hairy | ~outer.mask) & (self.matte > .9), iterations=max(1, int(4*h/512))).astype(np.float32), 2*h/512)
+    f, outer, hull, hairy = self.faces[self.kind == _SKIN], self.outer0, self.hull_seen, self.scalp_seen
     depth = np.where(outer.mask & ~hairy, outer.depth, np.where(hull.mask, hull.depth, 0))
     away, (i, j) = ndi.distance_transform_edt(depth == 0, return_indices=True)
     depth = np.where(away < 8*h/512, depth[i, j], 0)                          # strands beside the hull are as deep as its rim
     beyond = (self.matte > .5) & (depth == 0)                                 # hair or cloth that hangs farther than the hull: no step between the two
     trust = np.where(hairy | ~outer.mask, np.clip(ndi.distance_transform_edt(~beyond)/(30*h/512), 0, 1), 1)
-    self.shell = depth_shell(self.alpha, self.matte, depth, self.camera.focal, trust)
+    self.shell = self._hung(depth_shell(self.alpha, self.matte, depth, self.camera.focal, trust), hull)
     self.person = np.maximum(self.matte, self.alpha)
     gx, gy = np.meshgrid(np.arange(0, w + 1, step), np.arange(0, h + 1, step))
     i = np.arange(gx.size).reshape(gx.shape)
@@ -761,19 +771,33 @@ def _setup_sheet(self, step: int = 2):
     near = sparse.diags(1/np.asarray(near.sum(1)).ravel()) @ near
     self.binding = (near @ (near @ binding)).astype(np.float32).tocsr()       # neighbours move alike
     self.beside = near.astype(np.float32).tocsr()
-    self.hair_seen = self._hair_seen()
-    self.grown = self._grown()
     unit = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])
     near = ndi.gaussian_filter(ndi.maximum_filter(self.hair_near, 2*int(.35*unit) + 1), .05*unit)      # sides are not quite alike
     self.mirror_seen *= 1 - smoothstep(.1, .5, sample_bilinear(near[..., None], *self.mirror.T.astype(np.float32))[:, 0])     # no shadow of the other side's hair
-    self._setup_rim(hull)
+    self._setup_rim()
     self.following = self._following()
     self.follows = sample_bilinear(self.following[..., None], *self.sheet_source.T)[..., 0]
 
 @patch_to(MeshAnimator)
-def _setup_rim(self, hull):
-    "Where the sheet is the outline of cheek, jaw and hair in the portrait: which of its points, how much, and of which vertices of the hull (as rasterised) they are."
+def _hung(self, shell, hull) -> np.ndarray:
+    "A depth [H, W] in which hair beside the hull (as rasterised) hangs: about as deep as the head's outline beside the eyes, not as the outline of jaw and neck, which goes to and fro, or it would wave when it turns."
+    unit, eyes = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2]), self.landmarks[[468, 473], 1].mean()
+    rows, cols, solid = np.arange(self.size)[:, None], np.arange(self.size), self.matte > .5
+    rim = solid & ~ndi.binary_erosion(solid, iterations=max(1, int(.08*unit)), border_value=1) & (np.abs(rows - eyes) < .2*unit)
+    sides = [side for side in (rim & (cols < self.landmarks[1, 0]), rim & (cols > self.landmarks[1, 0])) if side.any()]
+    if not sides: return shell
+    deep = np.interp(cols, [np.nonzero(side)[1].mean() for side in sides], [np.median(shell[side]) for side in sides])
+    edge = 1 - smoothstep(.1*unit, .25*unit, ndi.distance_transform_edt(hull.mask))
+    soft = lambda which: ndi.gaussian_filter(which.astype(np.float32), (.1*unit, .03*unit))
+    share = np.maximum(soft(~hull.mask & (self.hair_beside | (self.hair_near > .5)) & solid)*smoothstep(-.3*unit, .2*unit, rows - eyes),
+                       soft(self.hair_beside & solid)*edge*smoothstep(0, .8*unit, rows - eyes))
+    return (shell + share*(deep - .02 - shell)).astype(np.float32)              # some of it falls before the shoulders (measured on a film)
+
+@patch_to(MeshAnimator)
+def _setup_rim(self):
+    "Where the sheet is the outline of cheek, jaw and hair in the portrait: which of its points, how much, and of which vertices of the hull they are."
     h, w = self.image.shape[:2]
+    hull = self.hull_seen
     y, x = np.clip(self.sheet_source.astype(int), 0, [w - 1, h - 1]).T[::-1]
     away, (i, j) = ndi.distance_transform_edt(~hull.mask, return_indices=True)
     away = away*np.median(self.shell)/self.camera.focal
@@ -785,6 +809,7 @@ def _setup_rim(self, hull):
     ears[self._part('left_ear', 'right_ear')] = 1
     part, at = lambda weight: binding @ np.asarray(weight, np.float32), lambda image: sample_bilinear(image[..., None].astype(np.float32), *self.sheet_source.T)[..., 0]
     low = 1 - smoothstep(-.01, .01, self.rest[:, 1] - self.joints3[3:, 1].mean())      # temples end in hair
+    low = np.maximum(low, self._of_side(*(self._turned_away(side) for side in ('left', 'right'))))      # but a side behind the face does not end
     grown = smoothstep(.2, .8, part(self.grown))*(1 - smoothstep(.008, .02, away))*smoothstep(.1, .5, at(self.hair_near))*(1 - at(hangs))      # what hangs beside the head has no hull under it
     facing, skin = part(self.facing0), part(low)*smoothstep(0, .3, part(self._is_face()))*(1 - at(self.hairy))
     skin, grown = (a*(1 - smoothstep(*ends, facing))*(1 - smoothstep(0, .3, part(ears))) for a, ends in ((skin, (.25, .6)), (grown, (.1, .35))))
@@ -812,10 +837,11 @@ def _press_ears(self, least: float = .5):
         on = self._ear_in_view(side)
         self.ear_bare[side] = skin[on].mean() if on.any() else 0
         self.ears_shown[mine] = self.ear_bare[side] > least
+    covered = sample_bilinear(self._covers()[0], *self.P0[:, :2].T.astype(np.float32))[:, 0]
     for side, other in (('left', 'right'), ('right', 'left')):
         mine = self._part(f'{side}_ear')
-        if len(mine) and self._turned_away(side) > .5 and not self.ears_shown[mine].any() and self.ears_shown[self._part(f'{other}_ear')].all():
-            self.hair[mine], self.ears_copied[mine] = 0, self.mirror_seen[mine]
+        if len(mine) and self._turned_away(side) > .5 and not self.ears_shown[mine].any() and self.ears_shown[self._part(f'{other}_ear')].all() and covered[mine].mean() < .6:
+            self.hair[mine], self.ears_copied[mine] = 0, 1
 
 # %% ../nbs/08_animate.ipynb #g7c
 @patch_to(MeshAnimator)
@@ -843,7 +869,7 @@ def _setup_back(self):
     bald = np.where(self._is_face()[:, None], self.own, self._spread(skin, bare)*self.shadow)
     self.back[:, 1:4] = np.clip(bald + hairy[:, None]*(hair - bald), 0, 1)
     self.behind = self.fixed.copy()
-    self.behind[:, 10] = self.ears_copied
+    self.behind[:, 10] = self.ears_copied*self.mirror_seen
     self.behind[scalp], self.behind[scalp, :2], self.behind[scalp, 4] = 0, Q[scalp, :2], np.maximum(1 - turned, smoothstep(0, .5, hairy))[scalp]
     self.behind[:, 2:4], self.behind[:, 4] = strands, np.maximum(self.behind[:, 4], self.grown*~scalp)
     upper = smoothstep(.5, .9, attached)*np.where(scalp, smoothstep(-.10, -.02, level), smoothstep(-.045, -.02, level))
@@ -864,7 +890,7 @@ def _hair_seen(self) -> np.ndarray:
     level = ((x - eyes[:, 0].mean())*up[0] + (y - eyes[:, 1].mean())*up[1])/unit
     around, logs = (self.hairy > .5) & (self.matte > .9), np.log(blurred(self.image, self.size/512) + .04)
     deep = ndi.distance_transform_edt(np.pad(self.matte > .5, 1, mode='edge'))[1:-1, 1:-1]
-    crown = around & (level > .5) & (deep < .3*unit)
+    crown, self.hair_beside = around & (level > .5) & (deep < .3*unit), np.zeros_like(around)
     face = (self.face_mask > .9) & (self.seen > .9) & ~self.eye_vertices
     if crown.sum() < 30: return around
     def unlikely(some):                                                            # of a colour, if it were one of these: minus the logarithm of a normal density
@@ -875,7 +901,12 @@ def _hair_seen(self) -> np.ndarray:
     bare = (self.raster0.face >= 0) & ~self.scalp[self.faces[self.raster0.face]].all(-1) & (level < 0)
     prior = np.where(level > 0, 5*np.exp(-(deep/(.3*unit))**2), 0) - 4*bare             # hair is rather at the outline, and rather not on a cheek
     like = around & (ndi.gaussian_filter(np.clip(more, -9, 9) + prior, 1.5*self.size/512) > 1)
-    return like & np.isin(pieces := ndi.label(like)[0], pieces[like & (level > .3)])    # teeth or a collar are none
+    like &= np.isin(pieces := ndi.label(like)[0], pieces[like & (level > .3)])    # teeth or a collar are none
+    near = ndi.binary_dilation(like, iterations=max(1, int(.15*unit)))
+    beside = like | near & (ndi.gaussian_filter(np.clip(more, -9, 9), self.size/512) > 0)       # and over the hull's cheek and jaw, with the shadows between
+    self.hair_beside = ndi.gaussian_filter(beside.astype(np.float32), .08*unit) > .35
+    for side in EYES: self.hair_beside &= ~(self._ear_in_view(side) & (self.ear_bare[side] > .25))
+    return like
 
 @patch_to(MeshAnimator)
 def _grown(self) -> np.ndarray:
@@ -892,8 +923,28 @@ def _grown(self) -> np.ndarray:
     for side, sign in (('left', 1), ('right', -1)):                              # beside an ear in view hair goes no lower than to its top
         ear = self._part(f'{side}_ear')
         if len(ear): beside *= np.where(sign*self.rest[:, 0] > 0, np.maximum(1 - smoothstep(.4, .6, self.ear_bare[side]), smoothstep(-.01, .01, self.rest[:, 1] - self.rest[ear, 1].max())), 1)
+    beside *= self._behind_temples()
     beside = self._spread(beside[:, None], np.full(len(beside), .1))[:, 0].clip(0, 1)         # no teeth
-    return np.where(self.scalp, np.maximum(smoothstep(-.07, -.035, level), beside), beside)
+    y, x = np.nonzero(ring & self.hair_seen)
+    low = -.07
+    if len(y):                                                                     # no lower at the nape than at either side
+        P = self.camera0.unproject(np.stack([x + .5, y + .5, np.full(len(y), self.camera0.project(self.joints3[1][None].astype(np.float64))[0, 2])], 1))
+        low = max(low, np.quantile(P[:, 1], .04) - self.joints3[3, 1] - .015)
+    return np.where(self.scalp, np.maximum(smoothstep(low, low + .035, level), beside), beside)
+
+@patch_to(MeshAnimator)
+def _behind_temples(self) -> np.ndarray:
+    "Where hair that hangs from the temples may cover a side [V]: it does not go along the jaw. What covers a side that is turned away and goes on beside the chin (a veil) hangs before the cheek, too."
+    up, back = self.rest[:, 1] - self.joints3[3, 1], self.joints3[3:, 2].mean() - self.rest[:, 2]
+    (x, y), columns = np.clip(self.landmarks[152, :2].astype(int), 0, self.size - 1), np.arange(self.size)
+    beside = self.hair_seen[y]/np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])
+    veiled = self._of_side(*(smoothstep(.1, .3, beside[some].sum())*self._turned_away(side) for side, some in (('left', columns > x), ('right', columns < x))))
+    return np.maximum(np.maximum(smoothstep(0, .02, back + .15*up - .04), smoothstep(-.02, .02, up)), veiled)
+
+@patch_to(MeshAnimator)
+def _of_side(self, left: float, right: float) -> np.ndarray:
+    "A number for each of the person's sides, [V]."
+    return np.where(self.rest[:, 0] > 0, left, right)
 
 @patch_to(MeshAnimator)
 def _strands_at(self, Q, start: float = 1.1) -> np.ndarray:
@@ -907,9 +958,30 @@ def _strands_at(self, Q, start: float = 1.1) -> np.ndarray:
     at = Q[:, :2] + out*(.06*self.camera0.focal/centre[2]*(angle - start - np.sin(angle) + np.sin(start)))[:, None]
     return self.size - np.abs(self.size - np.abs(at))                              # mirrored at the picture's edge
 
+def _combed(strands, known, size: int) -> np.ndarray:
+    "Noise drawn out along the way strands run where they are known (bool), and smoothly on from there, [size, size], about -1..1; less of it in hair that runs all ways."
+    px = size/512
+    gy, gx = (ndi.gaussian_filter(strands, 1.5*px, order=o) for o in ((1, 0), (0, 1)))
+    double = np.stack([gx*gx - gy*gy, 2*gx*gy, gx*gx + gy*gy], -1)*ndi.binary_erosion(known, iterations=max(1, int(5*px)))[..., None]
+    field = sum(w/max(f[..., 2].max(), 1e-12)*f for w, f in ((1, blurred(double, 5*px)), (.01, blurred(double, 16*px)), (1e-4, blurred(double, 40*px)), (1e-7, blurred(double, 120*px))))
+    one = np.linalg.norm(blurred(double, 3*px)[..., :2], axis=-1).sum()/max(double[..., 2].sum(), 1e-12)      # 0..1: do strands run side by side?
+    half = .5*np.arctan2(field[..., 1], field[..., 0]) + .5*np.pi                   # across the gradient
+    way = np.stack([np.cos(half), np.sin(half)], -1).astype(np.float32)
+    noise = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
+    noise = sum(f/f.std() for f in (ndi.gaussian_filter(noise, .7*px), ndi.gaussian_filter(noise[::-1], 1.6*px)))[..., None]
+    total = noise.copy()
+    for sign in (-1, 1):
+        at, last = pixel_centres(size, size).astype(np.float32), sign*way.reshape(-1, 2)
+        for _ in range(int(2 + 22*smoothstep(.35, .65, one))):                      # short hair is grain
+            step = way[tuple(np.clip(at[:, ::-1].astype(int), 0, size - 1).T)]
+            last = step*np.where((step*last).sum(1) < 0, -1, 1)[:, None]
+            at = at + px*last
+            total += sample_bilinear(noise, *np.ascontiguousarray(at.T)).reshape(size, size, 1)
+    return np.clip(total[..., 0]/total.std(), -2, 2)*smoothstep(0, .6, one)
+
 @patch_to(MeshAnimator)
 def _mane(self) -> np.ndarray:
-    "The portrait's hair, carried on over all of the picture as if it grew everywhere: the colours of the nearest, and strands from patches nearby, [H, W, 3]."
+    "The portrait's hair, carried on over all of the picture as if it grew everywhere: the colours of the nearest, and faint strands along the way it runs, [H, W, 3]."
     hair, soft, r = self.hair_seen & (self.alpha > .5), 6*self.size/512, max(4, round(16*self.size/512))
     if not hair.any(): return self.skin
     deep = ndi.distance_transform_edt(hair)
@@ -917,18 +989,9 @@ def _mane(self) -> np.ndarray:
     smooth = lambda known: blurred(self.spread*known[..., None], soft)/np.maximum(blurred(known[..., None]*1., soft), .02)
     i, j = ndi.distance_transform_edt(~core, return_distances=False, return_indices=True)
     colour = blurred(smooth(core)[i, j], 2*soft)
-    strands = np.where(hair[..., None], self.spread - smooth(hair), 0)
-    most = np.quantile(np.abs(strands[core]), .9, axis=0)                          # strands, not clips or seams
-    strands = np.pad(np.clip(strands, -most, most), ((r, r), (r, r), (0, 0)))
-    places, random, window = np.argwhere(core)[::7], np.random.default_rng(0), np.outer(*[np.hanning(2*r + 1)[:-1]]*2)[..., None]
-    at = np.stack(np.meshgrid(*[np.arange(0, self.size + r, r)]*2, indexing='ij'), -1).reshape(-1, 2)
-    near = cKDTree(places).query(at, k=min(len(places), r*r))[1].reshape(len(at), -1)
-    total, weight = np.zeros((self.size + 3*r, self.size + 3*r, 3), np.float32), np.zeros((self.size + 3*r, self.size + 3*r, 1), np.float32)
-    for (y, x), some in zip(at, near):
-        v, u = places[random.choice(some)]
-        total[y:y + 2*r, x:x + 2*r] += window*strands[v:v + 2*r, u:u + 2*r]
-        weight[y:y + 2*r, x:x + 2*r] += window**2
-    made = colour + .75*(total/np.sqrt(np.maximum(weight, 1e-3)))[r:r + self.size, r:r + self.size]
+    strands = np.where(hair, (self.spread - smooth(hair)).mean(-1), 0)
+    most = np.quantile(np.abs(strands[core]), .7)
+    made = colour*(1 + .6*most/max(colour[core].mean(), .02)*_combed(strands, hair, self.size))[..., None]
     share = ndi.gaussian_filter(hair.astype(np.float32), self.size/512)[..., None]
     return crisp(self.spread*share + np.clip(made, 0, 1)*(1 - share))
 
