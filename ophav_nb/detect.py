@@ -6,10 +6,10 @@
 __all__ = ['INNER_LIPS_UPPER', 'INNER_LIPS_LOWER', 'INNER_LIPS', 'OUTER_LIPS', 'LEFT_LID_UPPER', 'LEFT_LID_LOWER',
            'RIGHT_LID_UPPER', 'RIGHT_LID_LOWER', 'LEFT_EYE', 'RIGHT_EYE', 'LEFT_IRIS', 'RIGHT_IRIS', 'IRIS',
            'LEFT_BROW', 'RIGHT_BROW', 'BROWS', 'OVAL', 'INNER_FACE', 'LID_PAIRS', 'LIP_PAIRS', 'LIPS', 'LEFT_REGION',
-           'RIGHT_REGION', 'FEW_OF_68', 'CODES', 'NOSE', 'to_batch', 'cut', 'uncut', 'Face', 'overlap', 'merge',
-           'roi_of_landmarks', 'Networks', 'draw_landmarks', 'as_faces', 'make_finder', 'find_faces', 'is_human',
-           'yaw_of', 'one_face', 'doubts', 'Follower', 'fill_lost', 'guided_filter', 'foreground', 'Detector',
-           'detect_like', 'head_crop', 'eye_opening', 'blink', 'points_of_68', 'parsing']
+           'RIGHT_REGION', 'FEW_OF_68', 'CODES', 'NOSE', 'eye_opening', 'to_batch', 'cut', 'uncut', 'Face', 'overlap',
+           'merge', 'roi_of_landmarks', 'Networks', 'draw_landmarks', 'as_faces', 'make_finder', 'find_faces',
+           'is_human', 'yaw_of', 'one_face', 'doubts', 'Follower', 'fill_lost', 'guided_filter', 'foreground',
+           'Detector', 'detect_like', 'head_crop', 'blink', 'points_of_68', 'parsing']
 
 # %% ../nbs/05_detect.ipynb #c003
 import logging
@@ -47,6 +47,16 @@ OVAL = [10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379
 INNER_FACE = [i for i in range(468) if i not in set(OVAL)]
 LID_PAIRS = list(zip(LEFT_LID_UPPER + RIGHT_LID_UPPER, LEFT_LID_LOWER + RIGHT_LID_LOWER))
 LIP_PAIRS = list(zip(INNER_LIPS_UPPER, INNER_LIPS_LOWER))
+
+def eye_opening(
+    landmarks: np.ndarray,      # [...,478,3] px
+) -> np.ndarray:                # [...,2] left and right (in the picture) gap over width
+    "Mean distance of the lids over the width of the eye."
+    xy, out = landmarks[..., :2], []
+    for upper, lower, (a, b) in ((LEFT_LID_UPPER, LEFT_LID_LOWER, (33, 133)), (RIGHT_LID_UPPER, RIGHT_LID_LOWER, (362, 263))):
+        gap = np.linalg.norm(xy[..., upper, :] - xy[..., lower, :], axis=-1).mean(-1)
+        out.append(gap/np.maximum(np.linalg.norm(xy[..., a, :] - xy[..., b, :], axis=-1), 1e-6))
+    return np.stack(out, -1)
 
 # %% ../nbs/05_detect.ipynb #c011
 LIPS = [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 185, 40, 39, 37, 0, 267, 269, 270, 409, 78, 95, 88, 178, 87, 14, 317, 402,
@@ -670,17 +680,6 @@ def head_crop(
     travel = float(np.max((high.max(0) - low.min(0)) - np.median(high - low, 0)))  # how far the head goes
     centre = (low.min(0) + high.max(0))/2
     return Crop(float(centre[0]), float(centre[1] - lift*side), scale*side + max(0., travel), size)
-
-
-def eye_opening(
-    landmarks: np.ndarray,      # [...,478,3] px
-) -> np.ndarray:                # [...,2] left and right (in the picture) gap over width
-    "Mean distance of the lids over the width of the eye."
-    xy, out = landmarks[..., :2], []
-    for upper, lower, (a, b) in ((LEFT_LID_UPPER, LEFT_LID_LOWER, (33, 133)), (RIGHT_LID_UPPER, RIGHT_LID_LOWER, (362, 263))):
-        gap = np.linalg.norm(xy[..., upper, :] - xy[..., lower, :], axis=-1).mean(-1)
-        out.append(gap/np.maximum(np.linalg.norm(xy[..., a, :] - xy[..., b, :], axis=-1), 1e-6))
-    return np.stack(out, -1)
 
 
 def blink(
