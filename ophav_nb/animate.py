@@ -22,7 +22,7 @@ from scipy.spatial import cKDTree
 from .detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, LID_PAIRS, OUTER_LIPS, OVAL, detect_like
 from .geometry import axis_angle_to_matrix, interpolate, kernel, pixel_centres, push_pull, rasterize, sample_bilinear, smoothstep, spread_over, vertex_normals
 from .head import HeadModel, Motion, hair_thickness
-from .layers import CHEEKS, EYES, NeckCut, bleed, blurred, closed_lids, crisp, depth_shell, head_alpha, parted, polygon_mask, pose_of, visible_teeth, warmth, whole_eyes, without_mouth
+from .layers import CHEEKS, EYES, NeckCut, bleed, blurred, closed_lids, crisp, depth_shell, head_alpha, line_at, parted, polygon_mask, pose_of, visible_teeth, warmth, whole_eyes, without_mouth
 from .media import on_background, resize, to_float, to_uint8
 from .run import InputError, patch_to, progress
 from .track import closing, constant_offset, refit
@@ -246,6 +246,7 @@ class MeshAnimator:
         self.camera = track.camera.resized(w, h)
         self.shape = torch.as_tensor(np.asarray(track.shape, np.float32))
         self.landmarks = np.asarray(track.landmarks[0], np.float32)*[w/track.camera.width, h/track.camera.height, 1.]
+        self.eyes_apart = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])     # pixels
         self.joints3 = head.joint_positions(self.shape).reshape(-1, 5, 3)[0].numpy().astype(np.float64)
         m = track.motion
         self.source = m.expression[0], m.joints[0], m.translation[0]
@@ -489,7 +490,7 @@ def _bare_neck(self) -> np.ndarray:
     h, w = self.image.shape[:2]
     px, rows, L = h/512, np.arange(h)[:, None], self.landmarks
     core = rasterize(self.P0, self.faces[~self._region('neck')], h, w).mask
-    unit = np.linalg.norm(L[468, :2] - L[473, :2])
+    unit = self.eyes_apart
     core &= (polygon_mask(L[OVAL, :2], h, w, grow=0) > .5) | (rows < L[[61, 291], 1].mean() + .4*unit)   # not under the chin
     around = ~ndi.binary_dilation(core, iterations=max(1, int(px)))
     area = around & (rows > L[[61, 291], 1].mean())
@@ -586,11 +587,6 @@ def _setup_lids(self):
         setattr(self, f'gap_{side}', (eye_open, min(eye_shut, .8*eye_open)))
     self.lids = closed_lids(self.skin, self.landmarks, edges)
 
-def _line_at(at, points) -> np.ndarray:
-    "Height of a line through landmarks [N, 2+] at places [M]."
-    q = points[np.argsort(points[:, 0])]
-    return np.interp(at, q[:, 0], q[:, 1])
-
 def _lid_shade(below) -> np.ndarray:
     "Light on an eye so many metres below its upper lid."
     return 1 - .42*np.exp(-np.maximum(below, 0)/.0016)
@@ -603,7 +599,7 @@ def _lid_shade_seen(self) -> tuple:
     metre = self.camera.focal/np.median(self.P0[self.eye_vertices, 2])
     for eye in EYES.values():
         points = self.landmarks[eye['outline'], :2]
-        below = y - _line_at(x, points[:9])
+        below = y - line_at(x, points[:9])
         near = polygon_mask(points, h, w, grow=.3*np.ptp(points[:, 0])) > 0
         out = np.where(near, _lid_shade(below/metre), out)
         depth = np.where(near, below/max(self._lid_gap(self.V0, eye)*metre, 1.), depth)
@@ -627,7 +623,7 @@ def _under_lids(self, V) -> np.ndarray:
     out, rest = np.ones((len(v), 3), np.float32), v.copy()
     for side, eye in EYES.items():
         mine = v[:, 0] > 0 if side == 'left' else v[:, 0] < 0
-        lid, own = (_line_at(v[mine, 0], self._points(P, eye['outline'][:9])) for P in (V, self.V0))
+        lid, own = (line_at(v[mine, 0], self._points(P, eye['outline'][:9])) for P in (V, self.V0))
         out[mine, 0] = _lid_shade(lid - v[mine, 1])
         rest[mine, 1] += own - lid
     out[:, 1:] = self.camera0.project(rest.astype(np.float64))[:, :2] + (self.T0 - self.P0[:, :2])[self.eye_vertices]
@@ -644,14 +640,14 @@ def _setup_own_colours(self):
     w = self.seen*(at(self.matte[..., None], P)[:, 0] > .9)
     inner = ndi.minimum_filter(self.matte, 2*max(1, round(3*self.size/512)) + 1)                # the rim's pixels hold something of the background
     self.sure = w*smoothstep(.3, .55, self.facing0)*(at(inner[..., None], P)[:, 0] > .9)
-    twin = self.twin = self.skin_vertices[cKDTree(V[self.skin_vertices]).query(V*[-1, 1, 1])[1]]
+    twin = self.skin_vertices[cKDTree(V[self.skin_vertices]).query(V*[-1, 1, 1])[1]]
     self.mirror, self.mirror_seen = P[twin], (w[twin]*smoothstep(.2, .8, w[twin])).astype(np.float32)
     below = (V[:, 1] < self._points(V, [14])[0, 1]) & ~self.scalp
     under = smoothstep(.15, .85, -vertex_normals(V, self.faces)[:, 1])*below*(1 - self.sure)
     self.shadow = (1 - np.outer(under, np.array([.32, .42, .48])*(1 - self.colourless) + .41*self.colourless)).astype(np.float32)     # skin in shadow is warm
     self.own = np.clip(self._spread(colour, self.sure*self._is_face()), 0, 1).astype(np.float32)*self.shadow      # light comes from above: under the chin there is little
     self._lips_within(colour, w)
-    over, beyond = (at(a, P) for a in self._covers())
+    over, beyond = (at(a, P) for a in self.covers)
     away = self._of_side(*(self._turned_away(side) for side in ('left', 'right')))*smoothstep(.03, .045, np.abs(V[:, 0]))*self._behind_temples()
     self.covered = self._spread((smoothstep(.5, .9, over[:, 0])*(1 - self.seen)*away)[:, None], np.full(len(V), .1))[:, 0].clip(0, 1)      # no teeth
     self.own += (self.covered*~self.head.region_vertices('neck'))[:, None]*(beyond - self.own)
@@ -716,6 +712,7 @@ def _setup_hair(self):
     f = self.faces[self.kind == _SKIN]
     self.hair = self.normals0*hair_thickness(self.head, self.V0, self.camera0, self.matte)[:, None]
     standing = self.hair.copy()
+    self.covers = self._covers()
     self._press_ears()
     standing[~self.ears_shown] = self.hair[~self.ears_shown]
     outer = self.outer0 = rasterize(self.camera0.project((self.V0 + np.where(self.ears_shown[:, None], 0, self.hair)).astype(np.float64)), f, h, w)
@@ -771,7 +768,7 @@ def _setup_sheet(self, step: int = 2):
     near = sparse.diags(1/np.asarray(near.sum(1)).ravel()) @ near
     self.binding = (near @ (near @ binding)).astype(np.float32).tocsr()       # neighbours move alike
     self.beside = near.astype(np.float32).tocsr()
-    unit = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])
+    unit = self.eyes_apart
     near = ndi.gaussian_filter(ndi.maximum_filter(self.hair_near, 2*int(.35*unit) + 1), .05*unit)      # sides are not quite alike
     self.mirror_seen *= 1 - smoothstep(.1, .5, sample_bilinear(near[..., None], *self.mirror.T.astype(np.float32))[:, 0])     # no shadow of the other side's hair
     self._setup_rim()
@@ -781,7 +778,7 @@ def _setup_sheet(self, step: int = 2):
 @patch_to(MeshAnimator)
 def _hung(self, shell, hull) -> np.ndarray:
     "A depth [H, W] in which hair beside the hull (as rasterised) hangs: about as deep as the head's outline beside the eyes, not as the outline of jaw and neck, which goes to and fro, or it would wave when it turns."
-    unit, eyes = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2]), self.landmarks[[468, 473], 1].mean()
+    unit, eyes = self.eyes_apart, self.landmarks[[468, 473], 1].mean()
     rows, cols, solid = np.arange(self.size)[:, None], np.arange(self.size), self.matte > .5
     rim = solid & ~ndi.binary_erosion(solid, iterations=max(1, int(.08*unit)), border_value=1) & (np.abs(rows - eyes) < .2*unit)
     sides = [side for side in (rim & (cols < self.landmarks[1, 0]), rim & (cols > self.landmarks[1, 0])) if side.any()]
@@ -837,7 +834,7 @@ def _press_ears(self, least: float = .5):
         on = self._ear_in_view(side)
         self.ear_bare[side] = skin[on].mean() if on.any() else 0
         self.ears_shown[mine] = self.ear_bare[side] > least
-    covered = sample_bilinear(self._covers()[0], *self.P0[:, :2].T.astype(np.float32))[:, 0]
+    covered = sample_bilinear(self.covers[0], *self.P0[:, :2].T.astype(np.float32))[:, 0]
     for side, other in (('left', 'right'), ('right', 'left')):
         mine = self._part(f'{side}_ear')
         if len(mine) and self._turned_away(side) > .5 and not self.ears_shown[mine].any() and self.ears_shown[self._part(f'{other}_ear')].all() and covered[mine].mean() < .6:
@@ -937,7 +934,7 @@ def _behind_temples(self) -> np.ndarray:
     "Where hair that hangs from the temples may cover a side [V]: it does not go along the jaw. What covers a side that is turned away and goes on beside the chin (a veil) hangs before the cheek, too."
     up, back = self.rest[:, 1] - self.joints3[3, 1], self.joints3[3:, 2].mean() - self.rest[:, 2]
     (x, y), columns = np.clip(self.landmarks[152, :2].astype(int), 0, self.size - 1), np.arange(self.size)
-    beside = self.hair_seen[y]/np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])
+    beside = self.hair_seen[y]/self.eyes_apart
     veiled = self._of_side(*(smoothstep(.1, .3, beside[some].sum())*self._turned_away(side) for side, some in (('left', columns > x), ('right', columns < x))))
     return np.maximum(np.maximum(smoothstep(0, .02, back + .15*up - .04), smoothstep(-.02, .02, up)), veiled)
 
@@ -1073,7 +1070,7 @@ def _setup_body(self):
 def _following(self) -> np.ndarray:
     "How much each pixel of the person follows the head: all inside the cut, less and less down neck and hair, the rest stays."
     h, w = self.image.shape[:2]
-    unit = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])
+    unit = self.eyes_apart
     inside = self.cut.reserve(self.camera0, float(self.source[1][2, 0]))
     neck = rasterize(self.P0, self.faces[self._region('neck') & (self.kind == _SKIN)], h, w).mask
     soft = ndi.gaussian_filter((ndi.binary_dilation(neck, iterations=int(.08*unit)) | self.hanging).astype(np.float32), .08*unit)
@@ -1120,7 +1117,7 @@ def _teeth_up(self, wide, reach: float = .09):
     "Teeth whose upper end the lip hides go on beneath it, `reach` of the mouth's width: a lip that rises shows more of the same, no second row."
     self.teeth_image, rows = self.image.copy(), np.arange(len(self.image))[:, None]
     shown = self.teeth_weight > .6
-    up = _line_at(np.arange(shown.shape[1]) + .5, self.landmarks[INNER_LIPS_UPPER])
+    up = line_at(np.arange(shown.shape[1]) + .5, self.landmarks[INNER_LIPS_UPPER])
     top = shown.argmax(0)
     under = shown.any(0) & (top - up < max(2, .05*wide))
     fill = under & (rows < top) & (rows > top - reach*wide)
@@ -1213,7 +1210,7 @@ def _from_edge(self, numbers) -> np.ndarray:
 def _lip_shade(self, V) -> np.ndarray:
     "The upper lip's shadow on what is inside the mouth."
     v, teeth = V[self.inside], self.front_teeth[self.inside]
-    below = _line_at(v[:, 0], self._points(V, INNER_LIPS_UPPER)) - v[:, 1]
+    below = line_at(v[:, 0], self._points(V, INNER_LIPS_UPPER)) - v[:, 1]
     return np.where(teeth, .72 + .28*smoothstep(0, .004, below), .6 + .4*smoothstep(-.002, .018, below))     # farther in, the shadow is longer
 
 # %% ../nbs/08_animate.ipynb #g10c
@@ -1471,8 +1468,7 @@ def composite(self,
     ground = self.ground if self.ground.shape[0] == size else np.clip(resize(self.ground, size), 0, 1)
     body = self._body(V, A, size)
     clothes = self.clothes if size == self.size else np.clip(resize(self.clothes, size), 0, 1)
-    out = ground*(1 - body[..., 3:]) + body[..., :3]*body[..., 3:]
-    out = out*(1 - clothes[..., 3:]) + clothes[..., :3]*clothes[..., 3:]
+    out = _over(_over(ground, body), clothes)
     a = rgba[..., 3:]*self._above_body(A, jaw, size)[..., None]
     return out*(1 - a) + rgba[..., :3]*a
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EYES', 'CHEEKS', 'WHITE', 'LIGHTER', 'blurred', 'crisp', 'polygon_mask', 'bleed', 'NeckCut', 'resize_field',
-           'head_alpha', 'pose_of', 'parted', 'without_mouth', 'visible_teeth', 'draw_curve', 'closed_lids', 'warmth',
-           'whole_eyes', 'radial_profile', 'inflate', 'depth_shell']
+           'head_alpha', 'pose_of', 'line_at', 'parted', 'without_mouth', 'visible_teeth', 'draw_curve', 'closed_lids',
+           'warmth', 'whole_eyes', 'radial_profile', 'inflate', 'depth_shell']
 
 # %% ../nbs/07b_layers.ipynb #c003
 import math
@@ -179,6 +179,14 @@ def pose_of(head, joints, translation, shape) -> np.ndarray:
     with torch.no_grad(): return head.pose_matrix(t(joints)[None], t(translation)[None], t(shape)).reshape(-1, 4, 4)[0].numpy().astype(np.float64)
 
 # %% ../nbs/07b_layers.ipynb #c012
+def line_at(
+    at,              # places from left to right, pixels, [M]
+    points,          # landmarks along the line, pixels, [N, 2+]
+) -> np.ndarray:     # pixels, [M]
+    "Height of the line through some landmarks."
+    q = points[np.argsort(points[:, 0])]
+    return np.interp(at, q[:, 0], q[:, 1])
+
 def parted(
     landmarks,  # pixels, [478, 2+]
 ) -> float:     # 0 closed .. 1
@@ -238,8 +246,7 @@ def _redness(image, skin, lips) -> np.ndarray:
 def _hanging(teeth, landmarks) -> np.ndarray:
     "0 on what stands up from the lower lip and does not reach the upper one's half: lower teeth go with the jaw, bool [H, W] -> float [H, W]."
     h, w = teeth.shape
-    line = lambda index: np.interp(np.arange(w) + .5, *landmarks[sorted(index, key=lambda i: landmarks[i, 0]), :2].T)
-    up, down = line(INNER_LIPS_UPPER), line(INNER_LIPS_LOWER)
+    up, down = (line_at(np.arange(w) + .5, landmarks[index]) for index in (INNER_LIPS_UPPER, INNER_LIPS_LOWER))
     deep = (np.arange(h)[:, None] + .5 - up)/np.maximum(down - up, 1.)
     label, n = ndi.label(teeth)
     standing = [k for k in range(1, n + 1) if np.percentile(deep[label == k], 10) > .4]
