@@ -223,13 +223,13 @@ def _evaluate(args) -> int:
     if args.folder and not args.motion: raise InputError("--motion FILM is missing: the film that drives the run")
     if args.clip and args.motion: raise InputError("--motion drives a finished run; leave it out beside --clip")
     from ophav_nb import evaluate
-    if args.clip: evaluate.evaluate_clip(**_options(args, "folder", "motion"))
+    if args.clip: result = evaluate.evaluate_clip(**_options(args, "folder", "motion"))
     else:
         options = _options(args, "folder", "clip")
         if useless := set(options) - {"motion", "out", "preset", "device"}:
             raise InputError(f"--{sorted(useless)[0]} goes with --clip; a finished run keeps what it was made with")
-        evaluate.evaluate_run(args.folder, **options)
-    _say(f"measures: {Path(args.out)/'metrics.json'}")
+        result = evaluate.evaluate_run(args.folder, **options)
+    _say(evaluate.results_table(result), f"measures: {Path(args.out)/'metrics.json'}")
     return 0
 
 

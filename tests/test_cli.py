@@ -26,6 +26,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(sys.modules["ophav_nb"], module, fake, raising=False)
     stand_in("pipeline", "create", "animate")
     stand_in("evaluate", "evaluate_clip", "evaluate_run")
+    sys.modules["ophav_nb.evaluate"].results_table = lambda result: "a table"
     stand_in("bench", "bench")
     return made
 
@@ -35,6 +36,11 @@ def one_line(capsys, *argv):
     out, err = capsys.readouterr()
     assert err.startswith("ophav: ") and err.count("\n") == 1 and "Traceback" not in err
     return err
+
+
+def test_an_evaluation_ends_with_its_table(calls, capsys):
+    assert main(["evaluate", "--clip", "c.mp4", "--out", "e"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "a table"
 
 
 def test_only_given_options_are_passed_on(calls):

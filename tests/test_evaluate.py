@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import ophav_nb.evaluate as evaluate
-from ophav_nb.evaluate import (PRESETS, Comparison, compared_frames, comparison, evaluate_clip, evaluate_run, pick_preset,
+from ophav_nb.evaluate import (PRESETS, Comparison, EvaluationPreset, compared_frames, comparison, evaluate_clip, evaluate_run, example_film, pick_preset,
                                results_table)
+from ophav_nb.pipeline import Preset, create
 from ophav_nb.run import InputError, Run
 
 CLIPS = Path(__file__).resolve().parents[2]/'shared/data/clips'
@@ -131,6 +132,20 @@ def test_clip_smoke(tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path/'out').rglob('*.npy')}
 
 
+def test_an_avatar_driven_by_a_film_is_compared_with_its_animator(tmp_path):
+    "The protocol `cross` on a small avatar: its rows, that it follows the animator, and that a second call renders nothing anew."
+    run = create('astronaut', tmp_path/'run', preset=Preset(192, 64, 16, 80, 0, 4, .3, 64), rounds=0)
+    film, tiny = example_film(tmp_path/'film.mp4', seconds=.7, seed=5), EvaluationPreset(192, 64, 8, 2, 0, 0, 0)
+    result = evaluate_run(run, film, tmp_path/'out', tiny)
+    coarse, avatar = result['rows']['coarse'], result['rows']['avatar']
+    assert result['protocol'] == 'cross' and 'psnr_coarse' not in coarse
+    assert avatar['psnr_coarse'] > 12 and avatar['psnr_coarse_interior'] > 15 and coarse['sharpness_of_portrait'] > .7
+    assert results_table(result).splitlines()[0].startswith('| row | psnr_coarse |')
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path/'out').rglob('*.png') if p.parent.parent.name == 'rows'}
+    assert evaluate_run(run, film, tmp_path/'out', tiny)['rows'].keys() == result['rows'].keys() and before
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
 def test_mattes_are_written_in_pieces(tmp_path):
     alpha = np.random.default_rng(0).random((10, 4, 4)).astype(np.float32)
     evaluate.write_mattes(tmp_path/'matte.npy', alpha, 3)
@@ -149,7 +164,6 @@ def test_a_frame_that_breaks_is_seen_without_a_truth(monkeypatch):
 
 
 def test_a_film_to_try_it_with(tmp_path):
-    from ophav_nb.evaluate import example_film
     from ophav_nb.media import clip_info
     info = clip_info(example_film(tmp_path/"film.mp4", seconds=.5))
     assert info.frames == 4 and (info.width, info.height) == (256, 256)
