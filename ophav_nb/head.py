@@ -355,6 +355,7 @@ def hair_thickness(
     matte,               # of the person, 0..1, [H, W]
     most: float = .12,   # metres
     margin: float = .008,# kept free inside the person's soft edge, of the picture's width
+    shown=None,          # where the picture shows anything, bool [H, W]; None: everywhere
 ) -> np.ndarray:         # along the normals, metres, float32 [V]
     "How far hair (or a hat) stands off the scalp: from the scalp's outline to the person's, spread over the scalp, nothing at the hairline."
     vertices, matte = np.asarray(vertices, np.float32), np.asarray(matte, np.float32)
@@ -375,6 +376,9 @@ def hair_thickness(
     thick = np.zeros(len(vertices))
     thick[edge] = np.maximum(reach[np.argmin(inside, 1)] - margin*camera.width*metre, 0)
     known[edge] *= ~inside.all(1)
+    if shown is not None:                                                     # an outline that the picture's border cuts off tells nothing
+        end = q[np.arange(len(edge)), np.argmin(inside, 1)] + 2*outwards
+        known[edge] *= sample_bilinear(shown[..., None].astype(np.float32), *end.T.astype(np.float32))[..., 0] > .99
     return spread_over(head.faces, (thick*known)[:, None], np.maximum(known, ~scalp))[:, 0].clip(0, most).astype(np.float32)
 
 # %% ../nbs/03_head.ipynb #c034

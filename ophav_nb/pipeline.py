@@ -141,7 +141,8 @@ def add_track(
     "Artifact `track`: the head model fitted to the portrait."
     def build(folder: Path) -> None:
         image, landmarks = read_image(run.path("portrait", "crop.png")), np.load(run.path("portrait", "landmarks.npy"))
-        fit_portrait(image, landmarks, head, focal=focal).save(folder / "track.npz")
+        shown = json.loads(run.path("portrait", "crop.json").read_text()).get("shown", [0, 0, *image.shape[1::-1]])
+        replace(fit_portrait(image, landmarks, head, focal=focal), picture=np.array(shown, np.float32)).save(folder / "track.npz")
 
     run.make("track", build, needs=["portrait"], params=dict(focal=focal) | head_key(head))
 
@@ -406,8 +407,9 @@ def add_dataset(
 
         track, motion = seen_motion(run)
         paths, offset = sorted(run.path("coarse", "frames").glob("*.png")), run.path("coarse", "offset.npy")
-        HeadDataset.from_frames(heads, motion, track.shape, track.camera, head, folder=folder, size=size, known=track.known(size),
-                                ok=track.ok if motion is track.motion else None,   # a portrait's track says nothing of a script's frames
+        filmed = motion is track.motion                     # a portrait's track says nothing of a script's frames
+        HeadDataset.from_frames(heads, motion, track.shape, track.camera, head, folder=folder, size=size,
+                                known=track.known(size) if filmed else None, ok=track.ok if filmed else None,
                                 offset=np.load(offset) if offset.exists() else None)
 
     run.make("rounds/0/dataset", build, needs=["coarse", "track"], params=dict(size=size, parser=parser) | halved(parser))

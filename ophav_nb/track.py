@@ -623,7 +623,8 @@ def track_portrait(
     found = detector.one(image, face)
     crop = head_crop(found.landmarks, size)
     square = crop.apply(image, "soft")
-    return crop, square, detector.matte(square)[0], fit_portrait(square, in_crop(crop, found.landmarks), head, focal)
+    track = fit_portrait(square, in_crop(crop, found.landmarks), head, focal)
+    return crop, square, detector.matte(square)[0], replace(track, picture=crop.covered(image.shape[1], image.shape[0]))
 
 # %% ../nbs/06_track.ipynb #c023
 def _subset(fit: _Fit, some) -> _Fit:
