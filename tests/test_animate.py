@@ -101,7 +101,7 @@ def test_closed_lips_stay_and_open_ones_get_a_line(portrait, head):
     assert parted(landmarks) == 1
     made = MeshAnimator(image, talking, head, matte)
     closed = made.frame(*state(track, head))[..., :3].mean(-1)
-    made.parted = 0.
+    made.mouth.parted = 0.
     plain = made.frame(*state(track, head))[..., :3].mean(-1)
     lips = polygon_mask(track.landmarks[0][OUTER_LIPS, :2], SIZE, SIZE, grow=2) > .5
     assert (closed < .9*plain)[lips].sum() > 10 and (closed < .98*plain)[~lips].sum() == 0
@@ -124,13 +124,13 @@ def test_a_face_that_is_not_the_models_stays_itself(portrait, head):
     inner, beside = np.array(INNER_FACE), track.landmarks + np.float32([3, -2, 0])
     moved = np.roll(image, (-2, 3), (0, 1))
     own = MeshAnimator(moved, replace(track, landmarks=beside), head, np.roll(matte, (-2, 3), (0, 1)), supersample=1)
-    lies = own.camera0.project(own._points(own.V0, inner))[:, :2]
+    lies = own.portrayed.camera0.project(own.portrayed.points(own.portrayed.V0, inner))[:, :2]
     assert np.abs(lies - beside[0, inner, :2]).mean() < .5
     f, (x0, y0), (x1, y1) = own.frame(*state(track, head)), *(beside[0, inner, :2].min(0).astype(int) + 12, beside[0, inner, :2].max(0).astype(int) - 12)
     assert np.abs(f[y0:y1, x0:x1, :3] - moved[y0:y1, x0:x1]/255.).mean() < .02
-    driven = MeshAnimator(image, replace(track, correction=np.tile(np.float32([.004, 0, 0]), (478, 1))), head, matte, supersample=1)
+    driven = MeshAnimator(image, replace(track, correction=np.tile(np.float32([.004, 0, 0]), (478, 1))), head, matte, supersample=1).portrayed
     face = inner[np.abs(track.landmarks[0, inner, 1] - track.landmarks[0, 1, 1]) < 15]
-    p = [driven.camera0.project(driven._points(v, face))[:, 0] for v in (driven.V0, driven._at(*state(track, head))[0])]
+    p = [driven.camera0.project(driven.points(v, face))[:, 0] for v in (driven.V0, driven.at(*state(track, head))[0])]
     np.testing.assert_allclose(p[0], track.landmarks[0, face, 0], atol=.5)
     assert 2 < (p[1] - p[0]).mean() < 2.6            # 4 mm are 2.4 pixels here
 
@@ -160,7 +160,7 @@ def test_it_lands_where_the_mesh_does(animator, portrait, head):
     inside = (f[..., 3] > .95) & (mask > 0)
     assert inside.sum() > .12*SIZE**2
     assert np.abs(f[..., :3] - true/255.)[inside].mean() < .06
-    face = animator.cut(track.camera.moved(animator._transform(j, t))) > .99
+    face = animator.portrayed.cut(track.camera.moved(animator.portrayed.transform(j, t))) > .99
     assert ((f[..., 3] > .5) == (mask > 0))[face].mean() > .94
 
 
@@ -180,7 +180,7 @@ def test_lids_close(animator, portrait, head):
     _, track, _ = portrait
     L = track.landmarks[0]
     open_, shut = animator.frame(*state(track, head)), animator.frame(*state(track, head, eyeBlink=1.))
-    skin = animator.skin_colour
+    skin = animator.portrayed.skin_colour
     for eye in EYES.values():
         x, y = L[eye['iris'][0], :2].astype(int)
         assert np.abs(shut[y, x, :3] - skin).mean() < .6*np.abs(open_[y, x, :3] - skin).mean()
@@ -212,7 +212,7 @@ def test_eyes_opened_wide_show_them(portrait, head):
     "The second texture of the eyes counts as they open or turn, and at rest not at all."
     image, track, matte = portrait
     animator = MeshAnimator(image, track, head, matte, supersample=1)
-    animator.whites = np.zeros_like(animator.whites) + np.float32([0, 1, 0])
+    animator.eyes.whites = np.zeros_like(animator.eyes.whites) + np.float32([0, 1, 0])
     green = lambda f: int(((f[..., 1] > .5) & (f[..., 0] < .35) & (f[..., 3] > .9)).sum())
     rest, wide = (animator.frame(*state(track, head, **e)) for e in ({}, dict(eyeWide=1.)))
     assert green(rest) == 0 and green(wide) > 20
@@ -223,9 +223,9 @@ def test_mouth_opens_dark_and_closes(animator, portrait, head):
     e, j, t = state(track, head, jaw=16)
     f = animator.frame(e, j, t)
     V = animator.vertices(e[None], j[None])[0]
-    q = animator.camera.moved(animator._transform(j, t)).project(animator._points(V, [13, 14]))
+    q = animator.portrayed.camera.moved(animator.portrayed.transform(j, t)).project(animator.portrayed.points(V, [13, 14]))
     x, y = q[:, 0].mean(), q[:, 1].mean()
-    assert f[int(y), int(x), :3].mean() < .75*animator.skin_colour.mean()
+    assert f[int(y), int(x), :3].mean() < .75*animator.portrayed.skin_colour.mean()
     closed = animator.frame(*state(track, head))
     L = track.landmarks[0]
     assert np.abs(closed[int(L[13, 1]), int(L[13, 0]), :3] - f[int(y), int(x), :3]).mean() > .05
@@ -247,9 +247,9 @@ def test_teeth_reach_as_far_as_the_portraits(portrait, head):
     middle = np.mean([landmarks[13, 1], landmarks[14, 1]])
     image[inner & (np.mgrid[:SIZE, :SIZE][0] < middle + .2*(landmarks[14, 1] - middle))] = [240, 235, 225]
     made = MeshAnimator(image, there, head, matte)
-    lowest = lambda a: a.camera0.project(a.V0[upper].astype(np.float64))[:, 1].max()
+    lowest = lambda a: a.portrayed.camera0.project(a.portrayed.V0[upper].astype(np.float64))[:, 1].max()
     assert np.allclose(bare.person_offset()[upper, 1].min(), made.person_offset()[upper, 1].max(), atol=.008) and lowest(made) > lowest(bare) + 1
-    seen = np.flatnonzero((made.teeth_weight > .5).any(1)).max()
+    seen = np.flatnonzero((made.mouth.teeth > .5).any(1)).max()
     assert abs(lowest(made) - seen) < 3
     np.testing.assert_allclose((made.person_offset() - bare.person_offset())[np.setdiff1d(np.arange(head.n_vertices), upper)], 0, atol=1e-6)
     data = HeadDataset.from_frames(np.zeros((1, 32, 32, 4), np.uint8), motion, track.shape, track.camera.resized(32, 32), head, offset=made.person_offset())
@@ -300,7 +300,7 @@ def test_clothes_hair_and_beard_are_told_apart(portrait, head):
     def made(where, dark=None):
         picture = image.copy()
         picture[where if dark is None else where | dark] = [30, 22, 18]
-        return MeshAnimator(picture, track, head, np.maximum(matte, where).astype(np.float32), supersample=1)
+        return MeshAnimator(picture, track, head, np.maximum(matte, where).astype(np.float32), supersample=1).clothes
     at = beside & (y > mouth + 4) & (y < chin)
     shoulders, hair = made(beside & (y > .5*(nose + mouth))), made(beside & (y > L[10, 1]))
     assert shoulders.cloth[at].mean() > .9 and not shoulders.hanging[at].any()
@@ -329,8 +329,8 @@ def test_what_is_carried_beside_the_outline_fades(portrait, head):
     image, animator = dressed(head, portrait)
     rest, seen = state(portrait[1], head), []
     for yaw in (0, 2, 4, 8, 16, 32):
-        V, A, jaw = animator._at(*state(portrait[1], head, yaw=yaw))
-        seen.append(animator._near(animator.sheet, A)[animator.follows > .9].mean())
+        V, A, jaw = animator.portrayed.at(*state(portrait[1], head, yaw=yaw))
+        seen.append(animator.body.in_place(animator.sheet.still, A)[animator.body.follows > .9].mean())
     assert seen[0] == 1 and seen[1] > .95 and seen[-1] < .5 and np.all(np.diff(seen) <= 0)
 
 
@@ -353,46 +353,50 @@ def turned_portrait(head, yaw, hood=False):
 
 
 def test_a_hood_covers_the_side_turned_away(head):
-    side = lambda an, sign: an.own[an._is_face() & (an.seen < .1) & (sign*an.V0[:, 0] > .05) & (an.V0[:, 1] > an.joints3[3, 1] - .03)].mean()
+    def side(an, sign):
+        p = an.portrayed
+        return an.unseen.own[p.is_face & (an.seen < .1) & (sign*p.V0[:, 0] > .05) & (p.V0[:, 1] > p.joints3[3, 1] - .03)].mean()
     bare, hood = turned_portrait(head, -25), turned_portrait(head, -25, hood=True)
-    away = -1 if bare._turned_away('right') > .5 else 1
+    away = -1 if bare.portrayed.turned_away('right') > .5 else 1
     assert side(hood, away) < .6*side(bare, away)
     assert side(hood, -away) > .8*side(bare, -away)                    # what is in view is not covered
-    front = turned_portrait(head, 0, hood=True)
-    assert front._turned_away('left') == front._turned_away('right') == 0
+    front = turned_portrait(head, 0, hood=True).portrayed
+    assert front.turned_away('left') == front.turned_away('right') == 0
 
 
 def test_hair_goes_on_where_nothing_is_seen(head):
     an = turned_portrait(head, 0, hood=True)
-    hood, face = np.array([40, 20, 12])/255, an.face_mask > .9
-    assert an.hair_seen.any() and np.abs(an.image[an.hair_seen] - hood).max() < .05    # told from the face by its colour
-    assert np.abs(an.mane - hood).mean() < .05                                          # and everywhere
-    top = an.scalp & (an.rest[:, 1] > an.joints3[3, 1])
-    assert (an.grown[top] == 1).all() and an.grown[face & (an.facing0 > .4)].max() < .1
-    hidden = top & (an.facing0 < 0)
-    assert (an.back[:len(an.rest)][hidden, 4] == 1).all() and (an.behind[:len(an.rest)][hidden, 4] > .9).all()   # opaque, and its own texture
-    assert np.allclose(an._rim_shown(an.facing0), 1)                                    # at rest the outline is the portrait's
+    p, hair, back, hood = an.portrayed, an.hair, an.back, np.array([40, 20, 12])/255
+    face, top = p.face_mask > .9, p.scalp & (p.level > 0)
+    assert hair.seen.any() and np.abs(p.image[hair.seen] - hood).max() < .05            # told from the face by its colour
+    assert np.abs(hair.mane - hood).mean() < .05                                        # and everywhere
+    assert (hair.grown[top] == 1).all() and hair.grown[face & (p.facing0 > .4)].max() < .1
+    hidden = top & (p.facing0 < 0)
+    assert (back.back[:len(p.rest)][hidden, 4] == 1).all() and (back.fixed[:len(p.rest)][hidden, 4] > .9).all()   # opaque, and its own texture
+    assert np.allclose(an.sheet.rim_shown(p.facing0), 1)                                # at rest the outline is the portrait's
 
 
 def test_a_hidden_ear_is_like_the_other(head):
     for yaw, hidden, shown in ((-30, 'right', 'left'), (30, 'left', 'right')):
         an = turned_portrait(head, yaw)
-        if an._turned_away(hidden) < .5: hidden, shown = shown, hidden
-        ear, other = an._part(f'{hidden}_ear'), an._part(f'{shown}_ear')
-        assert an.ears_shown[other].all() and not an.ears_shown[ear].any()
-        assert not an.hair[ear, 1:].any() and an.hair[other, 1:].any()               # stands; under the sheet, which carries the other, that is pressed flat
-        assert an.ears_copied[ear].mean() > .3 and not an.ears_copied[other].any()
+        p, hair = an.portrayed, an.hair
+        if p.turned_away(hidden) < .5: hidden, shown = shown, hidden
+        ear, other = p.part(f'{hidden}_ear'), p.part(f'{shown}_ear')
+        assert hair.ears_shown[other].all() and not hair.ears_shown[ear].any()
+        assert not hair.thick[ear].any() and hair.thick[other].any()                 # stands; under the sheet, which carries the other, that is pressed flat
+        assert hair.ears_copied[ear].mean() > .3 and not hair.ears_copied[other].any()
 
 
 def test_the_hull_has_no_corners(animator):
-    hull, n = animator._hull(animator.V0), len(animator.V0)
-    i, j = animator.back_edges.T
-    flat = animator.V0 + animator.hair
+    p, back = animator.portrayed, animator.back
+    hull, n = back.hull(p.V0), len(p.V0)
+    i, j = back.edges.T
+    flat = p.V0 + back.thick
     assert np.abs(hull[n:] - .5*(hull[i] + hull[j])).max() > .0005     # arcs on the scalp
-    rim = animator.scalp[i] & animator.scalp[j]
-    away = lambda p: np.linalg.norm(p - flat[animator.scalp].mean(0), axis=-1).mean()
-    assert abs(away(np.concatenate([hull[:n][animator.scalp], hull[n:][rim]])) - away(np.concatenate([flat[animator.scalp], .5*(flat[i] + flat[j])[rim]]))) < 2e-4
-    skin = ~animator.scalp[i] & ~animator.scalp[j]
+    rim = p.scalp[i] & p.scalp[j]
+    away = lambda q: np.linalg.norm(q - flat[p.scalp].mean(0), axis=-1).mean()
+    assert abs(away(np.concatenate([hull[:n][p.scalp], hull[n:][rim]])) - away(np.concatenate([flat[p.scalp], .5*(flat[i] + flat[j])[rim]]))) < 2e-4
+    skin = ~p.scalp[i] & ~p.scalp[j]
     assert np.allclose(hull[n:][skin], .5*(flat[i] + flat[j])[skin], atol=1e-6)
 
 
