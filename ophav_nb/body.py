@@ -86,7 +86,7 @@ class Body:
         beside = self.covered & (cloth < .5) & (self.following > .1)               # a neck slides along its collar
         self.slides = beside | (ndi.minimum_filter(person, 2*int(2*px) + 1) < .98) & (self.following > .1)
         self.near_cloth = sampled(ndi.binary_dilation(self.slides & self.covered), sheet.source)
-        self.rim = (sheet.fringe > .04) & (person < .98)
+        self.edge = (sheet.fringe > .04) & (person < .98)
         self.clothes = np.concatenate([bleed(p.bled, still, .97, max(1, int(2*px))), (person*still)[..., None]], -1).astype(np.float32)
         self.empty, self.ground, self.fringe = empty, None, None
 
@@ -194,10 +194,10 @@ def settle(self,
     aim = np.clip((p.image - head[..., :3]*a)/np.maximum(1 - a, .1), low, high)        # what is to be seen under the head: nothing stranger than what is there
     under = np.clip((aim - self.clothes[..., :3]*cloth)/np.maximum(1 - cloth, .1), low, high)
     b, colours = _laid_on(under, over(ground, self.paint(V, A, p.size)))
-    self.fringe = colours, (b*(self.rim | ndi.binary_dilation(self.slides))).astype(np.float32)
+    self.fringe = colours, (b*(self.edge | ndi.binary_dilation(self.slides))).astype(np.float32)
     under = over(over(ground, self.paint(V, A, p.size)), self.clothes)
-    unlike = ndi.grey_closing(np.abs(p.image - under).max(-1)*~self.rim*self.covered, 5)
-    own = (ndi.gaussian_filter(ndi.maximum_filter(smoothstep(.02, .08, unlike), 3), p.size/512)*(1 - a[..., 0])*~(self.rim | self.slides))[..., None]
+    unlike = ndi.grey_closing(np.abs(p.image - under).max(-1)*~self.edge*self.covered, 5)
+    own = (ndi.gaussian_filter(ndi.maximum_filter(smoothstep(.02, .08, unlike), 3), p.size/512)*(1 - a[..., 0])*~(self.edge | self.slides))[..., None]
     still = cloth*(1 - own) + own
     self.clothes = np.concatenate([(self.clothes[..., :3]*cloth*(1 - own) + p.image*own)/np.maximum(still, 1e-3), still], -1).astype(np.float32)
     self.ground = ground

@@ -18,7 +18,8 @@ from .run import patch_to
 
 # %% ../nbs/07g_hair.ipynb #c006
 class Hair:
-    "The hair of a portrait: its hull over the mesh, the pixels that show it, the vertices that it covers."
+    """The hair of a portrait. Of the mesh: how far it stands off (`thick`, metres [V, 3]), where it covers what is not shown (`grown`, 0..1 [V]), which ears are shown or copied from the other side. Of the
+    picture: which pixels are hair (`seen`; `beside`: over cheek and jaw, too; bool), whether the nearest of the person is (`near`, 0..1), the side that it covers (`over`, `over_colour`), and the `mane`, [H, W, 3]."""
 
     def __init__(self,
         portrayed: Portrayed,
@@ -31,6 +32,7 @@ class Hair:
         self.thick = standing.copy()                                            # metres [V, 3]
         self._press_ears()
         bare = self.ears_shown[:, None]
+        # the mesh, pressed hair over hidden ears, and the whole hull, as the portrait's camera sees them
         self.outer = rasterize(p.camera0.project((p.V0 + np.where(bare, 0, self.thick)).astype(np.float64)), f, h, w)
         self.hull = rasterize(p.camera0.project((p.V0 + np.where(bare, standing, self.thick)).astype(np.float64)), f, h, w)
         scalp = (1 - p.face_mask)[:, None].astype(np.float32)

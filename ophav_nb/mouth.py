@@ -30,11 +30,11 @@ class Mouth:
     ):
         p = self.portrayed = portrayed
         self.between = polygon_mask(p.landmarks[INNER_LIPS, :2], *p.image.shape[:2], grow=-.2)
-        self.parted, self.lip_of = p.parted, self._lips()
+        self.lip_of = self._lips()
         tooth, tongue, cavity = self._made_up()
         self._teeth_up()
         self.surface = None
-        if self.parted > .5 and (self.between > .5).any(): self._teeth_surface()      # at rest, the inside of an open mouth without teeth is the portrait's, too
+        if p.parted > .5 and (self.between > .5).any(): self._teeth_surface()      # at rest, the inside of an open mouth without teeth is the portrait's, too
         self._setup_inside(own, tooth, tongue, cavity)
 
 @patch_to(Mouth)
@@ -210,4 +210,4 @@ def meet_lips(self,
     x0, y0 = np.clip(np.floor(q[:, :2].min(0) - 3*thin).astype(int), 1, [w - 1, h - 1])
     x1, y1 = np.clip(np.ceil(q[:, :2].max(0) + 3*thin).astype(int), 1, [w - 1, h - 1])
     left, right = np.sort(q[[0, INNER_LIPS.index(308)], 0]).astype(np.float32)
-    close_slits(mesh.face, p.kind, self.lip_of, x0, x1, y0, y1, left, right, np.float32(thin), np.float32(self.parted), out)
+    close_slits(mesh.face, p.kind, self.lip_of, x0, x1, y0, y1, left, right, np.float32(thin), np.float32(p.parted), out)

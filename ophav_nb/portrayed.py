@@ -48,8 +48,7 @@ def fading(
 
 # %% ../nbs/07d_portrayed.ipynb #c008
 class Portrayed:
-    """A portrait, the mesh that was fitted to it, and what it shows of that. Arrays over the picture are [H, W] or [H, W, 3], those over the mesh [V] or [V, n]; P0 is where a vertex of the mesh at
-    rest (V0) is projected to, T0 where the portrait shows what belongs there, pixels."""
+    "A portrait, the mesh that was fitted to it, and what it shows of that (the table above). Names that end in 0 are the portrait's own state."
 
     def __init__(self,
         image,            # the square crop, uint8 or float [H, W, 3]

@@ -101,7 +101,7 @@ def test_closed_lips_stay_and_open_ones_get_a_line(portrait, head):
     assert parted(landmarks) == 1
     made = MeshAnimator(image, talking, head, matte)
     closed = made.frame(*state(track, head))[..., :3].mean(-1)
-    made.mouth.parted = 0.
+    made.portrayed.parted = 0.
     plain = made.frame(*state(track, head))[..., :3].mean(-1)
     lips = polygon_mask(track.landmarks[0][OUTER_LIPS, :2], SIZE, SIZE, grow=2) > .5
     assert (closed < .9*plain)[lips].sum() > 10 and (closed < .98*plain)[~lips].sum() == 0
@@ -222,7 +222,7 @@ def test_mouth_opens_dark_and_closes(animator, portrait, head):
     _, track, _ = portrait
     e, j, t = state(track, head, jaw=16)
     f = animator.frame(e, j, t)
-    V = animator.vertices(e[None], j[None])[0]
+    V = animator.portrayed.vertices(e[None], j[None])[0]
     q = animator.portrayed.camera.moved(animator.portrayed.transform(j, t)).project(animator.portrayed.points(V, [13, 14]))
     x, y = q[:, 0].mean(), q[:, 1].mean()
     assert f[int(y), int(x), :3].mean() < .75*animator.portrayed.skin_colour.mean()
