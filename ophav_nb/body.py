@@ -74,7 +74,8 @@ class Body:
         empty,                 # the ground without anybody, [H, W, 3]
         supersample: int = 2,  # samples along an output pixel
     ):
-        p, self.portrayed, self.sheet, self.back, self.skin, self.flesh, self.supersample = portrayed, portrayed, sheet, back, skin, flesh, supersample
+        p = self.portrayed = portrayed
+        self.sheet, self.back, self.skin, self.flesh, self.supersample = sheet, back, skin, flesh, supersample
         reach, px, person, cloth = .065*p.size, p.size/512, clothes.person, clothes.cloth
         self.following = self._following(clothes.hanging)
         self.follows = sampled(self.following, sheet.source)                    # of the sheet's points

@@ -24,13 +24,13 @@ class Clothes:
         portrayed: Portrayed,
     ):
         p = self.portrayed = portrayed
-        self.px, self.rows, self.unit = p.size/512, np.arange(p.size)[:, None], p.eyes_apart
+        self.px, self.rows, self.unit = p.size/512, np.arange(p.size)[:, None], p.eyes_apart     # a pixel of a picture of 512; the distance between the eyes
         self._look_around()
         cloth = self._other_than_skin()
-        hanging = self._from_above(cloth) | self._beard()
+        hanging = self._from_above(cloth) | self._beard()                       # hair: it goes along
         cloth = np.where(hanging, 0, np.maximum(cloth, self._light_collars()))
         self.hanging = self._grown(hanging, 4*self.px)
-        stray = self.area & ~self.hanging & ~self._grown(self.core | p.neck_seen, 4*self.px)
+        stray = self.area & ~self.hanging & ~self._grown(self.core | p.neck_seen, 4*self.px)     # where there is neither face nor neck nor hair
         low = self._with_thickness(ndi.grey_closing(ndi.median_filter((cloth*self.area).astype(np.float32), 3), 5), stray)
         self.cloth = self._tidied(np.maximum(low, self._shoulders_above_mouth(cloth, hanging)))
         self.alpha = self._head_alone(stray)
@@ -101,13 +101,13 @@ def _large(self, label) -> np.ndarray:
 @patch_to(Clothes)
 def _beard(self) -> np.ndarray:
     "What of the pixels around the face hangs from a chin that is not bare, in its colours, bool [H, W]."
-    p, L, unit, px = self.portrayed, self.portrayed.landmarks, self.unit, self.portrayed.size
+    p, L, unit, side = self.portrayed, self.portrayed.landmarks, self.unit, self.portrayed.size
     mouth = L[[61, 291], :2].mean(0)
     down = L[152, :2] - mouth
-    low = ((np.mgrid[:px, :px].T + .5 - mouth) @ (down/np.linalg.norm(down)))/unit
-    chin = (polygon_mask(L[OVAL, :2], px, px, grow=-.05*unit) > .5) & (polygon_mask(L[OUTER_LIPS, :2], px, px, grow=.1*unit) < .5) & (low > .15)
+    low = ((np.mgrid[:side, :side].T + .5 - mouth) @ (down/np.linalg.norm(down)))/unit
+    chin = (polygon_mask(L[OVAL, :2], side, side, grow=-.05*unit) > .5) & (polygon_mask(L[OUTER_LIPS, :2], side, side, grow=.1*unit) < .5) & (low > .15)
     cheeks = np.median(sampled(blurred(p.light[..., None], .05*unit), L[CHEEKS]))
-    if not chin.any() or np.median(p.light[chin]) > .58*cheeks: return np.zeros((px, px), bool)     # in shadow a bare chin has .7 of the cheeks' light, a brown beard .43
+    if not chin.any() or np.median(p.light[chin]) > .58*cheeks: return np.zeros((side, side), bool)     # in shadow a bare chin has .7 of the cheeks' light, a brown beard .43
     logs = np.log(blurred(p.image, .02*unit) + .04)
     d, person = logs - np.median(logs[chin], axis=0), self.around & (p.matte > .3) & (low < 2)
     like = person & (ndi.gaussian_filter(((d @ np.linalg.inv(np.cov(logs[chin].T) + .01*np.eye(3)))*d).sum(-1), .04*unit) < 9)
@@ -115,7 +115,7 @@ def _beard(self) -> np.ndarray:
     mass = ndi.binary_propagation(self._grown(chin, .15*unit) & mass, mask=mass)
     curls = (like | person & (p.light < .3*cheeks)) & self._grown(mass, .2*unit)
     mass = ndi.binary_propagation(mass, mask=curls | mass)
-    return ndi.binary_closing(np.pad(mass, px//8), iterations=max(1, int(.1*unit)))[px//8:-(px//8), px//8:-(px//8)] & self.around
+    return ndi.binary_closing(np.pad(mass, side//8), iterations=max(1, int(.1*unit)))[side//8:-(side//8), side//8:-(side//8)] & self.around
 
 @patch_to(Clothes)
 def _light_collars(self) -> np.ndarray:

@@ -45,7 +45,8 @@ class Sheet:
         hair: Hair,
         step: int = 2,     # width of a square, pixels
     ):
-        p, self.portrayed, self.step = portrayed, portrayed, step
+        p = self.portrayed = portrayed
+        self.step = step
         h, w = p.image.shape[:2]
         self.shell = self._hung(self._depth(clothes, hair), hair)
         xy, q = squares(np.arange(0, w + 1, step), np.arange(0, h + 1, step))

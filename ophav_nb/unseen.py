@@ -30,7 +30,7 @@ class Unseen:
         portrayed: Portrayed,
         hair: Hair,
     ):
-        p, self.portrayed = portrayed, portrayed
+        p = self.portrayed = portrayed
         P, V = p.T0, p.rest
         colour = sampled(p.skin, P)
         hangs = smoothstep(.2, .6, sampled(hair.beside, P))*p.is_face*(1 - smoothstep(.5, .75, p.facing0))     # hair hangs beside a slope, it is not its skin
@@ -87,8 +87,9 @@ class Back:
         hair: Hair,
         unseen: Unseen,
     ):
-        p, self.portrayed, self.mane = portrayed, portrayed, hair.mane
-        n, scalp, self.attached = len(p.rest), p.scalp, 1 - p.head.weights.numpy()[:, 0]
+        p = self.portrayed = portrayed
+        self.mane, self.attached = hair.mane, 1 - p.head.weights.numpy()[:, 0]       # how much a vertex turns with the head, [V]
+        n, scalp = len(p.rest), p.scalp
         below = smoothstep(.2, .4, self.attached)
         bared = ndi.minimum_filter(p.matte*(1 - np.clip(clothes.cloth, 0, 1)), 3)
         self.thick = hair.thick.copy()                                           # metres [V, 3]
