@@ -90,11 +90,11 @@ def _render(self, V, A, jaw: float, size: int, layers: int = 4) -> np.ndarray:
     offset, (w, h) = np.array([lo[0]*s, lo[1]*s, 0]), (hi - lo)*s                # a window around the head
     fine = np.zeros((h, w, 4), np.float32)
     self.back.paint(camera.project(self.back.hull(V)) - offset, self.skin, fine)
-    cloth = rasterize(screen - offset, sheet.faces, h, w)
+    r = rasterize(screen - offset, sheet.faces, h, w)
     N = vertex_normals(V, p.faces)
     shown = facing(V, N, camera)
     keep = sheet.left(screen, shown, size*s)
-    if layers > 1: paint_sheet(cloth.face, cloth.bary, sheet.faces, sheet.source, self.flesh, self.clothes.alpha, keep, fine)   # no edge of a collar
+    if layers > 1: paint_sheet(r.face, r.bary, sheet.faces, sheet.source, self.flesh, self.clothes.alpha, keep, fine)   # no edge of a collar
     mesh = rasterize(camera.project(V) - offset, p.faces, h, w)
     if layers > 2: paint_mesh(mesh.face, mesh.bary, p.faces, p.kind, self.fixed, self._moving(V, N, camera, shown), self.skin, eyes.lids, eyes.eyes, eyes.whites, eyes.lashes, self.clothes.alpha, fine)
     if layers > 3:

@@ -112,8 +112,8 @@ def _neck_stands(self) -> np.ndarray:
     return ndi.gaussian_filter(ndi.binary_dilation(neck, iterations=max(1, int(7*px))).astype(np.float32), 2*px)
 
 @patch_to(Body)
-def clothes_behind(self) -> np.ndarray:   # float32 [H, W, 3]
-    "The ground, on which the clothes go on behind jaw and neck, where the portrait shows them on either side."
+def _clothes_behind(self) -> np.ndarray:
+    "The ground, on which the clothes go on behind jaw and neck, where the portrait shows them on either side, float32 [H, W, 3]."
     p = self.portrayed
     cloth = ndi.binary_erosion(self.clothes[..., 3] > .9, iterations=max(1, int(4*p.size/512)))
     if not cloth.any(): return self.empty
@@ -188,7 +188,7 @@ def settle(self,
     head,         # as it is painted where nothing has moved, straight RGBA, float32 [H, H, 4]
 ) -> None:
     "The ground with clothes behind the neck; and the body's layers such that, with this head, all together are the portrait: clothes are its own pixels wherever the layers under them are not."
-    p, ground, cloth = self.portrayed, self.clothes_behind(), self.clothes[..., 3:]
+    p, ground, cloth = self.portrayed, self._clothes_behind(), self.clothes[..., 3:]
     V, A, jaw = p.unmoved
     a = head[..., 3:]*self._above(A, jaw, p.size)
     low, high = np.minimum(p.image, ground) - .04, np.maximum(p.image, ground) + .04

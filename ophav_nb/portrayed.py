@@ -48,7 +48,7 @@ def fading(
 
 # %% ../nbs/07d_portrayed.ipynb #c008
 class Portrayed:
-    "A portrait, the mesh that was fitted to it, and what it shows of that (the table above). Names that end in 0 are the portrait's own state."
+    "A portrait, the mesh that was fitted to it, and what it shows of that: the notebook has a table. Names that end in 0 are of the portrait's own state."
 
     def __init__(self,
         image,            # the square crop, uint8 or float [H, W, 3]
@@ -64,6 +64,7 @@ class Portrayed:
         self.eyes_apart = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])     # pixels
         self.parted = parted(self.landmarks)                                                    # of the lips, 0..1
         self._bend_mesh()
+        self._sort_mesh()
         self._place_mesh()
         self._read_colours()
 
@@ -198,8 +199,8 @@ def person_offset(self) -> np.ndarray:   # metres, float32 [V, 3]
 
 # %% ../nbs/07d_portrayed.ipynb #c012
 @patch_to(Portrayed)
-def _place_mesh(self):
-    "Kinds of triangles; of each vertex its place, how it faces the camera, how well it is seen (0..1), how much it belongs to the face (0..1)."
+def _sort_mesh(self):
+    "Kinds of triangles, and which vertices belong to what."
     f = self.faces = np.ascontiguousarray(self.head.faces, np.int32)
     self.kind, is_neck = np.zeros(len(f), np.int8), self.region('neck')
     self.kind[self.region('left_eyeball') | self.region('right_eyeball')] = OF_EYE
@@ -210,7 +211,11 @@ def _place_mesh(self):
     self.eye_vertices[f[self.kind == OF_EYE]] = True
     self.scalp, self.neck = self.head.region_vertices('scalp'), self.head.region_vertices('neck')
     self.is_face = ~self.scalp & ~self.neck
-    P, (h, w) = self.camera0.project(self.V0.astype(np.float64)), self.image.shape[:2]
+
+@patch_to(Portrayed)
+def _place_mesh(self):
+    "Of each vertex its place, how it faces the camera, how well it is seen (0..1), how much it belongs to the face (0..1); and where the head ends."
+    f, P, (h, w) = self.faces, self.camera0.project(self.V0.astype(np.float64)), self.image.shape[:2]
     self.P0, self.raster0 = P, rasterize(P, f, h, w)
     self.neck_seen = rasterize(P, self.neck_faces, h, w).mask
     near = ndi.maximum_filter(np.where(self.raster0.depth > 0, self.raster0.depth, 0), 3)
