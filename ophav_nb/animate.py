@@ -51,8 +51,9 @@ class MeshAnimator:
         self.sheet = Sheet(p, self.clothes, self.hair)
         self.mouth = Mouth(p, self.unseen.own)
         self.back = Back(p, self.clothes, self.hair, self.unseen)
-        empty = empty_ground(p.image, p.matte)
-        self.skin, self.flesh = (own_edges(c, p.image, self.clothes.person, empty) for c in (p.skin, self.clothes.flesh))
+        empty = empty_ground(p.image, np.where(p.shown, p.matte, 1))
+        person = np.where(p.certain < 1, 1, self.clothes.person)                    # the picture's border is no outline
+        self.skin, self.flesh = (own_edges(c, p.image, person, empty) for c in (p.skin, self.clothes.flesh))
         self.body = Body(p, self.clothes, self.sheet, self.back, self.skin, self.flesh, empty, supersample)
         m, u = self.mouth, self.unseen
         self.seen, self.openings = np.where(m.inside, 0, u.seen).astype(np.float32), p.openings()
@@ -82,14 +83,14 @@ def _render(self, V, A, jaw: float, size: int, layers: int = 4) -> np.ndarray:
     "One frame from the mesh in the head's own space and its pose; of its layers the lowest so many."
     p, s, sheet, eyes = self.portrayed, self.supersample, self.sheet, self.eyes
     camera = p.camera.resized(size*s, size*s).moved(A)
-    screen = camera.project(sheet.moved(V))
-    lo = np.maximum(np.floor(screen[sheet.of_head, :2].min(0)/s).astype(int), 0)
-    hi = np.minimum(np.ceil(screen[sheet.of_head, :2].max(0)/s).astype(int), size)
+    screen, hull = camera.project(sheet.moved(V)), camera.project(self.back.hull(V))
+    ends = np.concatenate([screen[sheet.of_head, :2], hull[self.back.back[:, 4] > .02, :2]])
+    lo, hi = np.maximum(np.floor(ends.min(0)/s).astype(int), 0), np.minimum(np.ceil(ends.max(0)/s).astype(int), size)
     out = np.zeros((size, size, 4), np.float32)
     if (hi <= lo).any(): return out
     offset, (w, h) = np.array([lo[0]*s, lo[1]*s, 0]), (hi - lo)*s                # a window around the head
     fine = np.zeros((h, w, 4), np.float32)
-    self.back.paint(camera.project(self.back.hull(V)) - offset, self.skin, fine)
+    self.back.paint(hull - offset, self.skin, fine)
     r = rasterize(screen - offset, sheet.faces, h, w)
     N = vertex_normals(V, p.faces)
     shown = facing(V, N, camera)

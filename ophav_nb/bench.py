@@ -27,7 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from .animate import head_alpha, make_animator
+from .animate import make_animator
+from .layers import head_alpha
 from .avatar import Avatar, AvatarConfig, Batch, Trainer, memory_mb, status_mb, toy_film
 from .deform import Deformer
 from .dense import Packed, layers_backward, layers_forward

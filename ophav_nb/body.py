@@ -87,7 +87,7 @@ class Body:
         beside = self.covered & (cloth < .5) & (self.following > .1)               # a neck slides along its collar
         self.slides = beside | (ndi.minimum_filter(person, 2*int(2*px) + 1) < .98) & (self.following > .1)
         self.near_cloth = sampled(ndi.binary_dilation(self.slides & self.covered), sheet.source)
-        self.edge = (sheet.fringe > .04) & (person < .98)
+        self.edge = (sheet.fringe > .04) & (person < .98) & (p.certain == 1)
         self.clothes = np.concatenate([bleed(p.bled, still, .97, max(1, int(2*px))), (person*still)[..., None]], -1).astype(np.float32)
         self.empty, self.ground, self.fringe = empty, None, None
 

@@ -34,7 +34,7 @@ class Clothes:
         low = self._with_thickness(ndi.grey_closing(ndi.median_filter((cloth*self.area).astype(np.float32), 3), 5), stray)
         self.cloth = self._tidied(np.maximum(low, self._shoulders_above_mouth(cloth, hanging)))
         self.alpha = self._head_alone(stray)
-        self.person = np.maximum(p.matte, self.alpha)
+        self.person = np.maximum(p.matte*p.certain, self.alpha)
         self.flesh, self.bare_away = self._undressed()
 
     @staticmethod
@@ -158,7 +158,7 @@ def _head_alone(self, stray) -> np.ndarray:
     alpha = (p.matte*np.clip((p.above_cut + more + margin)/margin + .5, 0, 1)).astype(np.float32)
     covered = ndi.maximum_filter(np.maximum(self.cloth, stray), 2*int(self.px) + 1)
     alpha *= 1 - ndi.gaussian_filter(covered.astype(np.float32), .7*self.px)
-    return np.clip(crisp(alpha[..., None])[..., 0], 0, 1)
+    return np.clip(crisp(alpha[..., None])[..., 0], 0, 1)*p.certain
 
 @patch_to(Clothes)
 def _undressed(self) -> tuple:

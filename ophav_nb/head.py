@@ -376,9 +376,10 @@ def hair_thickness(
     thick = np.zeros(len(vertices))
     thick[edge] = np.maximum(reach[np.argmin(inside, 1)] - margin*camera.width*metre, 0)
     known[edge] *= ~inside.all(1)
-    if shown is not None:                                                     # an outline that the picture's border cuts off tells nothing
+    if shown is not None and not shown.all():                                  # an outline that the picture's border cuts off tells nothing
         end = q[np.arange(len(edge)), np.argmin(inside, 1)] + 2*outwards
-        known[edge] *= sample_bilinear(shown[..., None].astype(np.float32), *end.T.astype(np.float32))[..., 0] > .99
+        told = sample_bilinear(shown[..., None].astype(np.float32), *end.T.astype(np.float32))[..., 0] > .99
+        thick[edge[~told]] = np.median(thick[edge[told & (known[edge] > .5)]]) if (told & (known[edge] > .5)).sum() > 4 else .012     # as elsewhere; or short hair
     return spread_over(head.faces, (thick*known)[:, None], np.maximum(known, ~scalp))[:, 0].clip(0, most).astype(np.float32)
 
 # %% ../nbs/03_head.ipynb #c034

@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 # %% ../nbs/07d_portrayed.ipynb #c004
 from .detect import INNER_FACE, INNER_LIPS, OVAL
 from .geometry import axis_angle_to_matrix, rasterize, sample_bilinear, smoothstep, spread_over, vertex_normals
-from .head import HeadModel
+from .head import HeadModel, hair_thickness
 from .layers import CHEEKS, EYES, NeckCut, bleed, crisp, parted, polygon_mask, pose_of, visible_teeth, without_mouth
 from .media import to_float
 from .paint import OF_EYE, OF_MOUTH, OF_SKIN, OF_TEETH
@@ -63,9 +63,12 @@ class Portrayed:
         self.landmarks = np.asarray(track.landmarks[0], np.float32)*[w/track.camera.width, h/track.camera.height, 1.]   # pixels
         self.eyes_apart = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])     # pixels
         self.parted = parted(self.landmarks)                                                    # of the lips, 0..1
+        known = track.known(self.size)
+        self.shown = np.ones(self.matte.shape, bool) if known is None else known | (np.arange(self.size)[:, None] > self.landmarks[152, 1])   # below the chin a guess will do
         self._bend_mesh()
         self._sort_mesh()
         self._place_mesh()
+        self._complete()
         self._read_colours()
 
 @patch_to(Portrayed)
@@ -223,13 +226,24 @@ def _place_mesh(self):
     self.normals0 = vertex_normals(self.V0, f)
     self.facing0 = facing(self.V0, self.normals0, self.camera0)
     for k in range(3): visible[f[:, k][~visible[f].all(1)]] = False           # the rim of what is hidden is not to be trusted
-    self.seen = (smoothstep(.10, .38, self.facing0)*visible).astype(np.float32)
+    self.seen = (smoothstep(.10, .38, self.facing0)*visible*(sampled(self.shown, P) > .99)).astype(np.float32)
     self.face_mask = self._face_mask()
     self.T0 = self.P0[:, :2] + self._misfit(self.P0)
     self.away = self.of_side(*(self.turned_away(side) for side in ('left', 'right')))
     self.cut = NeckCut(self.head, self.shape)
     self.above_cut = self.cut.reserve(self.camera0, float(self.source[1][2, 0]))                # of the head, pixels [H, W]
     self.unmoved = self.V0, self.A0, float(self.source[1][2, 0])
+
+@patch_to(Portrayed)
+def _complete(self):
+    "How thick the hair is, metres [V]. A head that the picture's border cuts off goes on beyond it as the model's does, with that hair; and how surely a pixel is the picture's, `certain` [H, W]."
+    self.thickness = hair_thickness(self.head, self.V0, self.camera0, self.matte, shown=self.shown)
+    self.certain = np.ones(self.matte.shape, np.float32)
+    if self.shown.all(): return
+    px = self.size/512
+    hull = rasterize(self.camera0.project((self.V0 + self.normals0*self.thickness[:, None]).astype(np.float64)), self.skin_faces, *self.matte.shape).mask
+    self.matte = np.where(self.shown, self.matte, ndi.gaussian_filter(hull.astype(np.float32), px))
+    self.certain = smoothstep(1*px, 7*px, ndi.distance_transform_edt(self.shown)).astype(np.float32)      # a border's own pixels are often a frame's
 
 def facing(
     V,            # vertices, [V, 3]
@@ -310,7 +324,7 @@ def _read_colours(self):
     self.light = self.image.sum(-1)/np.median(face.sum(-1))                                   # relative to the face's
     self.colourless = float(1 - smoothstep(.004, .01, chroma(face).std(0).sum()))             # a black-and-white or sepia portrait
     self.face_colour = np.median(face, axis=0)
-    self.bled = bleed(self.image, self.matte)                                                 # the picture, the person's colours carried outwards
+    self.bled = bleed(self.image, self.matte*self.certain)                                                 # the picture, the person's colours carried outwards
     self.skin = crisp(without_mouth(self.bled, self.landmarks))                               # and with lips shut
     self.skin_colour = np.median(sampled(self.skin, self.landmarks[CHEEKS]), axis=0)
 

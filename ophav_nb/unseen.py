@@ -98,9 +98,10 @@ class Back:
         solid = smoothstep(.4, .9, sampled(ndi.minimum_filter(p.matte, 3), Q))
         bare = unseen.sure*~scalp*(sampled(clothes.alpha, p.P0) > .9)*(sampled(ndi.maximum_filter(np.maximum(clothes.cloth, clothes.hanging), 5), p.P0) < .1)
         hairy = smoothstep(.2, .8, p.over_skin(scalp[:, None]*1., np.full(n, .01))[:, 0])    # no teeth where hair meets the neck
-        hairy = np.where(scalp, hairy*hair.grown, np.maximum(hairy, hair.grown))
+        hairline = 1 - smoothstep(.006, .022, cKDTree(p.rest[p.is_face]).query(p.rest)[0])         # soft, where it is made up
+        hairy = np.where(scalp, hairy*hair.grown*(1 - hairline*(1 - sampled(p.certain, Q))), np.maximum(hairy, hair.grown))
         strands = self._strands_at(Q)
-        turned = np.where(scalp, 1 - smoothstep(.2, .45, p.facing0), hair.grown)   # what faces the camera is as it is
+        turned = np.where(scalp, 1 - smoothstep(.2, .45, p.facing0)*smoothstep(.5, .9, sampled(p.certain, Q)), hair.grown)   # what faces the camera is as it is
         bald = np.where(p.is_face[:, None], unseen.own, p.over_skin(sampled(p.skin, p.P0), bare)*unseen.shadow)
         colour = np.clip(bald + hairy[:, None]*(sampled(self.mane, strands) - bald), 0, 1)
         upper = smoothstep(.5, .9, self.attached)*np.where(scalp, smoothstep(-.10, -.02, p.level), smoothstep(-.045, -.02, p.level))

@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage as ndi
 from ophav_nb.animate import MeshAnimator, VideoAnimator, as_driven, make_animator
 from ophav_nb.dataset import HeadDataset
-from ophav_nb.detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, OUTER_LIPS
+from ophav_nb.detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, OUTER_LIPS, OVAL
 from ophav_nb.layers import EYES, NeckCut, bleed, draw_curve, head_alpha, inflate, parted, polygon_mask, visible_teeth, whole_eyes, without_mouth
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
@@ -428,3 +428,36 @@ def test_tools():
     image, alpha = np.zeros((20, 20, 3), np.float32), np.zeros((20, 20), np.float32)
     image[5:15, 5:15], alpha[5:15, 5:15] = [1, 0, 0], 1
     assert bleed(image, alpha)[5:15, 2:4, 0].min() > .8
+
+
+def test_a_head_that_the_picture_cuts_off_goes_on(head, portrait):
+    "Cut off at the forehead, its border repeated upwards, as a crop does it: not a cone, but the head that was there."
+    image, track, matte = portrait
+    top, rows = int(track.landmarks[0, 10, 1]) + 4, np.arange(SIZE)[:, None]
+    cut, cone = np.where((rows < top)[..., None], image[top], image), np.where(rows < top, matte[top], matte)
+    a = MeshAnimator(cut, replace(track, picture=np.float32([0, top, SIZE, SIZE])), head, cone)
+    shown = a.frame(*a.portrayed.source)
+    above, there = rows.ravel() < top, matte > .5
+    alike = lambda alpha: (there & (alpha > .5))[above].sum()/(there | (alpha > .5))[above].sum()
+    assert alike(shown[..., 3]) > .85 > .6 > alike(cone)
+    assert np.abs(a.composite(shown) - cut/255)[top + 8:].mean() < .02                          # what the picture does show is as it was
+    turned = a.frame(*state(track, head, yaw=20))
+    assert turned[..., 3].max(1)[top - 12:top + 12].min() > .99                                # and there is no gap where the two meet
+
+
+def test_a_bald_head_is_told(head, portrait):
+    "The drawn head is bald. With dark hair all over it is not; with some above the ears it is, and has hair there, on both sides, and none on the crown."
+    image, track, matte = portrait
+    a = MeshAnimator(image, track, head, matte)
+    p, hair, rows = a.portrayed, a.hair, np.arange(SIZE)[:, None]
+    assert hair.bald and not hair.seen.any() and hair.grown[p.scalp].max() < .1
+    scalp = ndi.binary_dilation((p.raster0.face >= 0) & p.scalp[p.faces[np.maximum(p.raster0.face, 0)]].all(-1), iterations=2) & (matte > .5)
+    dressed = lambda where: MeshAnimator(np.where(where[..., None], np.uint8([40, 42, 48]), image), track, head, np.maximum(matte, where)).hair
+    hair = dressed(scalp)
+    assert not hair.bald and hair.grown[p.scalp & (p.level > .05)].mean() > .95
+    eyes, unit = p.landmarks[[468, 473], 1].mean(), p.eyes_apart
+    beside = ndi.binary_dilation(matte > .5, iterations=int(.25*unit)) & (polygon_mask(p.landmarks[OVAL, :2], SIZE, SIZE, grow=0) < .5) & (np.abs(np.arange(SIZE) + .5 - p.landmarks[4, 0]) > .7*unit)
+    hair = dressed(beside & (rows < eyes) & (rows > eyes - .9*unit))
+    assert hair.bald and hair.seen.any() and hair.grown[p.scalp & (p.level > .1)].max() < .2
+    side = p.scalp & (p.level > .02) & (p.level < .05) & (np.abs(p.rest[:, 0]) > .06)
+    assert min(hair.grown[side & (p.rest[:, 0]*sign > 0)].mean() for sign in (-1, 1)) > .5
