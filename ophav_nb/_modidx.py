@@ -728,6 +728,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'ophav_nb.hair': { 'ophav_nb.hair.Hair': ('hair.html#hair', 'ophav_nb/hair.py'),
                                'ophav_nb.hair.Hair.__init__': ('hair.html#hair.__init__', 'ophav_nb/hair.py'),
                                'ophav_nb.hair.Hair._behind_temples': ('hair.html#hair._behind_temples', 'ophav_nb/hair.py'),
+                               'ophav_nb.hair.Hair._brows': ('hair.html#hair._brows', 'ophav_nb/hair.py'),
                                'ophav_nb.hair.Hair._fringe': ('hair.html#hair._fringe', 'ophav_nb/hair.py'),
                                'ophav_nb.hair.Hair._goes_on_beside': ('hair.html#hair._goes_on_beside', 'ophav_nb/hair.py'),
                                'ophav_nb.hair.Hair._grown': ('hair.html#hair._grown', 'ophav_nb/hair.py'),

@@ -11,7 +11,7 @@ from scipy import ndimage as ndi
 from scipy.spatial import cKDTree
 
 # %% ../nbs/07g_hair.ipynb #c004
-from .detect import OVAL
+from .detect import BROWS, OVAL
 from .geometry import interpolate, pixel_centres, rasterize, sample_bilinear, smoothstep, spread_over
 from .layers import EYES, blurred, crisp, polygon_mask
 from .portrayed import Portrayed, sampled
@@ -117,8 +117,10 @@ def _told_by_colour(self) -> tuple:
     around, logs = (self.likely > .5) & (p.matte > .9) & (p.certain > .9), np.log(blurred(p.image, p.size/512) + .04)
     deep = ndi.distance_transform_edt(np.pad(p.matte > .5, 1, mode='edge'))[1:-1, 1:-1]
     crown, face = around & (level > .5) & (deep < .3*unit), (p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices
-    if crown.sum() < 30: return False, around, np.zeros_like(around)
     skin, unlike = sampled(logs, p.T0[face]), lambda some: _away_from(logs, some)
+    outline = (p.matte > .5) & (level > .5) & (deep < .1*unit)
+    if p.certain[outline].mean() < .5: return False, around & (unlike(skin)[0] > 3.5) & (p.light < 1.2), np.zeros_like(around)     # a crown that the picture cuts off tells nothing
+    if crown.sum() < 30: return False, around, np.zeros_like(around)
     top = crown & (level > np.quantile(level[crown], .75)) & (deep > .08*unit)
     if self._is_bald(top, unlike(skin)[0]): return True, *self._fringe(unlike(skin)[0], (level > -.5) & (deep < .35*unit), level < .35)
     more = sum(unlike(skin)) - sum(unlike(logs[crown]))
@@ -198,11 +200,17 @@ def combed(
     return np.clip(total[..., 0]/total.std(), -2, 2)*smoothstep(0, .6, one)
 
 @patch_to(Hair)
+def _brows(self) -> np.ndarray:
+    "The brows' darker half, which hair is like, [3]."
+    brows = sampled(self.portrayed.image, self.portrayed.landmarks[BROWS])
+    return np.median(brows[brows.sum(1) <= np.median(brows.sum(1))], axis=0)
+
+@patch_to(Hair)
 def _mane(self, alpha) -> np.ndarray:
     "The portrait's hair, carried on over all of the picture as if it grew everywhere, [H, W, 3]."
     p = self.portrayed
     hair, soft, r = self.seen & (alpha > .5), 6*p.size/512, max(4, round(16*p.size/512))
-    if not hair.any(): return p.skin
+    if not hair.any(): return p.skin if p.shown.all() or self.bald else np.broadcast_to(self._brows(), p.image.shape).astype(np.float32)
     deep = ndi.distance_transform_edt(hair)
     core = deep > min(r, .7*deep.max())
     smooth = lambda known: blurred(p.bled*known[..., None], soft)/np.maximum(blurred(known[..., None]*1., soft), .02)
