@@ -472,15 +472,17 @@ def shown_part(
     portrait: SimpleNamespace,   # of `load_portrait`
     head: HeadModel,
     size: int,                   # side of the square that is cut, pixels
-    room: float = .25,           # around the head at rest, which will turn, in distances between the eyes
+    matte: np.ndarray | None = None,   # of the whole person, where the picture's border cuts the head off, [S,S]; None: the portrait's
+    beside: float = .6,          # room beside the head at rest, which will turn, in distances between the eyes
+    room: float = .25,           # and above and below it
 ) -> tuple[slice, slice]:        # rows and columns, an even number of each
     "What a film shows of the crop: what the picture fills, since the border beyond it is made up; but all of the head, and some room around it."
     whole = portrait.image.shape[0]
     marks = portrait.track.landmarks[0, :, :2] * (whole / portrait.track.camera.width)
-    rows, columns = np.nonzero(head_alpha(portrait.matte, head, portrait.track) > .5)
-    room *= np.linalg.norm(marks[468] - marks[473])
-    low = np.minimum(portrait.shown[:2], [a.min(initial=whole) - room for a in (columns, rows)]).clip(0)
-    high = np.maximum(portrait.shown[2:], [columns.max(initial=-1) + 1 + room, marks[:, 1].max() + room]).clip(max=whole)   # down to the chin: the neck may end with the picture
+    rows, columns = np.nonzero(head_alpha(portrait.matte if matte is None else matte, head, portrait.track) > .5)
+    beside, room = np.array([beside, room]) * np.linalg.norm(marks[468] - marks[473])
+    low = np.minimum(portrait.shown[:2], [columns.min(initial=whole) - beside, rows.min(initial=whole) - room]).clip(0)
+    high = np.maximum(portrait.shown[2:], [columns.max(initial=-1) + 1 + beside, marks[:, 1].max() + room]).clip(max=whole)   # down to the chin: the neck may end with the picture
     left, top = np.ceil(low * size / whole - .01).astype(int)          # a pixel that the picture fills in part is left out
     width, height = np.floor(high * size / whole + .01).astype(int) - (left, top)
     return slice(top, top + height - height % 2), slice(left, left + width - width % 2)
@@ -501,7 +503,8 @@ def play(
     plate = None
     if background == "portrait" and cameras is None:
         head = run_head(run)
-        plate, part = make_animator("mesh", image=portrait.image, track=portrait.track, head=head, matte=portrait.matte), shown_part(portrait, head, whole)
+        plate = make_animator("mesh", image=portrait.image, track=portrait.track, head=head, matte=portrait.matte)
+        part = shown_part(portrait, head, whole, plate.portrayed.matte)
     rendered = avatar.render(motion, camera if cameras is None else cameras)
     with VideoWriter(path, motion.fps, metadata=film_metadata(run)) as video:
         for i, rgba in enumerate(progress(rendered, len(motion), f"film {Path(path).name}")):

@@ -9,6 +9,7 @@ import pytest
 import ophav_nb.pipeline as pipeline
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
+from ophav_nb.layers import head_alpha
 from ophav_nb.motion import head_angles, scripted
 from ophav_nb.media import read_image, read_video, write_image
 from ophav_nb.pipeline import (PRESETS, VIEWS, add_film, add_motion, add_portrait, add_track, add_views, beyond, compiling, load_driven, load_portrait, play, seen_motion,
@@ -191,6 +192,12 @@ def test_a_film_shows_the_whole_head_though_the_picture_does_not(tight):
     portrait.shown = np.float32([0, top + 12, 160, portrait.track.landmarks[0, :, 1].max() - 6])     # it cuts hair and chin off
     rows, _ = shown_part(portrait, HEAD, 160)
     assert abs(rows.start - (top - eyes / 4)) < 2 and abs(rows.stop - (portrait.shown[3] + 6 + eyes / 4)) < 3
+    across = np.nonzero(head_alpha(portrait.matte, HEAD, portrait.track) > .5)[1]
+    portrait.shown[[0, 2]] = across.min() + 3, across.max() - 3                              # and its sides
+    _, columns = shown_part(portrait, HEAD, 160)
+    assert abs(columns.start - max(across.min() - .6 * eyes, 0)) < 2 and abs(columns.stop - min(across.max() + 1 + .6 * eyes, 160)) < 3      # it will turn
+    short = shown_part(portrait, HEAD, 160, portrait.matte * (np.arange(160)[:, None] > top + 8))[0]
+    assert abs(short.start - (rows.start + 9)) < 2                                           # what is told of the matte counts
 
 
 def test_a_run_that_does_not_say_what_the_picture_fills_shows_the_square(tight):
