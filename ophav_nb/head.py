@@ -379,7 +379,8 @@ def hair_thickness(
     if shown is not None and not shown.all():                                  # an outline that the picture's border cuts off tells nothing
         end = q[np.arange(len(edge)), np.argmin(inside, 1)] + 2*outwards
         told = sample_bilinear(shown[..., None].astype(np.float32), *end.T.astype(np.float32))[..., 0] > .99
-        thick[edge[~told]] = np.median(thick[edge[told & (known[edge] > .5)]]) if (told & (known[edge] > .5)).sum() > 4 else .012     # as elsewhere; or short hair
+        if (told & (known[edge] > .5)).sum() > 4: known[edge] *= told
+        else: thick[edge[~told]] = .012                                       # short hair
     return spread_over(head.faces, (thick*known)[:, None], np.maximum(known, ~scalp))[:, 0].clip(0, most).astype(np.float32)
 
 # %% ../nbs/03_head.ipynb #c034
