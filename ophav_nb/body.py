@@ -82,20 +82,20 @@ class Body:
         neck = self._neck_stands()
         still = np.maximum(ndi.gaussian_filter(cloth, .7*px), (1 - smoothstep(.002, .03, self.following))*(1 - neck))
         self.covered = ndi.maximum_filter(cloth*(p.matte > .1), 2*int(5*px) + 1) > .1
-        piece = ndi.binary_dilation(ndi.binary_erosion(self.covered, iterations=int(12*px)), iterations=int(18*px))       # specks are no clothes
+        piece = ndi.binary_dilation(ndi.binary_erosion(self.covered, iterations=max(1, int(12*px))), iterations=max(1, int(18*px)))       # specks are no clothes
         self.flesh_alpha = (person*np.where(self.covered, np.where(piece, neck, 1)*np.clip(2 - clothes.bare_away/reach, 0, 1), 1)).astype(np.float32)
         beside = self.covered & (cloth < .5) & (self.following > .1)               # a neck slides along its collar
         self.slides = beside | (ndi.minimum_filter(person, 2*int(2*px) + 1) < .98) & (self.following > .1)
         self.near_cloth = sampled(ndi.binary_dilation(self.slides & self.covered), sheet.source)
         self.edge = (sheet.fringe > .04) & (person < .98) & (p.certain == 1)
         self.clothes = np.concatenate([bleed(p.bled, still, .97, max(1, int(2*px))), (person*still)[..., None]], -1).astype(np.float32)
-        self.empty, self.ground, self.fringe = empty, None, None
+        self.empty, self.ground, self.strands = empty, None, None               # the last two: see `settle`
 
 @patch_to(Body)
 def _following(self, hanging) -> np.ndarray:
     "How much each pixel of the person follows the head: all inside the cut, less and less down neck and hair, the rest stays."
     p, unit, h, inside = self.portrayed, self.portrayed.eyes_apart, self.portrayed.size, self.portrayed.above_cut
-    soft = ndi.gaussian_filter((ndi.binary_dilation(p.neck_seen, iterations=int(.08*unit)) | hanging).astype(np.float32), .08*unit)
+    soft = ndi.gaussian_filter((ndi.binary_dilation(p.neck_seen, iterations=max(1, int(.08*unit))) | hanging).astype(np.float32), .08*unit)
     out = smoothstep(-1.1*unit, 0, inside)*soft + smoothstep(-.5*unit, 0, inside)*(1 - soft)
     out *= smoothstep(0, .12*h, h - 1 - np.arange(h))[:, None]
     low = p.landmarks[152, 1] + 1.5*unit
@@ -141,7 +141,7 @@ def paint(self,
     back = _between(camera.moved(p.A0).project(self.back.hull0), camera.moved(A).project(self.back.hull(V)), self.back.attached)
     self.back.paint(back, self.skin, fine, neck=True)                          # goes up behind the jaw, its upper end turning with the head
     paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, self.flesh, self.flesh_alpha, whole, fine)
-    if self.fringe is not None: paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, *self.fringe, self.in_place(moved_to, A), fine)
+    if self.strands is not None: paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, *self.strands, self.in_place(moved_to, A), fine)
     out = np.zeros((size, size, 4), np.float32)
     shrink(fine, s, 0, 0, np.ones((size, size), np.float32), out)
     return out
@@ -195,7 +195,7 @@ def settle(self,
     aim = np.clip((p.image - head[..., :3]*a)/np.maximum(1 - a, .1), low, high)        # what is to be seen under the head: nothing stranger than what is there
     under = np.clip((aim - self.clothes[..., :3]*cloth)/np.maximum(1 - cloth, .1), low, high)
     b, colours = _laid_on(under, over(ground, self.paint(V, A, p.size)))
-    self.fringe = colours, (b*(self.edge | ndi.binary_dilation(self.slides))).astype(np.float32)
+    self.strands = colours, (b*(self.edge | ndi.binary_dilation(self.slides))).astype(np.float32)
     under = over(over(ground, self.paint(V, A, p.size)), self.clothes)
     unlike = ndi.grey_closing(np.abs(p.image - under).max(-1)*~self.edge*self.covered, 5)
     own = (ndi.gaussian_filter(ndi.maximum_filter(smoothstep(.02, .08, unlike), 3), p.size/512)*(1 - a[..., 0])*~(self.edge | self.slides))[..., None]

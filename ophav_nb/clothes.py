@@ -29,8 +29,8 @@ class Clothes:
         cloth = self._other_than_skin()
         hanging = self._from_above(cloth) | self._beard()                       # hair: it goes along
         cloth = np.where(hanging, 0, np.maximum(cloth, self._light_collars()))
-        self.hanging = self._grown(hanging, 4*self.px)
-        stray = self.area & ~self.hanging & ~self._grown(self.core | p.neck_seen, 4*self.px)     # where there is neither face nor neck nor hair
+        self.hanging = self._dilated(hanging, 4*self.px)
+        stray = self.area & ~self.hanging & ~self._dilated(self.core | p.neck_seen, 4*self.px)     # where there is neither face nor neck nor hair
         low = self._with_thickness(ndi.grey_closing(ndi.median_filter((cloth*self.area).astype(np.float32), 3), 5), stray)
         self.cloth = self._tidied(np.maximum(low, self._shoulders_above_mouth(cloth, hanging)))
         self.alpha = self._head_alone(stray)
@@ -38,7 +38,7 @@ class Clothes:
         self.flesh, self.bare_away = self._undressed()
 
     @staticmethod
-    def _grown(some, by: float) -> np.ndarray:
+    def _dilated(some, by: float) -> np.ndarray:
         "A mask, grown by so many pixels, at least one."
         return ndi.binary_dilation(some, iterations=max(1, int(by)))
 
@@ -57,7 +57,7 @@ def _look_around(self):
     core = rasterize(p.P0, p.faces[~p.region('neck')], p.size, p.size).mask
     mouth = L[[61, 291], 1].mean()
     core &= (polygon_mask(L[OVAL, :2], p.size, p.size, grow=0) > .5) | (self.rows < mouth + .4*self.unit)   # not under the chin
-    self.core, self.around = core, ~self._grown(core, self.px)
+    self.core, self.around = core, ~self._dilated(core, self.px)
     self.area = self.around & (self.rows > mouth)
     if not self.area.any(): raise InputError('the picture ends above the chin; use one that shows the whole face, and best the shoulders, too')
     self.first = int(np.clip(L[4, 1] - .2*self.unit, 0, p.size - 1))
@@ -67,7 +67,7 @@ def _look_around(self):
 def _other_than_skin(self) -> np.ndarray:
     "How likely each pixel is cloth by itself: of another hue than the face (the sooner beside the mesh), or much darker."
     p = self.portrayed
-    beside = ~ndi.binary_dilation(rasterize(p.P0, p.skin_faces, p.size, p.size).mask, iterations=int(4*self.px))
+    beside = ~self._dilated(rasterize(p.P0, p.skin_faces, p.size, p.size).mask, 4*self.px)
     return self.around*np.maximum(smoothstep(3.5, 6, p.unlike + 2*beside), 1 - smoothstep(.18, .34, p.light))
 
 @patch_to(Clothes)
@@ -112,8 +112,8 @@ def _beard(self) -> np.ndarray:
     d, person = logs - np.median(logs[chin], axis=0), self.around & (p.matte > .3) & (low < 2)
     like = person & (ndi.gaussian_filter(((d @ np.linalg.inv(np.cov(logs[chin].T) + .01*np.eye(3)))*d).sum(-1), .04*unit) < 9)
     mass = ndi.binary_opening(like, iterations=max(1, int(.03*unit)))
-    mass = ndi.binary_propagation(self._grown(chin, .15*unit) & mass, mask=mass)
-    curls = (like | person & (p.light < .3*cheeks)) & self._grown(mass, .2*unit)
+    mass = ndi.binary_propagation(self._dilated(chin, .15*unit) & mass, mask=mass)
+    curls = (like | person & (p.light < .3*cheeks)) & self._dilated(mass, .2*unit)
     mass = ndi.binary_propagation(mass, mask=curls | mass)
     return ndi.binary_closing(np.pad(mass, side//8), iterations=max(1, int(.1*unit)))[side//8:-(side//8), side//8:-(side//8)] & self.around
 

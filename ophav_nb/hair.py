@@ -19,8 +19,11 @@ from .run import patch_to
 
 # %% ../nbs/07g_hair.ipynb #c006
 class Hair:
-    """The hair of a portrait. Of the mesh: how far it stands off (`thick`, metres [V, 3]), where it covers what is not shown (`grown`, 0..1 [V]), which ears are shown or copied from the other side. Of the
-    picture: which pixels are hair (`seen`; `beside`: over cheek and jaw, too; bool), whether the nearest of the person is (`near`, 0..1), the side that it covers (`over`, `over_colour`), and the `mane`, [H, W, 3]."""
+    """The hair of a portrait, and whether its head is `bald`.
+
+    Of the mesh: how far it stands off (`thick`, metres [V, 3]), where it covers what is not shown (`grown`, 0..1 [V]), where hair from the temples may hang (`behind_temples`, 0..1 [V]), which ears are shown
+    (`ears_shown`, `ear_bare`) or copied from the other side (`ears_copied`). Of the picture, [H, W]: the hull as it is seen (`hull`; without what stands off beside bare ears: `outer`), where it hides the scalp (`hides`), where
+    hair is `likely`, which pixels are hair (`seen`; `beside`: over cheek and jaw, too), whether the nearest of the person is (`near`), the side that it covers (`over`, `over_colour`), and the `mane`."""
 
     def __init__(self,
         portrayed: Portrayed,
@@ -69,7 +72,7 @@ def _press_ears(self, least: float = .5):
         if not len(mine): continue
         others[mine] = False
         self.thick[mine] = (spread_over(p.skin_faces, p.V0 + self.thick, others*1.) - p.V0)[mine]
-        on = p.ear_in_view(side)
+        on = p.ear_in_view(side) & (p.certain > .9)
         self.ear_bare[side] = skin[on].mean() if on.any() else 0
         self.ears_shown[mine] = self.ear_bare[side] > least
     covered = sampled(self.over, p.P0)
@@ -87,19 +90,19 @@ def _away_from(colours, some) -> tuple:
 
 @patch_to(Hair)
 def _is_bald(self, top, away) -> bool:
-    "Is the head's uppermost outline (bool [H, W]) as skin is: in the face's colours, and smooth? On nineteen portraits bald heads are .1 to 1.6 away from their faces' colours, and .005 to .02 rough, the others 2.8 and more, or .038 and more."
+    "Is the head's uppermost outline (bool [H, W]) as skin is: in the face's colours, and smooth? On nineteen portraits bald heads are .1 to 1.6 away from their faces' colours, and .005 to .02 rough, the others 2.8 and more, or .038 and more; of thirty others one was wrongly told, a tiny face in a crowd."
     p = self.portrayed
     light = np.log(p.image.mean(-1) + .04)
     rough = np.abs(ndi.gaussian_filter(light, p.size/512) - ndi.gaussian_filter(light, p.size/128))
     return bool(top.any() and np.median(away[top]) < 2.2 and np.median(rough[top]) < .03)
 
 @patch_to(Hair)
-def _fringe(self, away, near, low) -> tuple:
+def _side_hair(self, away, near, low) -> tuple:
     "The hair of a bald head, and with soft edges: at its sides, not as the face is and not as warm. `away`: how unlike the face's colours; `near` the outline and `low` enough it may be, bool."
     p, unit = self.portrayed, self.portrayed.eyes_apart
     warm = lambda c: np.log((c[..., 0] + .04)/(c[..., 2] + .04))
     may = (p.matte > .9) & (p.certain > .9) & near & ~(polygon_mask(p.landmarks[OVAL, :2], p.size, p.size, grow=0) > .5)
-    may &= (warm(blurred(p.image, p.size/512)) < warm(p.face_colour)) & ~(p.ear_in_view('left') | p.ear_in_view('right'))
+    may &= ((warm(blurred(p.image, p.size/512)) < warm(p.face_colour)) | (p.colourless > .5)) & ~(p.ear_in_view('left') | p.ear_in_view('right'))
     away = ndi.gaussian_filter(away, 1.5*p.size/512)
     like = ndi.binary_opening(ndi.binary_propagation(may & (away > 3.5), mask=may & (away > 2)), iterations=max(1, int(.015*unit)))
     pieces = ndi.label(like)[0]
@@ -119,15 +122,19 @@ def _told_by_colour(self) -> tuple:
     crown, face = around & (level > .5) & (deep < .3*unit), (p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices
     skin, unlike = sampled(logs, p.T0[face]), lambda some: _away_from(logs, some)
     outline = (p.matte > .5) & (level > .5) & (deep < .1*unit)
-    if p.certain[outline].mean() < .5: return False, around & (unlike(skin)[0] > 3.5) & (p.light < 1.2), np.zeros_like(around)     # a crown that the picture cuts off tells nothing
-    if crown.sum() < 30: return False, around, np.zeros_like(around)
-    top = crown & (level > np.quantile(level[crown], .75)) & (deep > .08*unit)
-    if self._is_bald(top, unlike(skin)[0]): return True, *self._fringe(unlike(skin)[0], (level > -.5) & (deep < .35*unit), level < .35)
-    more = sum(unlike(skin)) - sum(unlike(logs[crown]))
-    bare = (p.raster0.face >= 0) & ~p.scalp[p.faces[p.raster0.face]].all(-1) & (level < 0)
-    prior = np.where(level > 0, 5*np.exp(-(deep/(.3*unit))**2), 0) - 4*bare             # hair is rather at the outline, and rather not on a cheek
-    like = around & (ndi.gaussian_filter(np.clip(more, -9, 9) + prior, 1.5*p.size/512) > 1)
-    like &= np.isin(pieces := ndi.label(like)[0], pieces[like & (level > .3)])    # teeth or a collar are none
+    cut = bool(outline.any()) and p.certain[outline].mean() < .5                  # a crown that the picture cuts off tells nothing
+    if not cut and crown.sum() < 30: return False, around, np.zeros_like(around)
+    if cut:
+        more = np.where(p.light < 1.2, unlike(skin)[0] - 3.5, -9)
+        like = around & (ndi.gaussian_filter(np.clip(more, -9, 9), p.size/512) > 0)
+    else:
+        top = crown & (level > np.quantile(level[crown], .75)) & (deep > .08*unit)
+        if self._is_bald(top, unlike(skin)[0]): return True, *self._side_hair(unlike(skin)[0], (level > -.5) & (deep < .35*unit), level < .35)
+        more = sum(unlike(skin)) - sum(unlike(logs[crown]))
+        bare = (p.raster0.face >= 0) & ~p.scalp[p.faces[p.raster0.face]].all(-1) & (level < 0)
+        prior = np.where(level > 0, 5*np.exp(-(deep/(.3*unit))**2), 0) - 4*bare         # hair is rather at the outline, and rather not on a cheek
+        like = around & (ndi.gaussian_filter(np.clip(more, -9, 9) + prior, 1.5*p.size/512) > 1)
+    like &= np.isin(pieces := ndi.label(like)[0], pieces[like & (level > (0 if cut else .3))])    # teeth or a collar are none
     near = ndi.binary_dilation(like, iterations=max(1, int(.15*unit)))
     beside = like | near & (ndi.gaussian_filter(np.clip(more, -9, 9), p.size/512) > 0)
     beside = ndi.gaussian_filter(beside.astype(np.float32), .08*unit) > .35
@@ -210,7 +217,7 @@ def _mane(self, alpha) -> np.ndarray:
     "The portrait's hair, carried on over all of the picture as if it grew everywhere, [H, W, 3]."
     p = self.portrayed
     hair, soft, r = self.seen & (alpha > .5), 6*p.size/512, max(4, round(16*p.size/512))
-    if not hair.any(): return p.skin if p.shown.all() or self.bald else np.broadcast_to(self._brows(), p.image.shape).astype(np.float32)
+    if not hair.any(): return p.skin if p.shown.all() or self.bald else np.full(p.image.shape, self._brows(), np.float32)
     deep = ndi.distance_transform_edt(hair)
     core = deep > min(r, .7*deep.max())
     smooth = lambda known: blurred(p.bled*known[..., None], soft)/np.maximum(blurred(known[..., None]*1., soft), .02)

@@ -318,13 +318,14 @@ def _read_colours(self):
     "Textures all parts use, and how like the face's skin each pixel is."
     chroma = lambda c: c[..., :2]/np.maximum(c.sum(-1, keepdims=True), .05)
     face = sampled(self.image, self.T0[(self.face_mask > .9) & (self.seen > .9) & ~self.eye_vertices])
+    if len(face) < 30 and not self.shown.all(): raise InputError('the picture shows too little of this face; use one that shows all of it')
     middle = np.median(chroma(face), axis=0)
     spread = 1.48*np.median(np.abs(chroma(face) - middle), axis=0) + .012
     self.unlike = np.sqrt((((chroma(self.image) - middle)/spread)**2).sum(-1))                 # of a hue; 1: as far from the face's as the face's own pixels from each other
     self.light = self.image.sum(-1)/np.median(face.sum(-1))                                   # relative to the face's
     self.colourless = float(1 - smoothstep(.004, .01, chroma(face).std(0).sum()))             # a black-and-white or sepia portrait
     self.face_colour = np.median(face, axis=0)
-    self.bled = bleed(self.image, self.matte*self.certain)                                                 # the picture, the person's colours carried outwards
+    self.bled = bleed(self.image, self.matte*self.certain)                                    # the picture, the person's colours carried outwards
     self.skin = crisp(without_mouth(self.bled, self.landmarks))                               # and with lips shut
     self.skin_colour = np.median(sampled(self.skin, self.landmarks[CHEEKS]), axis=0)
 

@@ -42,7 +42,7 @@ class Track:
     bias: np.ndarray|None = None   # [478,3] offset of the person's landmarks in head space, metres
     doubt: np.ndarray|None = None  # [T] how little the picture settled the head's pose, 0..1
     correction: np.ndarray|None = None   # [478,3] what re-enactments of the film's first frame lack in all frames (see `animate.echo`), head space, metres
-    picture: np.ndarray|None = None      # [4] what the film itself fills of the crop: left, top, right, bottom, px; None: all
+    picture: np.ndarray|None = None      # [4] what the film or the portrait itself fills of the crop: left, top, right, bottom, px; None: all
     info: dict = field(default_factory=dict)   # diagnostics: numbers and short lists
 
     def __len__(self): return len(self.motion)
@@ -62,7 +62,7 @@ class Track:
     def known(self,
         size: int,             # px of the crop's side
     ) -> np.ndarray|None:      # bool [size,size]; None: everywhere
-        "Where the film shows anything: a head may leave it, and what lies beyond is nobody's background."
+        "Where the film, or the portrait, shows anything: a head may leave it, and what lies beyond is nobody's background."
         if self.picture is None: return None
         edges = self.picture*(size/self.camera.width)
         low, high = edges[:2] + (edges[:2] > 0), edges[2:] - (edges[2:] < size)      # a pixel at the border looks beyond it
@@ -1272,4 +1272,4 @@ def with_shape(
         fit = _fit_of(replace(track, shape=np.asarray(shape, np.float32)), head, FitSettings(sparse=3., small=3., gauss=2., pairs=2.))
         _fit_rigid(fit)
         _fit_frames(fit, 10, pose=True, smooth=False)
-    return _track_of(fit, track.landmarks, track.ok, (track.camera.width, track.camera.height), track.motion.fps)
+    return replace(_track_of(fit, track.landmarks, track.ok, (track.camera.width, track.camera.height), track.motion.fps), picture=track.picture)

@@ -459,5 +459,21 @@ def test_a_bald_head_is_told(head, portrait):
     beside = ndi.binary_dilation(matte > .5, iterations=int(.25*unit)) & (polygon_mask(p.landmarks[OVAL, :2], SIZE, SIZE, grow=0) < .5) & (np.abs(np.arange(SIZE) + .5 - p.landmarks[4, 0]) > .7*unit)
     hair = dressed(beside & (rows < eyes) & (rows > eyes - .9*unit))
     assert hair.bald and hair.seen.any() and hair.grown[p.scalp & (p.level > .1)].max() < .2
+    image = np.repeat(image.mean(-1, keepdims=True), 3, -1).astype(np.uint8)                    # so in grey
+    grey = dressed(beside & (rows < eyes) & (rows > eyes - .9*unit))
+    assert grey.bald and grey.seen.any()
     side = p.scalp & (p.level > .02) & (p.level < .05) & (np.abs(p.rest[:, 0]) > .06)
     assert min(hair.grown[side & (p.rest[:, 0]*sign > 0)].mean() for sign in (-1, 1)) > .5
+
+
+def test_too_little_of_a_face(head, portrait):
+    image, track, matte = portrait
+    with pytest.raises(InputError, match='too little of this face'): MeshAnimator(image, replace(track, picture=np.float32([0, SIZE - 30, SIZE, SIZE])), head, matte)
+
+
+def test_an_ear_that_the_picture_cuts_off_is_not_shown(head, portrait):
+    image, track, matte = portrait
+    a = MeshAnimator(image, track, head, matte).portrayed
+    x = np.nonzero(a.ear_in_view('left'))[1].min() - 4
+    hair = MeshAnimator(image, replace(track, picture=np.float32([0, 0, x, SIZE])), head, matte).hair
+    assert hair.ear_bare['left'] == 0 and hair.ear_bare['right'] > .5

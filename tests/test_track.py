@@ -144,7 +144,9 @@ def test_portrait_with_the_shape_of_its_film(head):
     miss = lambda t: landmark_error(t.fitted(head), t.landmarks)[0]
     same = with_shape(track, head, track.shape)
     assert same is track
+    track = replace(track, picture=np.float32([0, 5, 100, 100]))
     again = with_shape(track, head, .7*track.shape + .3*other)
+    assert (again.picture == track.picture).all()
     assert np.allclose(again.shape, .7*track.shape + .3*other) and miss(again) < .6*miss(replace(track, shape=again.shape))
 
 
