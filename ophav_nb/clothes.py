@@ -13,7 +13,7 @@ from scipy import ndimage as ndi
 from .detect import OUTER_LIPS, OVAL
 from .geometry import rasterize, smoothstep
 from .layers import CHEEKS, blurred, crisp, polygon_mask
-from .portrayed import Portrayed, sampled
+from .portrayed import Portrayed, sampled, unlikeness
 from .run import InputError, patch_to
 
 # %% ../nbs/07e_clothes.ipynb #c006
@@ -109,8 +109,8 @@ def _beard(self) -> np.ndarray:
     cheeks = np.median(sampled(blurred(p.light[..., None], .05*unit), L[CHEEKS]))
     if not chin.any() or np.median(p.light[chin]) > .58*cheeks: return np.zeros((side, side), bool)     # in shadow a bare chin has .7 of the cheeks' light, a brown beard .43
     logs = np.log(blurred(p.image, .02*unit) + .04)
-    d, person = logs - np.median(logs[chin], axis=0), self.around & (p.matte > .3) & (low < 2)
-    like = person & (ndi.gaussian_filter(((d @ np.linalg.inv(np.cov(logs[chin].T) + .01*np.eye(3)))*d).sum(-1), .04*unit) < 9)
+    person = self.around & (p.matte > .3) & (low < 2)
+    like = person & (ndi.gaussian_filter(unlikeness(logs, logs[chin])[0], .04*unit) < 9)
     mass = ndi.binary_opening(like, iterations=max(1, int(.03*unit)))
     mass = ndi.binary_propagation(self._dilated(chin, .15*unit) & mass, mask=mass)
     curls = (like | person & (p.light < .3*cheeks)) & self._dilated(mass, .2*unit)

@@ -6,8 +6,8 @@
 __all__ = ['log', 'PRESETS', 'COLUMNS', 'DRIVEN', 'EvaluationPreset', 'pick_preset', 'with_regions', 'add_clip', 'write_mattes',
            'add_truth', 'first_frame', 'add_reenactment', 'compared_frames', 'shown_frames', 'Comparison',
            'pick_baselines', 'add_baseline', 'render_frames', 'compare', 'self_protocol', 'monocular_protocol',
-           'write_results', 'comparison', 'labelled', 'results_table', 'evaluate_clip', 'measure_driven', 'like_coarse',
-           'driven_frames', 'evaluate_run', 'example_film']
+           'write_results', 'write_comparison', 'comparison', 'labelled', 'results_table', 'evaluate_clip',
+           'measure_driven', 'like_coarse', 'driven_frames', 'evaluate_run', 'example_film']
 
 # %% ../nbs/20_evaluate.ipynb #c003
 import json
@@ -407,12 +407,21 @@ def write_results(
                   reason=json.loads(choice.read_text())['reason'] if protocol == 'self' and choice.exists() else '', truth=truth,
                   missing=missing_metrics() | (missing or {}))
     write_atomic(run.path('metrics.json'), measures_json(result))
-    lines = {'truth': table.images, **{name: images for name, (images, _) in table.rows.items()}}
-    write_image(run.path('strip.png'), comparison(lines, np.linspace(0, table.spread - 1, 6).round().astype(int)))
+    write_comparison(run, {'truth': table.images, **{name: images for name, (images, _) in table.rows.items()}}, table.spread, fps)
+    return result
+
+
+def write_comparison(
+    run: Run,
+    lines: dict[str, np.ndarray],   # name -> pictures [n, H, W, 3]; the first are a recording
+    count: int,                     # how many of each are shown
+    fps: float = 8.,
+) -> None:
+    "Write `strip.png`, six pictures a line, and `comparison.mp4`, all of them side by side."
+    write_image(run.path('strip.png'), comparison(lines, np.linspace(0, count - 1, 6).round().astype(int)))
     note = 'The first picture is a recording; all others are synthetic, made by ophav for comparison.'
     with VideoWriter(run.path('comparison.mp4'), fps, metadata=dict(comment=note)) as video:
-        for i in range(table.spread): video.add(np.concatenate([images[i] for images in lines.values()], 1))
-    return result
+        for i in range(count): video.add(np.concatenate([images[i] for images in lines.values()], 1))
 
 
 def comparison(
@@ -580,10 +589,7 @@ def evaluate_run(
         if 'coarse' in frames: rows['avatar'] |= like_coarse(frames['avatar'], frames['coarse'])
         result = dict(protocol='cross', frames=len(numbers), rows=rows, chosen='avatar', missing=missing_metrics(rows['avatar']))
         write_atomic(run.path('metrics.json'), measures_json(result))
-        lines = dict(driver=np.stack([resize(np.asarray(film.frames[i]), settings.size) for i in numbers])) | images
-        write_image(run.path('strip.png'), comparison(lines, np.linspace(0, len(numbers) - 1, 6).round().astype(int)))
-        with VideoWriter(run.path('comparison.mp4'), 8., metadata=dict(comment='Left: a recording. All others: synthetic, made by ophav.')) as video:
-            for pictures in zip(*lines.values()): video.add(np.concatenate(pictures, 1))
+        write_comparison(run, dict(driver=np.stack([resize(np.asarray(film.frames[i]), settings.size) for i in numbers])) | images, len(numbers))
         return result
 
 

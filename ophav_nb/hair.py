@@ -8,13 +8,12 @@ __all__ = ['Hair', 'combed']
 # %% ../nbs/07g_hair.ipynb #c003
 import numpy as np
 from scipy import ndimage as ndi
-from scipy.spatial import cKDTree
 
 # %% ../nbs/07g_hair.ipynb #c004
 from .detect import BROWS, OVAL
 from .geometry import interpolate, pixel_centres, rasterize, sample_bilinear, smoothstep, spread_over
 from .layers import EYES, blurred, crisp, polygon_mask
-from .portrayed import Portrayed, sampled
+from .portrayed import Portrayed, sampled, unlikeness
 from .run import patch_to
 
 # %% ../nbs/07g_hair.ipynb #c006
@@ -31,6 +30,7 @@ class Hair:
     ):
         p = self.portrayed = portrayed
         f, (h, w) = p.skin_faces, p.image.shape[:2]
+        self.told = (p.matte > .9) & (p.certain > .9)                             # the person's, and the picture's
         standing = p.normals0*p.thickness[:, None]
         self.over, self.over_colour = self._goes_on_beside()
         self.thick = standing.copy()                                            # metres [V, 3]
@@ -53,7 +53,7 @@ def _goes_on_beside(self, reach: float = .08) -> tuple:
     "Where hair, veil or hood goes on beyond the head's outline it also covers the side behind that outline: how much, [H, W], and its colour, [H, W, 3]."
     p, px = self.portrayed, self.portrayed.size/512
     core = ndi.binary_dilation(p.raster0.mask, iterations=max(1, int(3*px)))
-    hair = (p.matte > .9) & (p.certain > .9) & ((p.unlike > 3.5) | (p.light < .35))
+    hair = self.told & ((p.unlike > 3.5) | (p.light < .35))
     away, (i, j) = ndi.distance_transform_edt(core, return_indices=True)
     covered = ndi.gaussian_filter((hair[i, j] & (away < reach*p.size)).astype(np.float32), 2*px)
     inner = ndi.binary_erosion(hair & ~core, iterations=max(1, int(3*px)))          # the matte's rim holds something of the background
@@ -82,12 +82,6 @@ def _press_ears(self, least: float = .5):
             self.thick[mine], self.ears_copied[mine] = 0, 1
 
 # %% ../nbs/07g_hair.ipynb #c008
-def _away_from(colours, some) -> tuple:
-    "How unlikely colours [..., C] are as some [N, C]: squares of their distance in standard deviations, and what a normal density adds for its width."
-    middle, spread = np.median(some, axis=0), np.cov(some.T) + .01*np.eye(some.shape[1])
-    d = colours - middle
-    return ((d @ np.linalg.inv(spread))*d).sum(-1), np.log(np.linalg.det(spread))
-
 @patch_to(Hair)
 def _is_bald(self, top, away) -> bool:
     "Is the head's uppermost outline (bool [H, W]) as skin is: in the face's colours, and smooth? On nineteen portraits bald heads are .1 to 1.6 away from their faces' colours, and .005 to .02 rough, the others 2.8 and more, or .038 and more; of thirty others one was wrongly told, a tiny face in a crowd."
@@ -101,7 +95,7 @@ def _side_hair(self, away, near, low) -> tuple:
     "The hair of a bald head, and with soft edges: at its sides, not as the face is and not as warm. `away`: how unlike the face's colours; `near` the outline and `low` enough it may be, bool."
     p, unit = self.portrayed, self.portrayed.eyes_apart
     warm = lambda c: np.log((c[..., 0] + .04)/(c[..., 2] + .04))
-    may = (p.matte > .9) & (p.certain > .9) & near & ~(polygon_mask(p.landmarks[OVAL, :2], p.size, p.size, grow=0) > .5)
+    may = self.told & near & ~(polygon_mask(p.landmarks[OVAL, :2], p.size, p.size, grow=0) > .5)
     may &= ((warm(blurred(p.image, p.size/512)) < warm(p.face_colour)) | (p.colourless > .5)) & ~(p.ear_in_view('left') | p.ear_in_view('right'))
     away = ndi.gaussian_filter(away, 1.5*p.size/512)
     like = ndi.binary_opening(ndi.binary_propagation(may & (away > 3.5), mask=may & (away > 2)), iterations=max(1, int(.015*unit)))
@@ -117,20 +111,20 @@ def _told_by_colour(self) -> tuple:
     unit, up = p.eyes_apart, eyes.mean(0) - chin
     up, (y, x) = up/np.linalg.norm(up), np.mgrid[:p.size, :p.size] + .5
     level = ((x - eyes[:, 0].mean())*up[0] + (y - eyes[:, 1].mean())*up[1])/unit
-    around, logs = (self.likely > .5) & (p.matte > .9) & (p.certain > .9), np.log(blurred(p.image, p.size/512) + .04)
+    around, logs = (self.likely > .5) & self.told, np.log(blurred(p.image, p.size/512) + .04)
     deep = ndi.distance_transform_edt(np.pad(p.matte > .5, 1, mode='edge'))[1:-1, 1:-1]
     crown, face = around & (level > .5) & (deep < .3*unit), (p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices
-    skin, unlike = sampled(logs, p.T0[face]), lambda some: _away_from(logs, some)
+    away, width = unlikeness(logs, sampled(logs, p.T0[face]))                     # from the face's skin
     outline = (p.matte > .5) & (level > .5) & (deep < .1*unit)
     cut = bool(outline.any()) and p.certain[outline].mean() < .5                  # a crown that the picture cuts off tells nothing
     if not cut and crown.sum() < 30: return False, around, np.zeros_like(around)
     if cut:
-        more = np.where(p.light < 1.2, unlike(skin)[0] - 3.5, -9)
+        more = np.where(p.light < 1.2, away - 3.5, -9)
         like = around & (ndi.gaussian_filter(np.clip(more, -9, 9), p.size/512) > 0)
     else:
         top = crown & (level > np.quantile(level[crown], .75)) & (deep > .08*unit)
-        if self._is_bald(top, unlike(skin)[0]): return True, *self._side_hair(unlike(skin)[0], (level > -.5) & (deep < .35*unit), level < .35)
-        more = sum(unlike(skin)) - sum(unlike(logs[crown]))
+        if self._is_bald(top, away): return True, *self._side_hair(away, (level > -.5) & (deep < .35*unit), level < .35)
+        more = away + width - sum(unlikeness(logs, logs[crown]))
         bare = (p.raster0.face >= 0) & ~p.scalp[p.faces[p.raster0.face]].all(-1) & (level < 0)
         prior = np.where(level > 0, 5*np.exp(-(deep/(.3*unit))**2), 0) - 4*bare         # hair is rather at the outline, and rather not on a cheek
         like = around & (ndi.gaussian_filter(np.clip(more, -9, 9) + prior, 1.5*p.size/512) > 1)
@@ -148,9 +142,9 @@ def _grown(self) -> tuple:
     p, px = self.portrayed, self.portrayed.size/512
     inner = ndi.binary_erosion(p.matte > .9, iterations=max(1, int(5*px)), border_value=1)
     ring = inner & ~ndi.binary_erosion(inner, iterations=max(1, int(3*px)), border_value=1)
-    if not (ring & (p.certain > .9)).any(): return p.scalp*1., self.seen.astype(np.float32)
+    if not (ring & self.told).any(): return p.scalp*1., self.seen.astype(np.float32)
     at = lambda some: smoothstep(.3, .7, sampled(some, p.P0))
-    nearest = lambda known: ndi.gaussian_filter(self.seen[tuple(ndi.distance_transform_edt(~(known & (p.certain > .9)), return_distances=False, return_indices=True))].astype(np.float32), 2*px)
+    nearest = lambda known: ndi.gaussian_filter(self.seen[tuple(ndi.distance_transform_edt(~(known & self.told), return_distances=False, return_indices=True))].astype(np.float32), 2*px)
     shown, near = smoothstep(0, .2, p.facing0), nearest(inner)
     beside = at(nearest(ring))*(1 - shown + shown*at(near))*(1 - smoothstep(.1, .35, p.facing0))*smoothstep(.03, .045, np.abs(p.rest[:, 0]))
     for side, sign in (('left', 1), ('right', -1)):                              # beside an ear in view hair goes no lower than to its top
@@ -166,8 +160,7 @@ def _grown(self) -> tuple:
     scalp = smoothstep(low, low + .035, p.level)
     if self.bald:                                                                  # no farther up than at the outline, and on both sides
         scalp *= p.over_skin(at(nearest(ring))[:, None], np.full(len(scalp), .1))[:, 0].clip(0, 1)
-        twin = cKDTree(p.rest).query(p.rest*[-1, 1, 1])[1]
-        scalp, beside = np.maximum(scalp, scalp[twin]), np.maximum(beside, beside[twin])
+        scalp, beside = np.maximum(scalp, scalp[p.twin]), np.maximum(beside, beside[p.twin])
     return np.where(p.scalp, np.maximum(scalp, beside), beside), near
 
 @patch_to(Hair)

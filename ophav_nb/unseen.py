@@ -39,8 +39,7 @@ class Unseen:
         w = seen*(sampled(p.matte, P) > .9)
         inner = sampled(ndi.minimum_filter(p.matte, 2*max(1, round(3*p.size/512)) + 1), P)          # the rim's pixels hold something of the background
         self.sure = w*smoothstep(.3, .55, p.facing0)*(inner > .9)
-        twin = p.skin_vertices[cKDTree(V[p.skin_vertices]).query(V*[-1, 1, 1])[1]]
-        self.mirror, self.mirror_seen = P[twin], (w[twin]*smoothstep(.2, .8, w[twin])).astype(np.float32)
+        self.mirror, self.mirror_seen = P[p.twin], (w[p.twin]*smoothstep(.2, .8, w[p.twin])).astype(np.float32)
         self.shadow = self._under_the_chin()
         self.own = np.clip(p.over_skin(colour, self.sure*p.is_face), 0, 1).astype(np.float32)*self.shadow
         self._lips_within(colour, w, seen)
@@ -51,9 +50,9 @@ class Unseen:
         near = ndi.gaussian_filter(ndi.maximum_filter(hair.near, 2*int(.35*p.eyes_apart) + 1), .05*p.eyes_apart)      # sides are not quite alike
         self.mirror_seen *= 1 - smoothstep(.1, .5, sampled(near, self.mirror))                      # no shadow of the other side's hair
         seen *= np.maximum(smoothstep(.6, .8, p.facing0), smoothstep(.5, .95, inner)).astype(np.float32)     # a slope's pixels in the matte's rim hold something of the background
-        self.twin_light = p.over_skin(colour, w)[twin].sum(1)
+        self.twin_light = p.over_skin(colour, w)[p.twin].sum(1)
         light = self.own.mean(1)
-        self.relit = np.clip(light/np.maximum(light[twin], .02), .5, 1.8)
+        self.relit = np.clip(light/np.maximum(light[p.twin], .02), .5, 1.8)
         seen[p.eye_vertices] = 1
         self.seen = seen
 
@@ -98,10 +97,11 @@ class Back:
         solid = smoothstep(.4, .9, sampled(ndi.minimum_filter(p.matte, 3), Q))
         bare = unseen.sure*~scalp*(sampled(clothes.alpha, p.P0) > .9)*(sampled(ndi.maximum_filter(np.maximum(clothes.cloth, clothes.hanging), 5), p.P0) < .1)
         hairy = smoothstep(.2, .8, p.over_skin(scalp[:, None]*1., np.full(n, .01))[:, 0])    # no teeth where hair meets the neck
+        certain = sampled(p.certain, Q)
         hairline = 1 - smoothstep(.006, .022, cKDTree(p.rest[p.is_face]).query(p.rest)[0])         # soft, where it is made up
-        hairy = np.where(scalp, hairy*hair.grown*(1 - hairline*(1 - sampled(p.certain, Q))), np.maximum(hairy, hair.grown))
+        hairy = np.where(scalp, hairy*hair.grown*(1 - hairline*(1 - certain)), np.maximum(hairy, hair.grown))
         strands = self._strands_at(Q)
-        turned = np.where(scalp, 1 - smoothstep(.2, .45, p.facing0)*smoothstep(.5, .9, sampled(p.certain, Q)), hair.grown)   # what faces the camera is as it is
+        turned = np.where(scalp, 1 - smoothstep(.2, .45, p.facing0)*smoothstep(.5, .9, certain), hair.grown)   # what faces the camera is as it is
         bald = np.where(p.is_face[:, None], unseen.own, p.over_skin(sampled(p.skin, p.P0), bare)*unseen.shadow)
         colour = np.clip(bald + hairy[:, None]*(sampled(self.mane, strands) - bald), 0, 1)
         upper = smoothstep(.5, .9, self.attached)*np.where(scalp, smoothstep(-.10, -.02, p.level), smoothstep(-.045, -.02, p.level))
