@@ -29,10 +29,11 @@ from safetensors.numpy import load_file as _load_arrays, save_file as _save_arra
 # %% ../nbs/14_avatar.ipynb #c004
 from .dataset import ARRAYS, UNKNOWN, HeadDataset
 from .deform import Deformer, Mapping
+from .encoding import gpu, gpu_kernels, resolve_backend
 from .field import Field, FieldConfig, field_config
 from .geometry import Camera, facing_camera, interpolate, kernel, rasterize, vertex_normals
 from .head import HeadModel, Motion
-from .render import Occupancy, band_widths, mouth_amount, render_view, shade, surface_band, view_compiled, widen_band
+from .render import Occupancy, band_widths, mouth_amount, render_view, sample_depths, shade_samples, surface_band, view_compiled, widen_band
 from .run import InputError, make_key, patch_to, progress, write_atomic
 from .training import AveragedAdam, OnePass, Truth, one_pass_serves
 
@@ -318,7 +319,7 @@ def losses(
     patches=None,           # rays of each patch, [P, PATCH^2]
 ):                          # the loss, and the mean squared error of colour
     "Huber on colour over a random background, and the depth prior: the reference of `training.OnePass`."
-    rgb, alpha, background, weight, known, depth = (torch.from_numpy(a).to(rendered.rgb.device) for a in truth)
+    rgb, alpha, background, weight, known, depth = (torch.as_tensor(a).to(rendered.rgb.device) for a in truth)
     huber = lambda a, b: torch.nn.functional.huber_loss(a, b, delta=config.huber, reduction='none')
     shown, wanted = rendered.rgb + background*(1 - rendered.alpha)[:, None], rgb*alpha[:, None] + background*(1 - alpha)[:, None]
     loss = 10*(weight*huber(shown, wanted).mean(1)).mean()
@@ -434,6 +435,7 @@ class Trainer:
         half = self.one_pass is None and field.matrix_type == torch.float16    # its gradients need scaling, or the small ones vanish
         self.scaler = torch.amp.GradScaler(avatar.device.type, enabled=half)
         self.step, self.rows, self.halved, self.seconds = 0, [], 0, 0.
+        self.recorded, self.ahead = None, (None, None)   # a step as a CUDA graph; a step's number and its batch, made ready while a GPU computes
         self.sums = np.zeros(4)   # of loss, squared error, samples and steps, since the last row
 
     @property
@@ -453,26 +455,61 @@ class Trainer:
         if grid is None or not c.fill or grid.looks(): return c.rays      # all samples of a ray count, as many as configured: nothing to adjust
         return round(min(1/max(grid.share, 1e-6), MORE)*c.rays)
 
+    def batch(self, step: int) -> Batch:
+        "Rays of a step."
+        c = self.config
+        return Batch(self.pool, step, self.seed, c.mouth_weight if step >= c.mouth_start*self.steps else 1., self.rays)
+
+    def arrays(self, batch: Batch) -> tuple:
+        "A batch as `loss_of` takes it."
+        depth, step = sample_depths(*batch.limits, batch.jitter)
+        length = step*np.linalg.norm(batch.d, axis=1, keepdims=True).astype(np.float32)*100
+        return batch.frame, batch.slot, batch.o, batch.d, depth, length, *batch.truth
+
+    def loss_of(self, frame, slot, o, d, depth, length, *truth, patches=None) -> tuple:
+        "Loss and squared error of a batch's arrays."
+        told, frame = self.condition[frame.long()], frame.long()
+        code, pose, more = (self.own.of(k, frame) for k in ('code', 'pose', 'told'))
+        told = told if more is None else told + more
+        rendered, t = shade_samples(self.avatar.field, self.avatar.deformer, self.pool.poses, slot, o, d, depth, length, told, code, pose, self.occupancy)
+        return losses(rendered, t, Truth(*truth), self.config, patches)
+
     def by_torch(self, batch: Batch) -> tuple:
         "The same as `gradients` in torch operations; what comes back are tensors on the field's device."
-        frame = torch.from_numpy(batch.frame).long().to(self.avatar.device)
-        told = self.condition[frame]
-        code, pose, more = (self.own.of(k, frame) for k in ('code', 'pose', 'told'))
-        rendered, t = shade(self.avatar.field, self.avatar.deformer, self.pool.poses, *batch.rays, told if more is None else told + more, code, pose, self.occupancy)
-        loss, square = losses(rendered, t, batch.truth, self.config, batch.patches)
+        frame, *others = self.arrays(batch)
+        loss, square = self.loss_of(torch.from_numpy(frame).to(self.avatar.device), *others, patches=batch.patches)
         self.scaler.scale(loss).backward()
         return loss.detach(), square
+
+    @property
+    def records(self) -> bool:
+        "Can a step be recorded on a GPU, once for all steps? Then every step must do the same operations on as many numbers, by kernels that allow it."
+        device, c = self.avatar.device, self.config
+        return gpu_kernels(device) and resolve_backend(c.field.backend, device) == 'triton' and not (c.occupancy or c.patch or self.scaler.is_enabled())
+
+    def replayed(self, batch: Batch) -> tuple:
+        "Loss and squared error by the recorded step; the next batch is made ready while the GPU computes."
+        arrays, parameters = self.arrays(batch), [p for _, p in self.trained]
+        def whole(*inputs):
+            loss, square = self.loss_of(*inputs)
+            return loss.detach(), square, *torch.autograd.grad(loss, parameters)
+        if self.recorded is None: self.recorded = gpu.Recorded(whole, arrays, self.avatar.device)
+        loss, square, *gradients = self.recorded(*arrays)
+        for p, g in zip(parameters, gradients): p.grad = g
+        if self.step + 1 < self.steps: self.ahead = self.step + 1, self.batch(self.step + 1)
+        return loss, square
 
     def gradients(self, batch: Batch) -> tuple:
         "Loss and mean squared error of a batch; the parameters' gradients are added to."
         if self.one_pass is not None: return self.one_pass(self.pool.poses, *batch.rays, self.condition[torch.from_numpy(batch.frame).long()].numpy(), batch.truth)
-        loss, square = self.by_torch(batch)
+        whole = len(batch.slot) == self.config.rays//self.config.frames*self.config.frames    # frames without a head give no rays
+        loss, square = (self.replayed if self.records and whole else self.by_torch)(batch)
         return float(loss), float(square)
 
     def one(self) -> float:
         "One step; returns the loss."
-        c = self.config
-        batch = Batch(self.pool, self.step, self.seed, c.mouth_weight if self.step >= c.mouth_start*self.steps else 1., self.rays)
+        c, (step, batch) = self.config, self.ahead
+        if step != self.step: batch = self.batch(self.step)
         self.rate()
         value, square = self.gradients(batch)
         if not math.isfinite(value):
@@ -696,7 +733,10 @@ def load_avatar(
     if about['format'] > _FILE: raise InputError(f'{folder}: this avatar was made by a newer version of the package; update it')
     try: arrays = _load_arrays(folder/'avatar.safetensors')
     except Exception as cause: raise InputError(f'{folder}/avatar.safetensors cannot be read ({cause}); make the avatar again') from cause
-    config = AvatarConfig(**{**about['config'], 'field': FieldConfig(**about['config']['field'])})
+    field = FieldConfig(**about['config']['field'])
+    try: resolve_backend(field.backend, device)
+    except (ValueError, ImportError): field = replace(field, backend='auto')     # trained by kernels that another machine has
+    config = AvatarConfig(**{**about['config'], 'field': field})
     own = {k[5:]: v for k, v in arrays.items() if k.startswith('head.')}
     avatar = Avatar(person_head(own, about['names'], about['basis']), own, about['names'], config, device)
     avatar._take(arrays, about['steps'])

@@ -63,7 +63,7 @@ The same command again continues where it stopped; changed options redo only wha
     _backends(p)
     _option(p, "--driving", "a film of anyone, whose expressions a network animator takes over", metavar="FILM")
     _option(p, "--restorer", "who sharpens the renders: detail (default), gfpgan, gfpgan-parsing or gfpgan-parsenet (pasted on the whole head), none")
-    _option(p, "--backend", "kernels: auto (default), torch, numba, tcnn")
+    _option(p, "--backend", "kernels: auto (default), torch, numba, triton, tcnn")
     _option(p, "--recipe", _RECIPE, metavar="SETTINGS")
     _common(p)
 
@@ -140,7 +140,7 @@ metrics.json holds a row for each stage; what cannot be measured here stands und
     _option(p, "--restorer", "who sharpens the renders: detail (default), gfpgan, gfpgan-parsing or gfpgan-parsenet (pasted on the whole head), none")
     _option(p, "--rounds", "rounds of restoring and training on (default: 2, in smoke 1)", type=_count, metavar="N")
     _option(p, "--baselines", "earlier methods as rows, with commas: fomm, pirender, facevid2vid, liveportrait; or all whose weights are here", metavar="NAMES")
-    _option(p, "--backend", "kernels: auto (default), torch, numba, tcnn")
+    _option(p, "--backend", "kernels: auto (default), torch, numba, triton, tcnn")
     _option(p, "--recipe", _RECIPE, metavar="SETTINGS")
     _common(p)
 

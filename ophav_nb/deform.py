@@ -16,6 +16,7 @@ import torch
 from numba import float32, prange
 
 # %% ../nbs/12_deform.ipynb #c005
+from .encoding import gpu, gpu_kernels
 from .geometry import kernel, triangle_frames
 from .nearest import ROOM, fit_tree, nearest_in_leaves, nearest_reference, nearest_triangle, tree_shapes, triangle_leaves
 
@@ -302,7 +303,7 @@ class Deformer:
         depth,        # of the samples of each ray, in units of d, [R, S]
     ) -> Samples:
         "Carry samples of rays to canonical space, where the poses are. Rays that follow each other should be neighbours."
-        if isinstance(poses.P, torch.Tensor): return self._march_torch(poses, slot, o, d, depth)
+        if isinstance(poses.P, torch.Tensor): return (self._march_gpu if gpu_kernels(poses.P.device) else self._march_torch)(poses, slot, o, d, depth)
         f32 = lambda a: np.ascontiguousarray(a, np.float32)
         depth = f32(depth)
         n = depth.size
@@ -323,6 +324,12 @@ class Deformer:
                           blended=self.blended, low=self.low)
             self._known[device] = {k: torch.from_numpy(a).to(device) for k, a in arrays.items()}
         return self._known[device]
+
+    def _march_gpu(self, poses, slot, o, d, depth) -> Samples:
+        "The march in one launch."
+        device = poses.P.device
+        rays = [torch.as_tensor(a).to(device, torch.float32) for a in (o, d, depth)]
+        return Samples(*gpu.march(*rays, torch.as_tensor(slot).to(device, torch.long), poses, self.known(device), float(self.size), self.mapping == 'smooth'))
 
     def _march_torch(self, poses, slot, o, d, depth) -> Samples:
         "The march in torch operations, on the poses' device."

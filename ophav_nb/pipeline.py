@@ -604,7 +604,7 @@ def create(
     animator: Literal["mesh", "facevid2vid", "liveportrait"] = "mesh",
     driving: str | Path | None = None,  # a film of anyone, whose expressions a network animator takes over
     restorer: Literal["detail", "gfpgan", "gfpgan-parsing", "gfpgan-parsenet", "none"] = "detail",
-    backend: Literal["auto", "torch", "numba", "tcnn"] = "auto",
+    backend: Literal["auto", "torch", "numba", "triton", "tcnn"] = "auto",
     device: str = "auto",
     seed: int = 0,
     detector: Literal["default", "s3fd", "retinaface"] = "default",   # who looks for faces
@@ -613,7 +613,7 @@ def create(
 ) -> Run:
     "One portrait in, an animatable avatar out (OPHAvatars); continues where an earlier call with the same `out` stopped."
     settings = get_preset(preset)
-    for name, value, known in (("head", head, ("open", "flame")), ("backend", backend, ("auto", "torch", "numba", "tcnn"))):
+    for name, value, known in (("head", head, ("open", "flame")), ("backend", backend, ("auto", "torch", "numba", "triton", "tcnn"))):
         if value not in known: raise InputError(f"unknown {name} '{value}'; choose one of {', '.join(known)}")
     check_backends(matte=matte, parser=parser, detector=detector, animator=animator, restorer=restorer)   # says what is missing, before anything is made
     if driving and (coarse or animator not in NETWORKS): raise InputError(f"--driving FILM is for --animator {' or '.join(NETWORKS)} without --coarse")

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'KNEE', 'TILE', 'CELL', 'HAZE', 'RIM', 'SOLID', 'HOLE', 'FINE', 'NEAR', 'SPLIT', 'KNEE_AT', 'FRONT',
            'BEHIND', 'LENGTH', 'LATE', 'STRIDE', 'RAY', 'AT', 'START', 'GUESS', 'LAST', 'NEXT', 'band_widths',
            'mouth_amount', 'Band', 'sample_depths', 'surface_band', 'studio_camera', 'widen_band', 'Rendered',
-           'composite', 'Occupancy', 'shade', 'view_compiled', 'render_view']
+           'composite', 'Occupancy', 'shade', 'shade_samples', 'view_compiled', 'render_view']
 
 # %% ../nbs/13_render.ipynb #c004
 import logging
@@ -23,7 +23,7 @@ from scipy.spatial import cKDTree
 # %% ../nbs/13_render.ipynb #c005
 from .deform import Deformer, Poses, Samples, _map_smooth, _map_triangle
 from .dense import Packed, for_frame, layers_forward
-from .encoding import GRID_TILE, encode_tile, harmonics
+from .encoding import GRID_TILE, encode_tile, gpu_kernels, harmonics
 from .field import Field, told
 from .geometry import Camera, depth_range, interpolate, kernel, rasterize, smoothstep, vertex_normals
 from .lanes import exponentials
@@ -273,16 +273,30 @@ def shade(
     occupancy: Occupancy = None,   # skips samples in empty cells
 ):                       # Rendered, depths of the samples torch [R, S]
     "Render some rays."
-    R, S = jitter.shape
-    device = condition.device
     depth, step = sample_depths(*limits, jitter)
+    length = step*np.linalg.norm(d, axis=1, keepdims=True).astype(np.float32)*100
+    return shade_samples(field, deformer, poses, slot, o, d, depth, length, condition, appearance, pose, occupancy)
+
+def shade_samples(
+    field: Field,
+    deformer: Deformer,
+    poses: Poses,
+    slot, o, d,          # rays, as for `shade`
+    depth,               # of their samples, [R, S]
+    length,              # of their steps, centimetres, [R, S]
+    condition,           # of each ray's frame, torch [R, C]
+    appearance=None, pose=None, occupancy: Occupancy = None,   # as for `shade`
+):                       # Rendered, depths of the samples torch [R, S]
+    "Render rays whose samples are known."
+    R, S = depth.shape
+    device = condition.device
     samples = Samples(*(t.to(device) for t in deformer.march(poses, slot, o, d, depth)))
     per_sample = lambda t: t[:, None].expand(R, S, t.shape[1]).reshape(R*S, -1)
+    depth, length = (torch.as_tensor(a).to(device) for a in (depth, length))
     c = None if field.config.condition == 'none' else told(field.config, per_sample(condition), samples.mouth)
-    length = torch.from_numpy(step*np.linalg.norm(d, axis=1, keepdims=True).astype(np.float32)*100).to(device)
     x = samples.x
     if pose is not None:    # in canonical space, where the mapping's own turn is small: its derivative is that of a moved camera
-        p, place = per_sample(pose), x*float(deformer.size) + torch.as_tensor(deformer.low, device=device)
+        p, place = per_sample(pose), x*float(deformer.size) + deformer.known(device)['low']
         x = (x + (torch.linalg.cross(p[:, :3], place) + p[:, 3:])/float(deformer.size)).clamp(1e-4, .9999)
     parts = [x, samples.direction, c, None if appearance is None else per_sample(appearance), samples.height]
     if occupancy is None or occupancy.looks():
@@ -294,7 +308,7 @@ def shade(
         occupancy.share = len(few[0])/(R*S)
         density, rgb = (torch.zeros(R*S, *a.shape[1:], device=device).masked_scatter(some if a.dim() == 1 else some[:, None].expand(-1, 3), a) for a in few)
     if occupancy is not None: occupancy.steps += 1
-    return composite(density.view(R, S), rgb.view(R, S, 3), length), torch.from_numpy(depth).to(device)
+    return composite(density.view(R, S), rgb.view(R, S, 3), length), depth
 
 # %% ../nbs/13_render.ipynb #c024
 TILE = GRID_TILE   # rays
@@ -636,9 +650,10 @@ def _view_scouted(field, deformer, poses, camera, band, samples, condition, appe
     return out.reshape(H, W, 4)
 
 # %% ../nbs/13_render.ipynb #c029
-def _view_torch(field, deformer, poses, o, d, limits, samples, condition, appearance, chunk=8192) -> np.ndarray:
+def _view_torch(field, deformer, poses, o, d, limits, samples, condition, appearance) -> np.ndarray:
     "Straight RGBA of rays [R, 4] by the training path."
     out, device = [], field.grid.params.device
+    chunk = 32768 if gpu_kernels(device) else 8192     # few large launches where nothing large is kept between them
     condition = torch.as_tensor(np.asarray(condition, np.float32)).to(device)
     for k in range(0, len(o), chunk):
         s = slice(k, k + chunk)

@@ -178,8 +178,6 @@ def file(device, folder, backend):
     there = Avatar.load(here.save(folder/'here'), device=device)
     for p, q, r in zip(avatar.shown.parameters(), here.shown.parameters(), there.shown.parameters()):
         assert q.device.type == 'cpu' and r.device.type == torch.device(device).type and torch.equal(p.cpu(), q) and torch.equal(p, r)
-    here.shown.config = replace(here.shown.config, backend='auto')             # the CPU's kernels
-    here.shown.grid.backend = 'auto'
     pictures = [next(a.render(film.motion, camera, frames=[3])) for a in (here, there)]
     premultiplied = [p[..., :3]*p[..., 3:] for p in pictures]
     assert pictures[0][..., 3].max() > .3 and np.abs(premultiplied[0] - premultiplied[1]).max() < .02
@@ -200,6 +198,21 @@ def render(device, folder, backend):
     see = lambda field, **how: render_view(field, deformer, poses[1], studio_camera(32), widths, np.linspace(-1, 1, 16), **how)
     a, b = see(here, scouts=False), see(there, backend='torch')
     assert a[..., 3].max() > .5 and np.abs(a[..., 3] - b[..., 3]).max() < .01 and np.abs(a[..., :3]*a[..., 3:] - b[..., :3]*b[..., 3:]).max() < .02
+
+
+def recorded(device, folder, backend):
+    "Steps replayed from a recording, and step by step: the same losses."
+    trainers = [trainer_on(device, avatar_on(device, config(backend)), 12) for _ in range(2)]
+    trainers[1].replayed = trainers[1].by_torch
+    losses = []
+    for trainer in trainers:
+        assert trainer.records
+        losses.append([])
+        while trainer.step < trainer.steps:
+            losses[-1].append(trainer.one())
+            trainer.step += 1
+    assert trainers[0].recorded is not None and trainers[1].recorded is None and len(set(losses[0])) == 12
+    np.testing.assert_allclose(*losses, rtol=.01)     # sums in another order
 
 
 def tinycudann(device, module):

@@ -1,17 +1,26 @@
-"""On a GPU, where there is one: `pytest -m cuda tests`. Each check is one of `device_bodies.py`; `test_device.py` runs the same ones on the CPU.
-Written without a GPU and not run on one yet: their tolerances may need another look there."""
+"""On a GPU, where there is one: `pytest -m cuda tests`. Each check is one of `device_bodies.py`; `test_device.py` runs the same ones on the CPU."""
 import pytest
 import torch
 
 import ophav_nb  # noqa: F401
-from device_bodies import BODIES, encoder, field, short_fit, step, tinycudann
-from ophav_nb.encoding import tcnn
+from device_bodies import BODIES, encoder, field, recorded, short_fit, step, tinycudann
+from ophav_nb import deform
+from ophav_nb.encoding import gpu_kernels, tcnn
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU that torch can use')]
 
 
 @pytest.mark.parametrize('body', BODIES, ids=lambda b: b.__name__)
-def test_on_the_gpu(body, tmp_path): body('cuda', tmp_path, 'torch')
+def test_on_the_gpu(body, tmp_path, monkeypatch):
+    "Torch operations alone, the march too."
+    monkeypatch.setattr(deform, 'gpu_kernels', lambda device: False)
+    body('cuda', tmp_path, 'torch')
+
+
+@pytest.mark.parametrize('body', [*BODIES, recorded], ids=lambda b: b.__name__)
+def test_with_our_kernels(body, tmp_path):
+    if not gpu_kernels('cuda'): pytest.skip('Triton is not usable')
+    body('cuda', tmp_path, 'triton')
 
 
 @pytest.fixture

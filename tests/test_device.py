@@ -1,14 +1,15 @@
 """What `test_cuda.py` asks of a GPU, asked of the CPU: the same checks through the same torch operations, so that only the device is left to differ.
 And a whole training step on the meta device, under the guard that refuses what a GPU would refuse."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import ophav_nb  # noqa: F401
-from device_bodies import BODIES, config, tinycudann, toy, trainer_on
-from ophav_nb import encoding
+from device_bodies import BODIES, config, recorded, tinycudann, toy, trainer_on
+from ophav_nb import avatar, encoding
 from ophav_nb.avatar import Avatar, Batch
 from ophav_nb.deform import Deformer
 from ophav_nb.encoding import device_guard, grid_levels, spherical_harmonics
@@ -42,6 +43,18 @@ def test_a_stand_in_for_tinycudann():
         def forward(self, x): return super().forward(x.flip(1))
     Module.Encoding = staticmethod(lambda n, c, dtype: Other(c))
     with pytest.raises(AssertionError): tinycudann('cpu', Module)
+
+
+def test_a_recorded_step_is_the_step(tmp_path, monkeypatch):
+    "What a GPU records, called anew each time: arrays of 32 bits and fixed shapes, gradients in place of those that torch accumulates, the next batch made ahead."
+    class Recorded:
+        def __init__(self, function, arrays, device): self.function, self.like = function, [(a.shape, a.dtype) for a in arrays]
+        def __call__(self, *arrays):
+            assert [(a.shape, a.dtype) for a in arrays] == self.like and all(a.itemsize == 4 for a in arrays)
+            return self.function(*map(torch.from_numpy, arrays))
+    monkeypatch.setattr(avatar, 'gpu', SimpleNamespace(Recorded=Recorded))
+    monkeypatch.setattr(avatar.Trainer, 'records', True)
+    recorded('cpu', tmp_path, 'torch')
 
 
 CHANGES = [dict(), dict(mapping='triangle'), dict(occupancy=8), dict(distortion=.01, patch=.1, pose_rate=1e-4, told_rate=1e-3, occupancy=8, alpha_weight=.1)]
