@@ -180,7 +180,7 @@ The same command again redoes what failed or changed; table.csv and table.html a
 
 def argument_parser() -> argparse.ArgumentParser:
     "The parser of the whole command."
-    version = importlib.metadata.version("ophav-nb")
+    from ophav_nb import __version__ as version
     parser = _Parser(prog="ophav", description="One portrait in, an animatable 3D neural head avatar out.", epilog="""\
 start with:
   ophav create astronaut --out runs/astronaut

@@ -1,5 +1,12 @@
-"""Shared by all tests: the package before torch, so that its thread policy holds; no progress bars."""
+"""Shared by all tests: the package before torch, so that its thread policy holds; no progress bars.
+
+`OPHAV_TEST_DEVICE=cuda pytest -k golden tests` asks the golden outputs of other people's networks of a GPU."""
 import os
 
 os.environ.setdefault("OPHAV_QUIET", "1")
 import ophav_nb  # noqa: E402,F401
+import torch  # noqa: E402
+
+if device := os.environ.get("OPHAV_TEST_DEVICE"):
+    torch.set_default_device(device)
+    torch.backends.cudnn.allow_tf32 = False   # as `nets.blocks.precision` has it

@@ -83,7 +83,7 @@ def fingerprint(model: torch.nn.Module, rules=()) -> int:
     crc = 0
     for name, t in sorted(model.state_dict().items()):
         drawn = t.is_floating_point() and not name.endswith(("weight_u", "weight_v")) and (_rule(name, rules) or "?")[0] != "keep"
-        if drawn: crc = zlib.crc32(np.ascontiguousarray(t.numpy()).tobytes(), zlib.crc32(name.encode(), crc))
+        if drawn: crc = zlib.crc32(np.ascontiguousarray(t.cpu().numpy()).tobytes(), zlib.crc32(name.encode(), crc))
     return crc
 
 
@@ -101,10 +101,13 @@ def fill_golden(model: torch.nn.Module, name: str, part: str = "") -> torch.nn.M
     prefix = f"kept/{part}/" if part else "kept/"
     with np.load(GOLDEN/f"{name}.npz") as stored:
         for key in stored.files:
-            if key.startswith(prefix): assert np.allclose(model.state_dict()[key.removeprefix(prefix)].numpy(), stored[key], atol=1e-7), key
+            if key.startswith(prefix): assert np.allclose(model.state_dict()[key.removeprefix(prefix)].cpu().numpy(), stored[key], atol=1e-7), key
     fill(model, known["rules"], known["gain"])
     assert fingerprint(model, known["rules"]) == known["fill_crc32"]
     return model.to(memory_format=torch.channels_last) if getattr(model, "channels_last", False) else model   # as it is loaded
+
+
+def _tensor(a: np.ndarray) -> torch.Tensor: return torch.as_tensor(a.astype(np.float32))   # where the tests run: see conftest
 
 
 def drawn_picture(name: str, shape, low: float = 0., high: float = 1.) -> torch.Tensor:
@@ -118,17 +121,17 @@ def drawn_picture(name: str, shape, low: float = 0., high: float = 1.) -> torch.
     u, v = (y - i)[:, None], x - j
     rows = coarse[:, :, i]*(1 - u) + coarse[:, :, i + 1]*u
     smooth = rows[..., j]*(1 - v) + rows[..., j + 1]*v
-    return torch.from_numpy((low + (high - low)*(.9*smooth + .1*grain)).astype(np.float32))
+    return _tensor(low + (high - low)*(.9*smooth + .1*grain))
 
 
 def drawn_normal(name: str, shape, mean: float = 0., std: float = 1.) -> torch.Tensor:
     "Normal numbers."
-    return torch.from_numpy((mean + std*named_generator("input:" + name).standard_normal(shape)).astype(np.float32))
+    return _tensor(mean + std*named_generator("input:" + name).standard_normal(shape))
 
 
 def drawn_uniform(name: str, shape, low: float = 0., high: float = 1.) -> torch.Tensor:
     "Uniform numbers."
-    return torch.from_numpy((low + (high - low)*named_generator("input:" + name).random(shape)).astype(np.float32))
+    return _tensor(low + (high - low)*named_generator("input:" + name).random(shape))
 
 
 def manifest(name: str) -> dict:
@@ -141,7 +144,7 @@ def worst_difference(name: str, output: str, value: torch.Tensor) -> float:
     known = manifest(name)["outputs"][output]
     assert list(value.shape) == known["shape"]
     grid = tuple(slice(first, None, step) for first, step in zip(known["offset"], known["stride"]))
-    with np.load(GOLDEN/f"{name}.npz") as stored: return float(np.abs(value.detach().numpy()[grid] - stored[output]).max())
+    with np.load(GOLDEN/f"{name}.npz") as stored: return float(np.abs(value.detach().cpu().numpy()[grid] - stored[output]).max())
 
 
 def share(name: str, output: str, value: torch.Tensor) -> float:

@@ -27,7 +27,7 @@ def landmarks():
 @torch.inference_mode()
 def outputs(net):
     lms5 = five_points(landmarks())
-    matrix = similarity(lms5, torch.from_numpy(TEMPLATE))
+    matrix = similarity(lms5, torch.as_tensor(TEMPLATE))
     warped = align(golden_fill.drawn_picture("csim.image", (1, 3, 256, 256), -1, 1), matrix)
     return {"embedding_of_gray": net(golden_fill.drawn_picture("csim.gray", (2, 1, 128, 128), -1, 1)), "lms5": lms5, "M": matrix,
             "warped": warped, "gray_of_warped": grey_of(warped), "embedding_of_warped": net(grey_of(warped))}

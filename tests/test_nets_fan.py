@@ -19,8 +19,8 @@ def net(): return golden_fill.fill_golden(FAN(), NAME)
 def outputs(net):
     x = golden_fill.drawn_picture("fan", (1, 3, 256, 256))
     points, score = peaks(golden_fill.drawn_picture("fan.heatmaps", (2, 68, 64, 64))[:1])
-    in_image = torch.from_numpy(to_image(points.numpy(), (300.25, 280.5), 1.7, 64)).float()
-    photo = golden_fill.drawn_picture("fan.photo", (1, 3, 400, 420), 0, 255)[0].permute(1, 2, 0).numpy().astype(np.uint8)
+    in_image = torch.from_numpy(to_image(points.cpu().numpy(), (300.25, 280.5), 1.7, 64)).float()
+    photo = golden_fill.drawn_picture("fan.photo", (1, 3, 400, 420), 0, 255)[0].permute(1, 2, 0).cpu().numpy().astype(np.uint8)
     return {f"heatmaps.{i}": t for i, t in enumerate(net(x))} | {
         "heatmap_last_plus_flip": both_ways(net, x), "preds_64": points, "preds_image": in_image, "preds_score": score,
         "crop": torch.from_numpy(cut(photo, (205.3, 190.6), 1.35)).float()}
@@ -116,5 +116,5 @@ def test_beside_face_alignment(seed):
         points, heat = peaks(maps)
         known, in_image, score = get_preds_fromhm(maps.numpy(), centre, scale)
         assert np.array_equal(points, known) and np.array_equal(heat, score)
-        assert np.array_equal(to_image(points.numpy(), centre, scale, 64), in_image)
+        assert np.array_equal(to_image(points.cpu().numpy(), centre, scale, 64), in_image)
         assert np.array_equal(cut(image, centre, scale), crop(image, torch.tensor(centre), scale))

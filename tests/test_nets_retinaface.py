@@ -18,7 +18,7 @@ def net(): return golden_fill.fill_golden(RetinaFace(), NAME)
 @torch.inference_mode()
 def outputs(net):
     boxes, faces, points = net(golden_fill.drawn_picture("retinaface", (1, 3, 288, 352), 0, 255) - torch.tensor(MEAN)[:, None, None])
-    known = anchors(288, 352)
+    known = anchors(288, 352).to(boxes.device)
     decoded = decode(boxes[0], points[0], known)
     return {"loc": boxes, "conf": faces, "landms": points, "priors": known, "boxes_decoded": decoded[0], "landms_decoded": decoded[1]}
 

@@ -516,12 +516,23 @@ def at_half_precision(on: bool = True):
     finally: _HALF.reset(token)
 
 
-def precision(
-    device,
-    half: bool|None = None,   # float16 on a GPU, bfloat16 on a CPU; None: as the switch says
-):
-    "Mixed precision around a network alone: angles, keypoints and places need all their digits."
-    return torch.autocast(torch.device(device).type, enabled=half_precision() if half is None else half)
+class precision(torch.autocast):
+    "Around a network alone (angles, keypoints and places need all their digits): mixed precision or, on a GPU too, whole single precision, without the TF32 of ten bits that torch lets convolutions use there."
+    def __init__(self,
+        device,
+        half: bool|None = None,   # float16 on a GPU, bfloat16 on a CPU; None: as the switch says
+    ):
+        half, kind = half_precision() if half is None else half, torch.device(device).type
+        super().__init__(kind, enabled=half)
+        self.exact = kind == 'cuda' and not half
+
+    def __enter__(self):
+        if self.exact: self.before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        if self.exact: torch.backends.cudnn.allow_tf32 = self.before
+        return super().__exit__(*error)
 
 
 def as_input(
