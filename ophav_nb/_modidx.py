@@ -286,6 +286,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ophav_nb.bench.encoder': ('bench.html#encoder', 'ophav_nb/bench.py'),
                                 'ophav_nb.bench.fit': ('bench.html#fit', 'ophav_nb/bench.py'),
                                 'ophav_nb.bench.fit_long': ('bench.html#fit_long', 'ophav_nb/bench.py'),
+                                'ophav_nb.bench.gpu_step': ('bench.html#gpu_step', 'ophav_nb/bench.py'),
+                                'ophav_nb.bench.gpu_step_paper': ('bench.html#gpu_step_paper', 'ophav_nb/bench.py'),
                                 'ophav_nb.bench.head_rays': ('bench.html#head_rays', 'ophav_nb/bench.py'),
                                 'ophav_nb.bench.interleaved': ('bench.html#interleaved', 'ophav_nb/bench.py'),
                                 'ophav_nb.bench.machine': ('bench.html#machine', 'ophav_nb/bench.py'),

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MATRIX', 'GRID', 'LEAN', 'FRAMES', 'NETWORKS', 'PARTS', 'PARTS_OF_NETWORKS', 'MORE', 'Part', 'interleaved', 'matrix',
            'measure', 'TorchHashGrid', 'band_points', 'encoder', 'mlps', 'posed_head', 'head_rays', 'nearest', 'raster',
-           'OurStep', 'NaiveStep', 'TreeStep', 'step', 'step_lean', 'toy_avatar', 'training', 'render', 'render_512',
-           'animator', 'tracker', 'restorer', 'fit', 'fit_long', 'network_part', 'machine', 'compare_benches', 'bench']
+           'OurStep', 'NaiveStep', 'TreeStep', 'step', 'step_lean', 'toy_avatar', 'training', 'gpu_step',
+           'gpu_step_paper', 'render', 'render_512', 'animator', 'tracker', 'restorer', 'fit', 'fit_long',
+           'network_part', 'machine', 'compare_benches', 'bench']
 
 # %% ../nbs/22_bench.ipynb #c004
 import copy
@@ -33,7 +34,7 @@ from .avatar import Avatar, AvatarConfig, Batch, Trainer, memory_mb, status_mb, 
 from .deform import Deformer
 from .dense import Packed, layers_backward, layers_forward
 from .detect import Detector
-from .encoding import HashGrid, spherical_harmonics
+from .encoding import HashGrid, gpu_kernels, spherical_harmonics
 from .field import Field, FieldConfig
 from .geometry import facing_camera, kernel, rasterize, triangle_frames
 from .head import HeadModel, Motion
@@ -389,6 +390,28 @@ def training(quick: bool = False) -> Part:
     c = avatar.config
     return Part(f'a default training step, {c.rays} rays x {c.samples} samples', dict(ours=stepper(True), torch=stepper(False)), frames=1, unit='steps', goal=50.)
 
+def gpu_step(quick: bool = False, preset: str = 'lean', device: str = 'cuda') -> Part:
+    "A training step on a GPU: replayed from its recording, launch by launch, and without our kernels."
+    if not gpu_kernels(device): return Part(f'a training step on a GPU ({preset})', dict(ours=lambda: None), missing=dict(ours='needs a GPU and Triton'))
+    head = HeadModel.load()
+    film = toy_film(head, 24, 256, 4)
+    def stepper(backend: str, recorded: bool):
+        avatar = Avatar.create(head, film.shape, AvatarConfig.preset(preset, backend=backend), device=device)
+        if backend == 'torch': avatar.deformer._march_gpu = avatar.deformer._march_torch
+        avatar.fit(film, 1)
+        trainer = Trainer(avatar, film, 30_000, None, None, 0, 1., 1e9, 10**9)
+        if not recorded: trainer.replayed = trainer.by_torch
+        def turn():
+            for _ in range(10):
+                trainer.one()
+                trainer.step += 1
+        return turn
+    return Part(f'10 training steps on a GPU ({preset})', dict(ours=stepper('triton', True), launches=stepper('triton', False), torch=stepper('torch', False)), frames=10, unit='steps')
+
+def gpu_step_paper(quick: bool = False) -> Part:
+    "The same with INSTA's networks."
+    return gpu_step(quick, 'paper')
+
 def render(quick: bool = False, size: int = 256, goal: float = 12.) -> Part:
     "Views of a learned avatar: head turned, mouth opened."
     film, avatar = toy_avatar(quick)
@@ -592,14 +615,14 @@ def network_part(name: str, quick: bool = False) -> Part:
 PARTS = dict(encoder=encoder, mlps=mlps, nearest=nearest, raster=raster, step=step, step_lean=step_lean, training=training, render=render, render_512=render_512,
              animator=animator, tracker=tracker, restorer=restorer, fit=fit)
 PARTS_OF_NETWORKS = {f'network_{name}': partial(network_part, name) for name in NETWORKS}
-MORE = dict(fit_long=fit_long, **PARTS_OF_NETWORKS)   # not by default: minutes
+MORE = dict(fit_long=fit_long, gpu_step=gpu_step, gpu_step_paper=gpu_step_paper, **PARTS_OF_NETWORKS)   # not by default: minutes, or a GPU
 
 def _chosen(parts) -> list:
     "Names of parts: what was asked for, with 'networks' and 'all' spelled out; by default all but the networks."
     names, known, out = list(PARTS) if not parts else [p.strip() for p in (parts.split(',') if isinstance(parts, str) else parts)], PARTS | MORE, []
     for name in names: out += list(PARTS_OF_NETWORKS) if name == 'networks' else list(known) if name == 'all' else [name]
     unknown = [n for n in out if n not in known]
-    if unknown: raise InputError(f"there is no part {unknown[0]!r} to measure; choose from {', '.join(PARTS)}, fit_long, networks (or network_fan, ...) or all")
+    if unknown: raise InputError(f"there is no part {unknown[0]!r} to measure; choose from {', '.join(PARTS)}, fit_long, gpu_step, gpu_step_paper, networks (or network_fan, ...) or all")
     return list(dict.fromkeys(out))
 
 def _forget_peak() -> None:

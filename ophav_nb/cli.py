@@ -311,6 +311,7 @@ def _torch() -> list[Finding]:
 def _extras() -> list[Finding]:
     found = [Finding("tinycudann", bool(importlib.util.find_spec("tinycudann")), _version("tinycudann") or "not installed",
                      "not needed; it is faster on a GPU and is installed from its repository, github.com/NVlabs/tiny-cuda-nn")]
+    found.append(Finding("triton", bool(_version("triton")), _version("triton") or "not installed", "not needed; on a GPU it compiles our own kernels, and comes with torch for Linux"))
     gfpgan = _version("gfpgan")
     found.append(Finding("gfpgan", bool(gfpgan), gfpgan or "not installed", "not needed; for --restorer gfpgan: pip install "
                          "'ophav-nb[pretrained]' (Python below 3.13)"))

@@ -159,15 +159,16 @@ def _open(px, py, pz, T, leaf, best, found, v, w):
 @triton.jit
 def _search(px, py, pz, T, B, C, branches):
     "Squared distance, place among the leaves (-1: none) and weights of corners b and c of the triangle next to each point; T, B, C point to each point's pose."
-    near, first = px*0 + float('inf'), (px*0).to(tl.int32)
+    zero, none = tl.zeros_like(px), tl.zeros_like(px).to(tl.int32) - 1      # whatever px is: it may be no number
+    near, first = zero + float('inf'), none + 1
     for g in range(branches):
         d = _box(px, py, pz, _branch(C, g))
         first, near = tl.where(d < near, g, first), tl.minimum(d, near)
-    near, leaf = px*0 + float('inf'), first*_LANES
+    near, leaf = zero + float('inf'), first*_LANES
     for j in range(_LANES):
         d = _box(px, py, pz, B + first*(6*_LANES) + j)
         leaf, near = tl.where(d < near, first*_LANES + j, leaf), tl.minimum(d, near)
-    best, found, v, w = _open(px, py, pz, T, leaf, px*0 + float('inf'), (px*0).to(tl.int32) - 1, px*0, px*0)
+    best, found, v, w = _open(px, py, pz, T, leaf, zero + float('inf'), none, zero, zero)
     for g in range(branches):
         if tl.max((_box(px, py, pz, _branch(C, g)) < best).to(tl.int32), 0) > 0:
             for j in range(_LANES):

@@ -21,7 +21,7 @@ def landmarks():
     points = golden_fill.named_generator("input:csim.lms68").standard_normal((1, 68, 2))*4 + 128
     for k, places in enumerate(((36, 39), (42, 45), (30,), (48,), (54,))):
         for i in places: points[0, i] += 2*np.float64(TEMPLATE[k]) + (10, 6) - 128
-    return torch.from_numpy(points.astype(np.float32))
+    return torch.as_tensor(points.astype(np.float32))
 
 
 @torch.inference_mode()
