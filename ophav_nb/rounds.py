@@ -41,7 +41,8 @@ log = logging.getLogger(__name__)
 @dataclass
 class RoundsConfig:
     "How many rounds, how long each, and what it renders."
-    rounds: int = 2                  # restoration rounds after round 0
+    rounds: int = 2                  # restoration rounds after round 0, at most
+    patience: int = 1                # rounds in a row that are no better than those before, after which no further one is tried; 0: all are
     steps0: int = 4000               # training steps of round 0, on the coarse frames
     steps: int = 1300                # training steps of every later round
     lr_scale: float = 1.             # learning rate of later rounds, of round 0's
@@ -243,12 +244,15 @@ def choose_round(
     landmark_slack: float = .3,   # above round 0, % of the inter-ocular distance. Drift, not distance: restored features that lie elsewhere in all frames come closer to a real film (measured)
     worth: float = .02,           # relative gain of sharpness, or loss of identity distance, that is worth another round
 ) -> tuple[int, str]:             # the round, and why, in words
-    "The round that is sharpest and closest to the person, in the same poses; one that lacks a number is left out."
+    "The round that is sharpest, up to the portrait's own sharpness, and closest to the person, in the same poses; one that lacks a number is left out."
     absent = lambda row: [m.replace('_', ' ') for m in ('identity_distance', 'landmark_drift', 'sharpness') if row[m] is None or not np.isfinite(row[m])]
     if lacks := absent(rows[0]): return 0, f"round 0: its {' and '.join(lacks)} could not be measured, so no later round can be compared with it"
     first, best, out = rows[0], 0, []
     drift = lambda row: row['identity_distance'] - first['identity_distance']
-    worthy = lambda row: row['sharpness']/max(first['sharpness'], 1e-9) - drift(row)     # a hundredth of sharpness for a hundredth of distance
+    share = first.get('sharpness_of_portrait')
+    own = first['sharpness']/share if share else np.inf                                    # the portrait's: what is sharper than that is no detail of its
+    useful = lambda row: min(row['sharpness'], own)/max(first['sharpness'], 1e-9)
+    worthy = lambda row: useful(row) - drift(row)                                          # a hundredth of sharpness for a hundredth of distance
     for k, row in enumerate(rows[1:], 1):
         if lacks := absent(row):
             out.append(f"the {' and '.join(lacks)} of round {k} could not be measured")
@@ -257,7 +261,9 @@ def choose_round(
         if drift(row) > identity_slack: out.append(f"round {k} drifts from the person (identity distance {drift(row):+.3f})")
         elif slip > landmark_slack: out.append(f"round {k} misses the poses (landmark drift {slip:+.2f} points)")
         elif worthy(row) > worthy(rows[best]) + worth: best = k
-        else: out.append(f"round {k} is neither sharper than round {best} ({row['sharpness']/max(rows[best]['sharpness'], 1e-9) - 1:+.0%}) nor closer to the person by enough")
+        else:
+            sharper = f"({row['sharpness']/max(rows[best]['sharpness'], 1e-9) - 1:+.0%})" if rows[best]['sharpness'] < own else '(which is as sharp as the portrait)'
+            out.append(f"round {k} is neither sharper than round {best} {sharper} nor closer to the person by enough")
     row = rows[best]
     gain = row['sharpness']/max(first['sharpness'], 1e-9) - 1
     why = (f"round {best} is {abs(gain):.0%} {'sharper' if gain >= 0 else 'softer'} than round 0, with identity distance {row['identity_distance'] - first['identity_distance']:+.3f} "
@@ -451,17 +457,23 @@ def run_rounds(
     seed: int = 0,
     device: str = 'cpu',
     detector: Detector|None = None,
-) -> tuple[list[RoundResult], int]:    # every round, and the number of the chosen one
-    "The iterative dataset update (OPHAvatars, Iterative Dataset Update), resumable at any point."
+) -> tuple[list[RoundResult], int]:    # every round that was tried, and the number of the chosen one
+    "The iterative dataset update (OPHAvatars, Iterative Dataset Update), resumable at any point. It ends when a round brings nothing."
     config = config or RoundsConfig()
     if config.rounds < 0: raise InputError(f"{config.rounds} rounds cannot be; give 0 (the coarse frames alone) or more")
+    if config.patience < 0: raise InputError(f"a patience of {config.patience} rounds cannot be; give 0 (no round is left out) or more")
     made = run.manifest('rounds/0/dataset').get('params', {}) if run.has('rounds/0/dataset') else None
     if made is None or 'digest' in made: run.make('rounds/0/dataset', lambda folder: dataset.save(folder), params=dict(digest=dataset.digest()))
     elif HeadDataset.load(run.path('rounds/0/dataset'), head).digest() != dataset.digest():     # made by the command that the folder belongs to
         raise InputError(f"{run.folder} holds another coarse dataset than this one; choose another run folder")
     rounds = Rounds(run, dataset, portrait, head, config, seed, device, detector)
-    results = [rounds.round(k) for k in range(config.rounds + 1)]
-    chosen, reason = choose_round([r.metrics for r in results])
+    results = []
+    for k in range(config.rounds + 1):
+        results.append(rounds.round(k))
+        chosen, reason = choose_round([r.metrics for r in results])
+        if 0 < config.patience <= k - chosen and k < config.rounds:
+            reason += f"; so no further round was tried, of {config.rounds}"
+            break
     log.info('%s', reason)
     write_atomic(run.path('rounds', 'choice.json'), measures_json(dict(chosen=chosen, reason=reason, rounds=[r.metrics for r in results])))
     return results, chosen

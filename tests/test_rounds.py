@@ -179,6 +179,19 @@ def test_rounds_below_none(tmp_path, stage):
     with pytest.raises(InputError, match='-1 rounds'): stage.go(Run(tmp_path/'run', {}), rounds=-1)
 
 
+def test_a_round_that_brings_nothing_ends_them(tmp_path, stage, monkeypatch):
+    values = {}
+    def measure(check, shown, detector, previous=None): return dict(identity_distance=.3, landmark_drift=1., sharpness=next(values)), np.zeros((len(shown), 128))
+    monkeypatch.setattr(rounds, 'measure_round', measure)
+    for i, (how, given, tried, chosen) in enumerate(((dict(rounds=3), (10, 10, 20, 20), 2, 0), (dict(rounds=3), (10, 20, 20, 20), 3, 1), (dict(rounds=3, patience=2), (10, 10, 20, 20), 4, 2),
+                                                     (dict(rounds=3, patience=0), (10, 10, 10, 10), 4, 0), (dict(rounds=1), (10, 10), 2, 0))):
+        values, run = iter(given), Run(tmp_path/str(i), {})
+        results, number = stage.go(run, **how)
+        choice = json.loads(run.path('rounds', 'choice.json').read_text())
+        assert (len(results), number) == (tried, chosen) and ('no further round was tried' in choice['reason']) == (tried <= how['rounds']) and len(choice['rounds']) == tried
+    with pytest.raises(InputError, match='patience'): stage.go(Run(tmp_path/'x', {}), patience=-1)
+
+
 def test_samples_of_renders_are_part_of_the_check(tmp_path, stage):
     run = Run(tmp_path/'run', {})
     stage.go(run, rounds=0)
@@ -224,6 +237,10 @@ def test_guard():
     number, reason = choose_round([base, row(sharpness=None), row(sharpness=90.)])
     assert number == 2 and 'sharpness of round 1 could not be measured' in reason
     assert choose_round([row(sharpness=float('nan')), row(sharpness=90.)]) == (0, 'round 0: its sharpness could not be measured, so no later round can be compared with it')
+    own = lambda **c: row(sharpness_of_portrait=.95, **c)                          # the portrait's own sharpness is 84.2
+    number, reason = choose_round([own(), own(sharpness=90.), own(sharpness=99.)])
+    assert number == 1 and 'as sharp as the portrait' in reason
+    assert choose_round([own(), own(sharpness=90.), own(sharpness=70., identity_distance=.1)])[0] == 2
     assert choose_round([row(sharpness=0.)]*2)[0] == 0                             # an empty picture, as of a parser that calls everything clothes
 
 
