@@ -435,7 +435,7 @@ class Trainer:
         half = self.one_pass is None and field.matrix_type == torch.float16    # its gradients need scaling, or the small ones vanish
         self.scaler = torch.amp.GradScaler(avatar.device.type, enabled=half)
         self.step, self.rows, self.halved, self.seconds = 0, [], 0, 0.
-        self.recorded, self.ahead = None, (None, None)   # a step as a CUDA graph; a step's number and its batch, made ready while a GPU computes
+        self.recorded, self.ahead = None, (None, None)   # a step as a CUDA graph, or False where none can be made; a step's number and its batch, made ready while a GPU computes
         self.sums = np.zeros(4)   # of loss, squared error, samples and steps, since the last row
 
     @property
@@ -485,7 +485,7 @@ class Trainer:
     def records(self) -> bool:
         "Can a step be recorded on a GPU, once for all steps? Then every step must do the same operations on as many numbers, by kernels that allow it."
         device, c = self.avatar.device, self.config
-        return gpu_kernels(device) and resolve_backend(c.field.backend, device) == 'triton' and not (c.occupancy or c.patch or self.scaler.is_enabled())
+        return self.recorded is not False and gpu_kernels(device) and resolve_backend(c.field.backend, device) == 'triton' and not (c.occupancy or c.patch or self.scaler.is_enabled())
 
     def replayed(self, batch: Batch) -> tuple:
         "Loss and squared error by the recorded step; the next batch is made ready while the GPU computes."
@@ -493,7 +493,12 @@ class Trainer:
         def whole(*inputs):
             loss, square = self.loss_of(*inputs)
             return loss.detach(), square, *torch.autograd.grad(loss, parameters)
-        if self.recorded is None: self.recorded = gpu.Recorded(whole, arrays, self.avatar.device)
+        if self.recorded is None:
+            try: self.recorded = gpu.Recorded(whole, arrays, self.avatar.device)
+            except RuntimeError as cause:      # another torch, another Triton, too little memory for the recording
+                logger.warning('a training step cannot be recorded here (%s): its operations are launched one by one, which is several times slower', cause)
+                self.recorded = False
+                return self.by_torch(batch)
         loss, square, *gradients = self.recorded(*arrays)
         for p, g in zip(parameters, gradients): p.grad = g
         if self.step + 1 < self.steps: self.ahead = self.step + 1, self.batch(self.step + 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ophav_nb  # noqa: F401
-from device_bodies import BODIES, config, recorded, tinycudann, toy, trainer_on
+from device_bodies import BODIES, avatar_on, config, recorded, tinycudann, toy, trainer_on
 from ophav_nb import avatar, encoding
 from ophav_nb.avatar import Avatar, Batch
 from ophav_nb.deform import Deformer
@@ -55,6 +55,21 @@ def test_a_recorded_step_is_the_step(tmp_path, monkeypatch):
     monkeypatch.setattr(avatar, 'gpu', SimpleNamespace(Recorded=Recorded))
     monkeypatch.setattr(avatar.Trainer, 'records', True)
     recorded('cpu', tmp_path, 'torch')
+
+
+def test_a_step_that_cannot_be_recorded(monkeypatch, caplog):
+    "Goes on without, and says so once."
+    def refuse(*args): raise RuntimeError('operation not permitted when stream is capturing')
+    monkeypatch.setattr(avatar, 'gpu', SimpleNamespace(Recorded=refuse))
+    monkeypatch.setattr(avatar, 'gpu_kernels', lambda device: True)
+    monkeypatch.setattr(avatar, 'resolve_backend', lambda backend, device: 'triton')
+    trainer = trainer_on('cpu', avatar_on('cpu', config('torch')), 3)
+    assert trainer.records
+    for _ in range(3):
+        assert np.isfinite(trainer.one())
+        trainer.step += 1
+    assert not trainer.records and [r.message for r in caplog.records if 'recorded' in r.message][0].count('capturing') == 1
+    assert sum('recorded' in r.message for r in caplog.records) == 1
 
 
 CHANGES = [dict(), dict(mapping='triangle'), dict(occupancy=8), dict(distortion=.01, patch=.1, pose_rate=1e-4, told_rate=1e-3, occupancy=8, alpha_weight=.1)]
