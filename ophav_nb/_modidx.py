@@ -312,6 +312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ophav_nb.body.Body._clothes_behind': ('body.html#body._clothes_behind', 'ophav_nb/body.py'),
                                'ophav_nb.body.Body._following': ('body.html#body._following', 'ophav_nb/body.py'),
                                'ophav_nb.body.Body._neck_stands': ('body.html#body._neck_stands', 'ophav_nb/body.py'),
+                               'ophav_nb.body.Body._under_jaw': ('body.html#body._under_jaw', 'ophav_nb/body.py'),
                                'ophav_nb.body.Body.composite': ('body.html#body.composite', 'ophav_nb/body.py'),
                                'ophav_nb.body.Body.in_place': ('body.html#body.in_place', 'ophav_nb/body.py'),
                                'ophav_nb.body.Body.paint': ('body.html#body.paint', 'ophav_nb/body.py'),

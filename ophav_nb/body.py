@@ -84,8 +84,10 @@ class Body:
         self.covered = ndi.maximum_filter(cloth*(p.matte > .1), 2*int(5*px) + 1) > .1
         piece = ndi.binary_dilation(ndi.binary_erosion(self.covered, iterations=max(1, int(12*px))), iterations=max(1, int(18*px)))       # specks are no clothes
         self.flesh_alpha = (person*np.where(self.covered, np.where(piece, neck, 1)*np.clip(2 - clothes.bare_away/reach, 0, 1), 1)).astype(np.float32)
+        fades, under_jaw = self._under_jaw(clothes)
+        self.flesh_alpha *= fades
         beside = self.covered & (cloth < .5) & (self.following > .1)               # a neck slides along its collar
-        self.slides = beside | (ndi.minimum_filter(person, 2*int(2*px) + 1) < .98) & (self.following > .1)
+        self.slides = under_jaw | beside | (ndi.minimum_filter(person, 2*int(2*px) + 1) < .98) & (self.following > .1)
         self.near_cloth = sampled(ndi.binary_dilation(self.slides & self.covered), sheet.source)
         self.edge = (sheet.fringe > .04) & (person < .98) & (p.certain == 1)
         self.clothes = np.concatenate([bleed(p.bled, still, .97, max(1, int(2*px))), (person*still)[..., None]], -1).astype(np.float32)
@@ -110,6 +112,15 @@ def _neck_stands(self) -> np.ndarray:
     below = p.skin_faces[back.neck[p.skin_faces, 4].min(1) > .1]
     neck = rasterize(p.camera0.project((p.V0 + back.thick).astype(np.float64)), below, p.size, p.size).mask
     return ndi.gaussian_filter(ndi.binary_dilation(neck, iterations=max(1, int(7*px))).astype(np.float32), 2*px)
+
+@patch_to(Body)
+def _under_jaw(self, clothes) -> tuple:
+    "Below the jaw the neck's own pixels begin only where the jaw does not hide them: their opacity, so that a jaw that moves away uncovers no edge, and where that is; [H, W] both."
+    p, px = self.portrayed, self.portrayed.size/512
+    core = ndi.binary_erosion(clothes.core, iterations=max(1, int(3*px)))
+    away = ndi.distance_transform_edt(~core)/p.eyes_apart
+    there = (away < .3) & ~core & ndi.binary_dilation(p.neck_seen, iterations=max(1, int(4*px))) & ~clothes.hanging
+    return np.where(there, smoothstep(.02, .3, away), 1).astype(np.float32), there
 
 @patch_to(Body)
 def _clothes_behind(self) -> np.ndarray:
