@@ -496,7 +496,7 @@ def evaluate_clip(
     if rounds < 0: raise InputError(f"--rounds {rounds}: give 0 (the coarse film alone) or more")
     otherwise = read_recipe(recipe)
     field = AvatarConfig.preset(settings.field, backend=backend, **(ANIMATED if protocol == 'self' else {}) | otherwise)
-    config = RoundsConfig(rounds, settings.steps, settings.round_steps, restorer=restorer, render_frames=settings.round_frames, avatar=field,
+    config = RoundsConfig(rounds=rounds, steps0=settings.steps, steps=settings.round_steps, restorer=restorer, render_frames=settings.round_frames, avatar=field,
                           settings={'half': True} if half and restorer.startswith('gfpgan') else {})
     run = Run(out, dict(clip=str(clip), protocol=protocol, preset=name, settings=asdict(settings), rounds=rounds, seed=seed, restorer=restorer,
                         animator=animator, backend=backend, device=device, head=head, matte=matte, parser=parser, detector=detector, baselines=earlier, half=half) | ({'recipe': otherwise} if otherwise else {}))

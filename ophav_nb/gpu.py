@@ -88,7 +88,8 @@ class _Grid(torch.autograd.Function):
     def forward(ctx, x, table, layout):
         levels, F, N = layout[0], layout[1], len(x)
         x, out = x.t().contiguous(), x.new_empty(levels*layout[1], N)
-        if N: _grid_forward[triton.cdiv(N, 256), levels](x, table, out, *_of_levels(layout, x.device), N, F, 256)
+        with torch.cuda.device_of(x):      # Triton launches on the current device
+            if N: _grid_forward[triton.cdiv(N, 256), levels](x, table, out, *_of_levels(layout, x.device), N, F, 256)
         ctx.save_for_backward(x)
         ctx.layout, ctx.size = layout, table.shape
         return out.t()
@@ -97,7 +98,8 @@ class _Grid(torch.autograd.Function):
     def backward(ctx, g):
         x, = ctx.saved_tensors
         grad, N, g = torch.zeros(ctx.size, device=x.device), x.shape[1], g.float()
-        if N: _grid_backward[triton.cdiv(N, 256), ctx.layout[0]](x, g, grad, *_of_levels(ctx.layout, x.device), N, *g.stride(), ctx.layout[1], 256)
+        with torch.cuda.device_of(x):
+            if N: _grid_backward[triton.cdiv(N, 256), ctx.layout[0]](x, g, grad, *_of_levels(ctx.layout, x.device), N, *g.stride(), ctx.layout[1], 256)
         return None, grad, None
 
 def grid_features(
@@ -272,8 +274,9 @@ def march(
     new = lambda *s: depth.new_empty(s)
     x, direction, mouth, height, face = new(3, N), new(N, 3), new(N), new(N), torch.empty(N, dtype=torch.int32, device=depth.device)
     names = ('leaves', 'faces', 'canonical', 'rest', 'beside', 'blended', 'mouth', 'low')
-    if N: _march_kernel[triton.cdiv(N, 32),](o.contiguous(), d.contiguous(), depth.contiguous(), slot.contiguous(), *poses, *(known[k] for k in names), 1/size, x, direction, mouth, height, face,
-                                             N, S, len(known['leaves']), poses.P.shape[1], len(known['faces']), smooth, 32, num_warps=1)
+    with torch.cuda.device_of(depth):
+        if N: _march_kernel[triton.cdiv(N, 32),](o.contiguous(), d.contiguous(), depth.contiguous(), slot.contiguous(), *poses, *(known[k] for k in names), 1/size, x, direction, mouth, height, face,
+                                                 N, S, len(known['leaves']), poses.P.shape[1], len(known['faces']), smooth, 32, num_warps=1)
     return x.t(), direction, mouth, height, face
 
 # %% ../nbs/10b_gpu.ipynb #c019
@@ -289,14 +292,15 @@ class Recorded:
         self.there = torch.empty_like(self.staged, device=device)
         views = lambda flat: [flat[i:j].view(getattr(torch, str(a.dtype))).view(a.shape) for a, i, j in zip(arrays, ends, ends[1:])]
         self.inputs, self.sent, inputs = [v.numpy() for v in views(self.staged)], torch.cuda.Event(), views(self.there)
-        self._send(arrays)
-        beside, now = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-        beside.wait_stream(now)
-        with torch.cuda.stream(beside):
-            for _ in range(3): function(*inputs)          # kernels are compiled, and libraries take what room they want
-        now.wait_stream(beside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph): self.outputs = function(*inputs)
+        with torch.cuda.device_of(self.there):
+            self._send(arrays)
+            beside, now = torch.cuda.Stream(), torch.cuda.current_stream()
+            beside.wait_stream(now)
+            with torch.cuda.stream(beside):
+                for _ in range(3): function(*inputs)      # kernels are compiled, and libraries take what room they want
+            now.wait_stream(beside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph): self.outputs = function(*inputs)
 
     def _send(self, arrays):
         self.sent.synchronize()                           # until then the last ones are still on their way
@@ -308,6 +312,7 @@ class Recorded:
         *arrays,   # of the example's shapes and types
     ):             # the function's results, overwritten by the next call
         "Replay it on other numbers."
-        self._send(arrays)
-        self.graph.replay()
+        with torch.cuda.device_of(self.there):
+            self._send(arrays)
+            self.graph.replay()
         return self.outputs

@@ -38,7 +38,7 @@ from .run import InputError, Run, progress, write_atomic
 log = logging.getLogger(__name__)
 
 # %% ../nbs/17_rounds.ipynb #c008
-@dataclass
+@dataclass(kw_only=True)
 class RoundsConfig:
     "How many rounds, how long each, and what it renders."
     rounds: int = 2                  # restoration rounds after round 0, at most
