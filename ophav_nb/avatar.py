@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'ANIMATED', 'PATCH', 'MORE', 'AvatarConfig', 'read_recipe', 'toy_film', 'person_arrays', 'person_head',
            'FramePool', 'Batch', 'patch_loss', 'losses', 'Avatar', 'Corrections', 'status_mb', 'memory_mb', 'Trainer',
-           'load_avatar', 'compile_kernels', 'compile_ahead']
+           'pick_backend', 'load_avatar', 'compile_kernels', 'compile_ahead']
 
 # %% ../nbs/14_avatar.ipynb #c003
 import copy
@@ -29,7 +29,7 @@ from safetensors.numpy import load_file as _load_arrays, save_file as _save_arra
 # %% ../nbs/14_avatar.ipynb #c004
 from .dataset import ARRAYS, UNKNOWN, HeadDataset
 from .deform import Deformer, Mapping
-from .encoding import gpu, gpu_kernels, resolve_backend
+from .encoding import Backend, gpu, gpu_kernels, resolve_backend
 from .field import Field, FieldConfig, field_config
 from .geometry import Camera, facing_camera, interpolate, kernel, rasterize, vertex_normals
 from .head import HeadModel, Motion
@@ -349,6 +349,7 @@ class Avatar:
         self.lids = self.lids[around[self.lids]]
         self.deformer = Deformer(head.canonical(jaw=config.jaw).numpy(), head.faces, mouth_amount(head, rest), regions.get('face') if config.blend else None,
                                  eyes if config.eye_scale else None, config.mapping)
+        self.deformer.kernels = config.field.backend != 'torch'
         self.field = Field(config.field).to(self.device)
         self.shown = copy.deepcopy(self.field).requires_grad_(False)   # the average of the weights
         self.told_range = np.stack([np.full(config.field.condition_size, -np.inf), np.full(config.field.condition_size, np.inf)]).astype(np.float32)
@@ -492,10 +493,10 @@ class Trainer:
         arrays, parameters = self.arrays(batch), [p for _, p in self.trained]
         def whole(*inputs):
             loss, square = self.loss_of(*inputs)
-            return loss.detach(), square, *torch.autograd.grad(loss, parameters)
+            return loss.detach(), square, *torch.autograd.grad(loss, parameters, allow_unused=True)
         if self.recorded is None:
             try: self.recorded = gpu.Recorded(whole, arrays, self.avatar.device)
-            except RuntimeError as cause:      # another torch, another Triton, too little memory for the recording
+            except gpu.NotRecorded as cause:
                 logger.warning('a training step cannot be recorded here (%s): its operations are launched one by one, which is several times slower', cause)
                 self.recorded = False
                 return self.by_torch(batch)
@@ -505,9 +506,9 @@ class Trainer:
         return loss, square
 
     def gradients(self, batch: Batch) -> tuple:
-        "Loss and mean squared error of a batch; the parameters' gradients are added to."
+        "Loss and mean squared error of a batch, and the parameters' gradients, which were none before."
         if self.one_pass is not None: return self.one_pass(self.pool.poses, *batch.rays, self.condition[torch.from_numpy(batch.frame).long()].numpy(), batch.truth)
-        whole = len(batch.slot) == self.config.rays//self.config.frames*self.config.frames    # frames without a head give no rays
+        whole = len(batch.slot) == max(1, self.config.rays//self.config.frames)*self.config.frames    # frames without a head give no rays
         loss, square = (self.replayed if self.records and whole else self.by_torch)(batch)
         return float(loss), float(square)
 
@@ -706,6 +707,14 @@ def render(self,
 # %% ../nbs/14_avatar.ipynb #c037
 _FILE = 1   # version of the file's form
 
+def pick_backend(
+    backend: Backend,
+    device: str,
+) -> str:            # see `resolve_backend`
+    "The kernels that are meant on a device; what cannot be ends as one line."
+    try: return resolve_backend(backend, device)
+    except (ValueError, ImportError) as cause: raise InputError(f'--backend {backend}: {cause}') from cause
+
 @patch_to(Avatar)
 def save(self,
     folder,          # gets avatar.safetensors and avatar.json
@@ -739,8 +748,8 @@ def load_avatar(
     try: arrays = _load_arrays(folder/'avatar.safetensors')
     except Exception as cause: raise InputError(f'{folder}/avatar.safetensors cannot be read ({cause}); make the avatar again') from cause
     field = FieldConfig(**about['config']['field'])
-    try: resolve_backend(field.backend, device)
-    except (ValueError, ImportError): field = replace(field, backend='auto')     # trained by kernels that another machine has
+    try: pick_backend(field.backend, device)
+    except InputError: field = replace(field, backend='auto')     # trained by kernels that another machine has
     config = AvatarConfig(**{**about['config'], 'field': field})
     own = {k[5:]: v for k, v in arrays.items() if k.startswith('head.')}
     avatar = Avatar(person_head(own, about['names'], about['basis']), own, about['names'], config, device)

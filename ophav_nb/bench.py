@@ -394,10 +394,9 @@ def gpu_step(quick: bool = False, preset: str = 'lean', device: str = 'cuda') ->
     "A training step on a GPU: replayed from its recording, launch by launch, and without our kernels."
     if not gpu_kernels(device): return Part(f'a training step on a GPU ({preset})', dict(ours=lambda: None), missing=dict(ours='needs a GPU and Triton'))
     head = HeadModel.load()
-    film = toy_film(head, 24, 256, 4)
+    film = toy_film(head, *((6, 64, 2) if quick else (24, 256, 4)))
     def stepper(backend: str, recorded: bool):
         avatar = Avatar.create(head, film.shape, AvatarConfig.preset(preset, backend=backend), device=device)
-        if backend == 'torch': avatar.deformer._march_gpu = avatar.deformer._march_torch
         avatar.fit(film, 1)
         trainer = Trainer(avatar, film, 30_000, None, None, 0, 1., 1e9, 10**9)
         if not recorded: trainer.replayed = trainer.by_torch
@@ -405,6 +404,7 @@ def gpu_step(quick: bool = False, preset: str = 'lean', device: str = 'cuda') ->
             for _ in range(10):
                 trainer.one()
                 trainer.step += 1
+            if recorded and not trainer.recorded: raise RuntimeError('a training step could not be recorded')
         return turn
     return Part(f'10 training steps on a GPU ({preset})', dict(ours=stepper('triton', True), launches=stepper('triton', False), torch=stepper('torch', False)), frames=10, unit='steps')
 
@@ -618,7 +618,7 @@ PARTS_OF_NETWORKS = {f'network_{name}': partial(network_part, name) for name in 
 MORE = dict(fit_long=fit_long, gpu_step=gpu_step, gpu_step_paper=gpu_step_paper, **PARTS_OF_NETWORKS)   # not by default: minutes, or a GPU
 
 def _chosen(parts) -> list:
-    "Names of parts: what was asked for, with 'networks' and 'all' spelled out; by default all but the networks."
+    "Names of parts: what was asked for, with 'networks' and 'all' spelled out; by default those of `PARTS`."
     names, known, out = list(PARTS) if not parts else [p.strip() for p in (parts.split(',') if isinstance(parts, str) else parts)], PARTS | MORE, []
     for name in names: out += list(PARTS_OF_NETWORKS) if name == 'networks' else list(known) if name == 'all' else [name]
     unknown = [n for n in out if n not in known]

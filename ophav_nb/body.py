@@ -87,7 +87,7 @@ class Body:
         fades, under_jaw = self._under_jaw(clothes)
         self.flesh_alpha *= fades
         beside = self.covered & (cloth < .5) & (self.following > .1)               # a neck slides along its collar
-        self.slides = under_jaw | beside | (ndi.minimum_filter(person, 2*int(2*px) + 1) < .98) & (self.following > .1)
+        self.slides = beside | (under_jaw | (ndi.minimum_filter(person, 2*int(2*px) + 1) < .98)) & (self.following > .1)
         self.near_cloth = sampled(ndi.binary_dilation(self.slides & self.covered), sheet.source)
         self.edge = (sheet.fringe > .04) & (person < .98) & (p.certain == 1)
         self.clothes = np.concatenate([bleed(p.bled, still, .97, max(1, int(2*px))), (person*still)[..., None]], -1).astype(np.float32)

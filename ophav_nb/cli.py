@@ -173,7 +173,7 @@ The same command again redoes what failed or changed; table.csv and table.html a
   ophav bench                              all parts; exit code 1 if one misses its target
   ophav bench --parts encoder --compare bench.json --out new.json""", _bench)
     _option(p, "--out", "the numbers as JSON (default: bench.json)")
-    _option(p, "--parts", "only these, with commas: encoder, nearest, step, render …; networks; all (default: all but networks and fit_long; a wrong name lists them)"); _option(p, "--compare", "an earlier bench.json: what became slower?", metavar="FILE")
+    _option(p, "--parts", "only these, with commas: encoder, nearest, step, render …; networks; all (default: all but networks, fit_long and what needs a GPU; a wrong name lists them)"); _option(p, "--compare", "an earlier bench.json: what became slower?", metavar="FILE")
     p.add_argument("--quick", action="store_true", help="small and few turns: does it run at all?")
     _command(commands, "doctor", "say what this machine has and what it lacks", "  ophav doctor", _doctor)
 
@@ -310,8 +310,8 @@ def _torch() -> list[Finding]:
 
 def _extras() -> list[Finding]:
     found = [Finding("tinycudann", bool(importlib.util.find_spec("tinycudann")), _version("tinycudann") or "not installed",
-                     "not needed; it is faster on a GPU and is installed from its repository, github.com/NVlabs/tiny-cuda-nn")]
-    found.append(Finding("triton", bool(_version("triton")), _version("triton") or "not installed", "not needed; on a GPU it compiles our own kernels, and comes with torch for Linux"))
+                     "not needed; where Triton does not run, it serves the hash grid on a GPU; it is installed from its repository, github.com/NVlabs/tiny-cuda-nn")]
+    found.append(Finding("triton", bool(importlib.util.find_spec("triton")), _version("triton") or "not installed", "not needed; on a GPU it compiles our own kernels (with a C compiler), and comes with torch for Linux"))
     gfpgan = _version("gfpgan")
     found.append(Finding("gfpgan", bool(gfpgan), gfpgan or "not installed", "not needed; for --restorer gfpgan: pip install "
                          "'ophav-nb[pretrained]' (Python below 3.13)"))

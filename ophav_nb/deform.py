@@ -260,7 +260,7 @@ class Deformer:
         _triangle_frames_one(self.canonical, F, nothing, self.rest_area, self.rest)
         self.low = (self.canonical.min(0) - pad).astype(np.float32)
         self.size = np.float32(np.ptp(self.canonical, axis=0).max() + 2*pad)   # of the cube, metres
-        self._known = {}
+        self._known, self.kernels = {}, True   # `kernels`: a GPU's march may be ours; False: torch operations
 
     def allocate(self,
         n: int,        # frames
@@ -303,7 +303,7 @@ class Deformer:
         depth,        # of the samples of each ray, in units of d, [R, S]
     ) -> Samples:
         "Carry samples of rays to canonical space, where the poses are. Rays that follow each other should be neighbours."
-        if isinstance(poses.P, torch.Tensor): return (self._march_gpu if gpu_kernels(poses.P.device) else self._march_torch)(poses, slot, o, d, depth)
+        if isinstance(poses.P, torch.Tensor): return (self._march_gpu if self.kernels and gpu_kernels(poses.P.device) else self._march_torch)(poses, slot, o, d, depth)
         f32 = lambda a: np.ascontiguousarray(a, np.float32)
         depth = f32(depth)
         n = depth.size

@@ -393,9 +393,12 @@ def _warn_once(message): logger.warning(message)
 def gpu_kernels(
     device,   # where tensors live
 ) -> bool:
-    "Do our own GPU kernels (`gpu`) serve there? They need Triton and a GPU of Volta's generation or later."
+    "Do our own GPU kernels (`gpu`) serve there? They need Triton, a GPU of Volta's generation or later, and a C compiler, which Triton calls: so one is tried."
     device = torch.device(device)
-    return device.type == 'cuda' and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 7 and bool(gpu)
+    if device.type != 'cuda' or not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] < 7 or not gpu: return False
+    cause = gpu.trial(device)
+    if cause is not None: gpu._cause = cause
+    return cause is None
 
 def resolve_backend(
     backend: Backend,     # what was asked for
@@ -408,13 +411,14 @@ def resolve_backend(
     if backend in ('tcnn', 'triton'):
         if kind != 'cuda': raise ValueError(f"backend '{backend}' computes on a CUDA device, but the parameters are on {kind}; use 'auto'")
         tcnn.Encoding if backend == 'tcnn' else gpu.grid_features   # raises the cause
+        if backend == 'triton' and not gpu_kernels(device): raise ImportError(f"backend 'triton': our kernels do not run on this GPU ({gpu._cause or 'it is too old'}); use 'auto'")
     if backend != 'auto': return backend
     if kind in ('cpu', 'meta'): chosen = 'numba'
+    elif gpu_kernels(device): chosen = 'triton'        # before tinycudann, beside whose grid nothing can be recorded: see `gpu`
     elif kind == 'cuda' and tcnn: chosen = 'tcnn'
-    elif gpu_kernels(device): chosen = 'triton'
     else:
         chosen = 'torch'
-        if kind == 'cuda': _warn_once(f'neither tinycudann ({tcnn._cause}) nor Triton ({gpu._cause or "no GPU that it compiles for"}) is usable: the hash grid runs as plain torch operations, much slower')
+        if kind == 'cuda': _warn_once(f'neither Triton ({gpu._cause or "this GPU is too old for it"}) nor tinycudann ({tcnn._cause}) is usable: grid and march run as plain torch operations, much slower')
     _log_once(f'hash grid on {kind}: {chosen}')
     return chosen
 

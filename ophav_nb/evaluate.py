@@ -25,7 +25,7 @@ import numpy as np
 # %% ../nbs/20_evaluate.ipynb #c004
 from .animate import echo
 from .animators import NETWORKS, film_heads, make_animator, make_baseline
-from .avatar import ANIMATED, Avatar, AvatarConfig, read_recipe
+from .avatar import ANIMATED, Avatar, AvatarConfig, pick_backend, read_recipe
 from .dataset import HeadDataset, cut_heads, film_dataset
 from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector, detect_like
 from .geometry import Camera
@@ -494,6 +494,7 @@ def evaluate_clip(
     load_head(head)                   # says what is missing, before anything is made
     rounds, device = (1 if name == 'smoke' else 2) if rounds is None else rounds, pick_device(device)
     if rounds < 0: raise InputError(f"--rounds {rounds}: give 0 (the coarse film alone) or more")
+    pick_backend(backend, device)     # says what cannot be, before anything is made
     otherwise = read_recipe(recipe)
     field = AvatarConfig.preset(settings.field, backend=backend, **(ANIMATED if protocol == 'self' else {}) | otherwise)
     config = RoundsConfig(rounds=rounds, steps0=settings.steps, steps=settings.round_steps, restorer=restorer, render_frames=settings.round_frames, avatar=field,

@@ -31,7 +31,8 @@ import numpy as np
 # %% ../nbs/19_pipeline.ipynb #c003
 from .animate import echo
 from .animators import NETWORKS, film_heads, make_animator, stored_pictures
-from .avatar import ANIMATED, Avatar, AvatarConfig, compile_ahead, read_recipe
+from .avatar import ANIMATED, Avatar, AvatarConfig, compile_ahead, pick_backend, read_recipe
+from .encoding import Backend
 from .dataset import HeadDataset
 from .detect import Detector, detect_like, head_crop
 from .flame import load_head
@@ -604,7 +605,7 @@ def create(
     animator: Literal["mesh", "facevid2vid", "liveportrait"] = "mesh",
     driving: str | Path | None = None,  # a film of anyone, whose expressions a network animator takes over
     restorer: Literal["detail", "gfpgan", "gfpgan-parsing", "gfpgan-parsenet", "none"] = "detail",
-    backend: Literal["auto", "torch", "numba", "triton", "tcnn"] = "auto",
+    backend: Backend = "auto",
     device: str = "auto",
     seed: int = 0,
     detector: Literal["default", "s3fd", "retinaface"] = "default",   # who looks for faces
@@ -613,8 +614,7 @@ def create(
 ) -> Run:
     "One portrait in, an animatable avatar out (OPHAvatars); continues where an earlier call with the same `out` stopped."
     settings = get_preset(preset)
-    for name, value, known in (("head", head, ("open", "flame")), ("backend", backend, ("auto", "torch", "numba", "triton", "tcnn"))):
-        if value not in known: raise InputError(f"unknown {name} '{value}'; choose one of {', '.join(known)}")
+    if head not in ("open", "flame"): raise InputError(f"unknown head '{head}'; choose one of open, flame")
     check_backends(matte=matte, parser=parser, detector=detector, animator=animator, restorer=restorer)   # says what is missing, before anything is made
     if driving and (coarse or animator not in NETWORKS): raise InputError(f"--driving FILM is for --animator {' or '.join(NETWORKS)} without --coarse")
     for name, value in (("motion", motion), ("coarse", coarse), ("driving", driving)):
@@ -625,6 +625,7 @@ def create(
     rounds = (1 if preset == "smoke" else 2) if rounds is None else rounds
     if rounds < 0: raise InputError(f"--rounds {rounds}: give 0 (the coarse film alone) or more")
     image, device = read_image(portrait), pick_device(device)
+    pick_backend(backend, device)
     model = load_head(head)
     params = dict(portrait=str(portrait), motion=motion, face=face, coarse=coarse and str(coarse), rounds=rounds, preset=preset if isinstance(preset, str) else 'own',
                   settings=settings, head=head, matte=matte, parser=parser, animator=animator, driving=driving and str(driving), restorer=restorer, backend=backend,

@@ -23,7 +23,7 @@ from scipy.spatial import cKDTree
 # %% ../nbs/13_render.ipynb #c005
 from .deform import Deformer, Poses, Samples, _map_smooth, _map_triangle
 from .dense import Packed, for_frame, layers_forward
-from .encoding import GRID_TILE, encode_tile, gpu_kernels, harmonics
+from .encoding import GRID_TILE, encode_tile, harmonics, resolve_backend
 from .field import Field, told
 from .geometry import Camera, depth_range, interpolate, kernel, rasterize, smoothstep, vertex_normals
 from .lanes import exponentials
@@ -653,7 +653,8 @@ def _view_scouted(field, deformer, poses, camera, band, samples, condition, appe
 def _view_torch(field, deformer, poses, o, d, limits, samples, condition, appearance) -> np.ndarray:
     "Straight RGBA of rays [R, 4] by the training path."
     out, device = [], field.grid.params.device
-    chunk = 32768 if gpu_kernels(device) else 8192     # few large launches where nothing large is kept between them
+    few = device.type == 'cuda' and resolve_backend(field.config.backend, device) == 'triton'
+    chunk = (3 << 20)//(samples*max(8, field.grid.width//8)) if few else 8192     # few large launches, but not more than some hundred megabytes of features
     condition = torch.as_tensor(np.asarray(condition, np.float32)).to(device)
     for k in range(0, len(o), chunk):
         s = slice(k, k + chunk)

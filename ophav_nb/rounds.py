@@ -261,9 +261,8 @@ def choose_round(
         if drift(row) > identity_slack: out.append(f"round {k} drifts from the person (identity distance {drift(row):+.3f})")
         elif slip > landmark_slack: out.append(f"round {k} misses the poses (landmark drift {slip:+.2f} points)")
         elif worthy(row) > worthy(rows[best]) + worth: best = k
-        else:
-            sharper = f"({row['sharpness']/max(rows[best]['sharpness'], 1e-9) - 1:+.0%})" if rows[best]['sharpness'] < own else '(which is as sharp as the portrait)'
-            out.append(f"round {k} is neither sharper than round {best} {sharper} nor closer to the person by enough")
+        elif rows[best]['sharpness'] >= own: out.append(f"round {best} is as sharp as the portrait already, and round {k} not closer to the person by enough")
+        else: out.append(f"round {k} is neither sharper than round {best} ({row['sharpness']/max(rows[best]['sharpness'], 1e-9) - 1:+.0%}) nor closer to the person by enough")
     row = rows[best]
     gain = row['sharpness']/max(first['sharpness'], 1e-9) - 1
     why = (f"round {best} is {abs(gain):.0%} {'sharper' if gain >= 0 else 'softer'} than round 0, with identity distance {row['identity_distance'] - first['identity_distance']:+.3f} "
@@ -471,7 +470,7 @@ def run_rounds(
     for k in range(config.rounds + 1):
         results.append(rounds.round(k))
         chosen, reason = choose_round([r.metrics for r in results])
-        if 0 < config.patience <= k - chosen and k < config.rounds:
+        if 0 < config.patience <= k - chosen and k < config.rounds and not run.has(rounds.name(k + 1, 'check')):      # what is there already counts
             reason += f"; so no further round was tried, of {config.rounds}"
             break
     log.info('%s', reason)

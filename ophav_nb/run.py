@@ -217,8 +217,8 @@ def complete_install() -> None:
     missing = missing_requirements()
     if missing: subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing, f"torch=={torch.__version__}"], check=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    tcnn = "there" if importlib.util.find_spec("tinycudann") else "not there (numba or torch serve)"
-    log.warning("python %s, torch %s on %s; tinycudann is %s", platform.python_version(), torch.__version__, device, tcnn)
+    triton = "there" if importlib.util.find_spec("triton") else "not there"
+    log.warning("python %s, torch %s on %s; Triton, for kernels on a GPU, is %s", platform.python_version(), torch.__version__, device, triton)
     if sys.version_info >= (3, 13): log.warning("GFPGAN's package needs Python below 3.13: --restorer gfpgan will not install here")
 
 # %% ../nbs/00_run.ipynb #c025

@@ -8,5 +8,6 @@ import ophav_nb  # noqa: E402,F401
 import torch  # noqa: E402
 
 if device := os.environ.get("OPHAV_TEST_DEVICE"):
+    from ophav_nb.nets.blocks import precision
     torch.set_default_device(device)
-    torch.backends.cudnn.allow_tf32 = False   # as `nets.blocks.precision` has it
+    precision(device, False).__enter__()      # as networks are called

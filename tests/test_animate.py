@@ -324,6 +324,19 @@ def test_unmoved_the_whole_picture_is_the_portrait(portrait, head):
     assert psnr(error >= 0) > 33 and psnr(outline) > 22.5           # 35.4 and 24.9; 29.9 and 18.6 while nothing was carried
 
 
+def test_a_neck_fades_in_under_the_jaw(portrait, head):
+    "So that a jaw which turns away uncovers no edge; at rest the sheet's own pixels make up for it."
+    image, animator = dressed(head, portrait)
+    body, clothes = animator._settled(), animator.clothes
+    fades, there = body._under_jaw(clothes)
+    away = ndi.distance_transform_edt(~ndi.binary_erosion(clothes.core))/animator.portrayed.eyes_apart
+    assert there.any() and not there[: int(portrait[1].landmarks[0, 4, 1])].any()
+    assert fades[there & (away < .06)].max() < .1 and fades[there & (away > .25)].min() > .8 and (fades[~there] == 1).all()
+    assert (body.flesh_alpha <= fades + 1e-6).all() and (body.slides | ~there | (body.following <= .1)).all()
+    s = state(portrait[1], head)
+    assert np.abs(animator.composite(animator.frame(*s), *s) - image/255.)[there].mean() < .03
+
+
 def test_what_is_carried_beside_the_outline_fades(portrait, head):
     "Little by little as the head moves: no frame jumps."
     image, animator = dressed(head, portrait)

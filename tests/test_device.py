@@ -52,7 +52,7 @@ def test_a_recorded_step_is_the_step(tmp_path, monkeypatch):
         def __call__(self, *arrays):
             assert [(a.shape, a.dtype) for a in arrays] == self.like and all(a.itemsize == 4 for a in arrays)
             return self.function(*map(torch.from_numpy, arrays))
-    monkeypatch.setattr(avatar, 'gpu', SimpleNamespace(Recorded=Recorded))
+    monkeypatch.setattr(avatar, 'gpu', SimpleNamespace(Recorded=Recorded, NotRecorded=RuntimeError))
     monkeypatch.setattr(avatar.Trainer, 'records', True)
     recorded('cpu', tmp_path, 'torch')
 
@@ -60,7 +60,7 @@ def test_a_recorded_step_is_the_step(tmp_path, monkeypatch):
 def test_a_step_that_cannot_be_recorded(monkeypatch, caplog):
     "Goes on without, and says so once."
     def refuse(*args): raise RuntimeError('operation not permitted when stream is capturing')
-    monkeypatch.setattr(avatar, 'gpu', SimpleNamespace(Recorded=refuse))
+    monkeypatch.setattr(avatar, 'gpu', SimpleNamespace(Recorded=refuse, NotRecorded=RuntimeError))
     monkeypatch.setattr(avatar, 'gpu_kernels', lambda device: True)
     monkeypatch.setattr(avatar, 'resolve_backend', lambda backend, device: 'triton')
     trainer = trainer_on('cpu', avatar_on('cpu', config('torch')), 3)

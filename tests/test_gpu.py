@@ -66,18 +66,50 @@ def test_in_the_interpreter(check):
 
 
 def test_who_computes_on_a_gpu(monkeypatch):
-    "tinycudann where it is, else our kernels where there are Triton and a GPU that it compiles for, else torch, which is said."
+    "Our kernels where there are Triton and a GPU that it compiles for, and where a first one ran; else tinycudann; else torch, which is said."
     import torch
     from ophav_nb import encoding
     assert not encoding.gpu_kernels('cpu') and not encoding.gpu_kernels('meta')
     with pytest.raises(ValueError, match='CUDA'): encoding.resolve_backend('triton', 'cpu')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    for capability, module, expected in (((9, 0), SimpleNamespace(), 'triton'), ((6, 1), SimpleNamespace(), 'torch'), ((9, 0), None, 'torch')):
+    fine, broken = (SimpleNamespace(trial=lambda device, cause=cause: cause, grid_features=None) for cause in (None, OSError('no compiler')))
+    for capability, module, expected in (((9, 0), fine, 'triton'), ((6, 1), fine, 'torch'), ((9, 0), broken, 'torch'), ((9, 0), None, 'torch')):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None, c=capability: c)
         if module is None: monkeypatch.setattr(encoding, 'gpu', encoding._Lazy('no_such_module', 'hint'))
         else: monkeypatch.setitem(sys.modules, 'ophav_nb.gpu', module)
         assert encoding.resolve_backend('auto', 'cuda') == expected
-    with pytest.raises(ImportError, match='hint'): encoding.resolve_backend('triton', 'cuda')
+        if expected == 'torch':
+            with pytest.raises(ImportError, match='hint' if module is None else 'no compiler' if module is broken else 'too old'): encoding.resolve_backend('triton', 'cuda')
+        monkeypatch.setattr(encoding, 'gpu', encoding._Lazy('ophav_nb.gpu', 'hint'))
+
+
+def test_convolutions_are_exact(monkeypatch):
+    "Inside `precision`, however many are open at once; what the switch was comes back, after an error, too."
+    import torch
+    from ophav_nb.nets.blocks import precision
+    for before in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', before)
+        one, two = precision('cuda', False), precision('cuda', False)
+        with pytest.raises(KeyError):
+            with one:
+                assert not torch.backends.cudnn.allow_tf32
+                raise KeyError
+        assert torch.backends.cudnn.allow_tf32 == before
+        one.__enter__(), two.__enter__(), one.__exit__(None, None, None)
+        assert not torch.backends.cudnn.allow_tf32
+        two.__exit__(None, None, None)
+        assert torch.backends.cudnn.allow_tf32 == before
+        with precision('cuda', True): assert torch.backends.cudnn.allow_tf32 == before
+        with precision('cpu'): assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_a_backend_that_cannot_be_is_said_first(tmp_path):
+    from ophav_nb.evaluate import evaluate_clip
+    from ophav_nb.pipeline import create
+    from ophav_nb.run import InputError
+    for backend in ('triton', 'tcnn', 'fast'):
+        with pytest.raises(InputError, match=f'--backend {backend}'): create('astronaut', tmp_path/'run', backend=backend, device='cpu')
+    assert not (tmp_path/'run').exists()
 
 
 if __name__ == '__main__': globals()[sys.argv[1]]()

@@ -517,7 +517,9 @@ def at_half_precision(on: bool = True):
 
 
 class precision(torch.autocast):
-    "Around a network alone (angles, keypoints and places need all their digits): mixed precision or, on a GPU too, whole single precision, without the TF32 of ten bits that torch lets convolutions use there."
+    "Around a network alone (angles, keypoints and places need all their digits): mixed precision or, on a GPU too, convolutions in whole single precision, without the TF32 of ten bits that torch lets them use there."
+    _inside, _before = 0, True     # how many are open, and what the switch was before the first: it is one for the whole process
+
     def __init__(self,
         device,
         half: bool|None = None,   # float16 on a GPU, bfloat16 on a CPU; None: as the switch says
@@ -527,11 +529,15 @@ class precision(torch.autocast):
         self.exact = kind == 'cuda' and not half
 
     def __enter__(self):
-        if self.exact: self.before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+        if self.exact:
+            if not precision._inside: precision._before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+            precision._inside += 1
         return super().__enter__()
 
     def __exit__(self, *error):
-        if self.exact: torch.backends.cudnn.allow_tf32 = self.before
+        if self.exact:
+            precision._inside -= 1
+            if not precision._inside: torch.backends.cudnn.allow_tf32 = precision._before
         return super().__exit__(*error)
 
 
