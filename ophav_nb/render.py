@@ -653,8 +653,7 @@ def _view_scouted(field, deformer, poses, camera, band, samples, condition, appe
 def _view_torch(field, deformer, poses, o, d, limits, samples, condition, appearance) -> np.ndarray:
     "Straight RGBA of rays [R, 4] by the training path."
     out, device = [], field.grid.params.device
-    few = device.type == 'cuda' and resolve_backend(field.config.backend, device) == 'triton'
-    chunk = (3 << 20)//(samples*max(8, field.grid.width//8)) if few else 8192     # few large launches, but not more than some hundred megabytes of features
+    chunk = 32768 if device.type == 'cuda' and resolve_backend(field.config.backend, device) == 'triton' else 8192     # INSTA's features are then 400 MB; torch's grid needs many times as much
     condition = torch.as_tensor(np.asarray(condition, np.float32)).to(device)
     for k in range(0, len(o), chunk):
         s = slice(k, k + chunk)
