@@ -1919,6 +1919,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.render._view_scouted': ('render.html#_view_scouted', 'ophav_nb/render.py'),
                                  'ophav_nb.render._view_torch': ('render.html#_view_torch', 'ophav_nb/render.py'),
                                  'ophav_nb.render._within': ('render.html#_within', 'ophav_nb/render.py'),
+                                 'ophav_nb.render.along': ('render.html#along', 'ophav_nb/render.py'),
                                  'ophav_nb.render.band_widths': ('render.html#band_widths', 'ophav_nb/render.py'),
                                  'ophav_nb.render.composite': ('render.html#composite', 'ophav_nb/render.py'),
                                  'ophav_nb.render.mouth_amount': ('render.html#mouth_amount', 'ophav_nb/render.py'),

@@ -33,7 +33,7 @@ from .encoding import Backend, gpu, gpu_kernels, resolve_backend
 from .field import Field, FieldConfig, field_config
 from .geometry import Camera, facing_camera, interpolate, kernel, rasterize, vertex_normals
 from .head import HeadModel, Motion
-from .render import Occupancy, band_widths, mouth_amount, render_view, sample_depths, shade_samples, surface_band, view_compiled, widen_band
+from .render import Occupancy, along, band_widths, mouth_amount, render_view, shade_samples, surface_band, view_compiled, widen_band
 from .run import InputError, make_key, patch_to, progress, write_atomic
 from .training import AveragedAdam, OnePass, Truth, one_pass_serves
 
@@ -463,9 +463,7 @@ class Trainer:
 
     def arrays(self, batch: Batch) -> tuple:
         "A batch as `loss_of` takes it."
-        depth, step = sample_depths(*batch.limits, batch.jitter)
-        length = step*np.linalg.norm(batch.d, axis=1, keepdims=True).astype(np.float32)*100
-        return batch.frame, batch.slot, batch.o, batch.d, depth, length, *batch.truth
+        return batch.frame, batch.slot, batch.o, batch.d, *along(batch.d, batch.limits, batch.jitter), *batch.truth
 
     def loss_of(self, frame, slot, o, d, depth, length, *truth, patches=None) -> tuple:
         "Loss and squared error of a batch's arrays."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'KNEE', 'TILE', 'CELL', 'HAZE', 'RIM', 'SOLID', 'HOLE', 'FINE', 'NEAR', 'SPLIT', 'KNEE_AT', 'FRONT',
            'BEHIND', 'LENGTH', 'LATE', 'STRIDE', 'RAY', 'AT', 'START', 'GUESS', 'LAST', 'NEXT', 'band_widths',
-           'mouth_amount', 'Band', 'sample_depths', 'surface_band', 'studio_camera', 'widen_band', 'Rendered',
+           'mouth_amount', 'Band', 'sample_depths', 'along', 'surface_band', 'studio_camera', 'widen_band', 'Rendered',
            'composite', 'Occupancy', 'shade', 'shade_samples', 'view_compiled', 'render_view']
 
 # %% ../nbs/13_render.ipynb #c004
@@ -106,6 +106,15 @@ def sample_depths(
     depth, step = np.empty_like(jitter), np.empty_like(jitter)
     _depths(*(np.ascontiguousarray(a, np.float32) for a in (near, knee, far)), jitter, round(jitter.shape[1]*KNEE), depth, step)
     return depth, step
+
+def along(
+    d,         # directions, the camera's z being one, [R, 3]
+    limits,    # near, knee and far, metres, [R] each
+    jitter,    # as for `sample_depths`
+):             # depths, metres, and lengths of the steps along the rays, centimetres, float32 [R, S] each
+    "Samples of rays as `shade_samples` takes them."
+    depth, step = sample_depths(*limits, jitter)
+    return depth, step*np.linalg.norm(d, axis=1, keepdims=True).astype(np.float32)*100
 
 def surface_band(
     vertices,            # of a pose, metres, [V, 3]
@@ -273,9 +282,7 @@ def shade(
     occupancy: Occupancy = None,   # skips samples in empty cells
 ):                       # Rendered, depths of the samples torch [R, S]
     "Render some rays."
-    depth, step = sample_depths(*limits, jitter)
-    length = step*np.linalg.norm(d, axis=1, keepdims=True).astype(np.float32)*100
-    return shade_samples(field, deformer, poses, slot, o, d, depth, length, condition, appearance, pose, occupancy)
+    return shade_samples(field, deformer, poses, slot, o, d, *along(d, limits, jitter), condition, appearance, pose, occupancy)
 
 def shade_samples(
     field: Field,
