@@ -75,23 +75,20 @@ def _grid_backward(x, given, grad, scale, numbers, N, step_n, step_f, F: tl.cons
         tl.atomic_add(grad + (offset + entry.to(tl.int64))[:, None]*F + f[None, :], weight[:, None]*mine, mask=(n < N)[:, None], sem='relaxed')
 
 # %% ../nbs/10b_gpu.ipynb #c011
-_tables = {}   # what the kernels know of a grid's levels, by layout and device
-
+@lru_cache(maxsize=64)
 def _of_levels(layout, device):
-    "Scales [L] and, as rows of four whole numbers, resolution, first entry, size, hashed or not."
-    if (layout, device) not in _tables:
-        lv = grid_levels(*layout)
-        rows = torch.tensor([[int(n) for n in row] for row in zip(*lv.arrays[1:])], dtype=torch.int64)
-        if rows.max() >= 1 << 32: raise ValueError(f'a hash grid of {lv.entries} entries is too large')
-        _tables[layout, device] = torch.from_numpy(lv.scale.copy()).to(device), rows.to(device)
-    return _tables[layout, device]
+    "What the kernels know of a grid's levels: scales [L] and, as rows of four whole numbers, resolution, first entry, size, hashed or not."
+    lv = grid_levels(*layout)
+    rows = torch.tensor([[int(n) for n in row] for row in zip(*lv.arrays[1:])], dtype=torch.int64)
+    if rows.max() >= 1 << 32: raise ValueError(f'a hash grid of {lv.entries} entries is too large')
+    return torch.from_numpy(lv.scale.copy()).to(device), rows.to(device)
 
 class _Grid(torch.autograd.Function):
     "Features with their gradient to the table; positions get none."
     @staticmethod
     def forward(ctx, x, table, layout):
-        levels, F, N = layout[0], layout[1], len(x)
-        x, out = x.t().contiguous(), x.new_empty(levels*layout[1], N)
+        levels, F, N = *layout[:2], len(x)
+        x, out = x.t().contiguous(), x.new_empty(levels*F, N)
         with torch.cuda.device_of(x):      # Triton launches on the current device
             if N: _grid_forward[triton.cdiv(N, 256), levels](x, table, out, *_of_levels(layout, x.device), N, F, 256)
         ctx.save_for_backward(x)
