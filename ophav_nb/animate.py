@@ -53,8 +53,9 @@ class MeshAnimator:
         self.back = Back(p, self.clothes, self.hair, self.unseen)
         empty = empty_ground(p.image, np.where(p.shown, p.matte, 1))
         person = np.where(p.certain < 1, 1, self.clothes.person)                    # the picture's border is no outline
-        self.skin, self.flesh = (own_edges(c, p.image, person, empty) for c in (p.skin, self.clothes.flesh))
-        self.body = Body(p, self.clothes, self.sheet, self.back, self.skin, self.flesh, empty, supersample)
+        self.skin = own_edges(p.skin, p.image, person, empty)
+        self.flesh = self.clothes.flesh + (1 - self.clothes.dressed)*(self.skin - p.skin)
+        self.body = Body(p, self.clothes, self.sheet, self.back, self.flesh, empty, supersample)
         m, u = self.mouth, self.unseen
         self.seen, self.openings = np.where(m.inside, 0, u.seen).astype(np.float32), p.openings()
         self.fixed = fixed_columns(p.T0, self.eyes.shut_at, self.seen, m.numbers, u.mirror, np.where(m.inside, 0, u.mirror_seen), np.where(m.inside, m.from_edge, u.twin_light),
@@ -90,7 +91,7 @@ def _render(self, V, A, jaw: float, size: int, layers: int = 4) -> np.ndarray:
     if (hi <= lo).any(): return out
     offset, (w, h) = np.array([lo[0]*s, lo[1]*s, 0]), (hi - lo)*s                # a window around the head
     fine = np.zeros((h, w, 4), np.float32)
-    self.back.paint(hull - offset, self.skin, fine)
+    self.back.paint(hull - offset, self.flesh, fine)
     r = rasterize(screen - offset, sheet.faces, h, w)
     N = vertex_normals(V, p.faces)
     shown = facing(V, N, camera)

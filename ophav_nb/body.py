@@ -69,13 +69,12 @@ class Body:
         clothes: Clothes,
         sheet: Sheet,
         back: Back,
-        skin,                  # the portrait with lips shut, its edges its own, [H, W, 3]
-        flesh,                 # and without clothes, [H, W, 3]
+        flesh,                 # the portrait with lips shut and without clothes, its edges its own, [H, W, 3]
         empty,                 # the ground without anybody, [H, W, 3]
         supersample: int = 2,  # samples along an output pixel
     ):
         p = self.portrayed = portrayed
-        self.sheet, self.back, self.skin, self.flesh, self.supersample = sheet, back, skin, flesh, supersample
+        self.sheet, self.back, self.flesh, self.supersample = sheet, back, flesh, supersample
         reach, px, person, cloth = .065*p.size, p.size/512, clothes.person, clothes.cloth
         self.following = self._following(clothes.hanging)
         self.follows = sampled(self.following, sheet.source)                    # of the sheet's points
@@ -150,7 +149,7 @@ def paint(self,
     r = rasterize(screen, sheet.person_faces, size*s, size*s)
     fine, whole = np.zeros((size*s, size*s, 4), np.float32), np.ones(len(screen), np.float32)
     back = _between(camera.moved(p.A0).project(self.back.hull0), camera.moved(A).project(self.back.hull(V)), self.back.attached)
-    self.back.paint(back, self.skin, fine, neck=True)                          # goes up behind the jaw, its upper end turning with the head
+    self.back.paint(back, self.flesh, fine, neck=True)                          # goes up behind the jaw, its upper end turning with the head
     paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, self.flesh, self.flesh_alpha, whole, fine)
     if self.strands is not None: paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, *self.strands, self.in_place(moved_to, A), fine)
     out = np.zeros((size, size, 4), np.float32)

@@ -33,9 +33,10 @@ class Clothes:
         stray = self.area & ~self.hanging & ~self._dilated(self.core | p.neck_seen, 4*self.px)     # where there is neither face nor neck nor hair
         low = self._with_thickness(ndi.grey_closing(ndi.median_filter((cloth*self.area).astype(np.float32), 3), 5), stray)
         self.cloth = self._tidied(np.maximum(low, self._shoulders_above_mouth(cloth, hanging)))
+        self.cloth[self._as_it_goes_on()] = 1
         self.alpha = self._head_alone(stray)
         self.person = np.maximum(p.matte*p.certain, self.alpha)
-        self.flesh, self.bare_away = self._undressed()
+        self.flesh, self.dressed, self.bare_away = self._undressed()
 
     @staticmethod
     def _dilated(some, by: float) -> np.ndarray:
@@ -148,6 +149,19 @@ def _tidied(self, cloth) -> np.ndarray:
     cloth[small(ndi.binary_fill_holes(cloth > .5) & (cloth <= .5), .25)] = 1
     return cloth
 
+@patch_to(Clothes)
+def _as_it_goes_on(self) -> np.ndarray:
+    "What goes on from cloth that is told beside the neck and is rather in its colours than in those of a face in light or shadow: a collar before the neck, bool [H, W]."
+    p = self.portrayed
+    person = (p.matte > .9) & (p.certain > .9)
+    sure = person & (self.cloth > .9) & ~self._dilated(self.core | p.neck_seen, 4*self.px)
+    if sure.sum() < .3*self.unit**2: return np.zeros_like(sure)
+    logs = np.log(blurred(p.image, 1.5*self.px) + .04)
+    face = sampled(logs, p.T0[(p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices])
+    (skin, wide), (cloth, spread) = (unlikeness(logs, some) for some in (np.concatenate([face, face - .4, face - .8]), logs[sure]))
+    like = self.area & person & ~self.hanging & (ndi.gaussian_filter(np.clip(skin + wide - cloth - spread, -9, 9), 1.5*self.px) > 2)
+    return ndi.binary_propagation(sure, mask=like | sure)
+
 # %% ../nbs/07e_clothes.ipynb #c008
 @patch_to(Clothes)
 def _head_alone(self, stray) -> np.ndarray:
@@ -162,11 +176,12 @@ def _head_alone(self, stray) -> np.ndarray:
 
 @patch_to(Clothes)
 def _undressed(self) -> tuple:
-    "The person without clothes on the neck, [H, W, 3], and how far each pixel is from one that is bare, pixels [H, W]."
+    "The person without clothes on the neck, [H, W, 3]; where that is made up, 0..1 [H, W, 1]; and how far each pixel is from one that is bare, pixels [H, W]."
     p = self.portrayed
-    cloth = ndi.maximum_filter(self.cloth, 2*int(5*self.px) + 1)
+    nearest = tuple(ndi.distance_transform_edt(self.person < .9, return_distances=False, return_indices=True))
+    cloth = ndi.maximum_filter(np.maximum(self.cloth, self.cloth[nearest]), 2*int(5*self.px) + 1)
     bare = ndi.binary_erosion((cloth < .1) & (self.person > .9), iterations=3)
     away, (i, j) = ndi.distance_transform_edt(~bare, return_indices=True)
     under = blurred(p.skin[i, j], .012*p.size)
     soft = ndi.gaussian_filter((ndi.maximum_filter(cloth, 5) > .1).astype(np.float32), 1.5)[..., None]
-    return (under*soft + p.skin*(1 - soft)).astype(np.float32), away
+    return (under*soft + p.skin*(1 - soft)).astype(np.float32), soft, away

@@ -130,7 +130,7 @@ def _told_by_colour(self) -> tuple:
         like = around & (ndi.gaussian_filter(np.clip(more, -9, 9) + prior, 1.5*p.size/512) > 1)
     like &= np.isin(pieces := ndi.label(like)[0], pieces[like & (level > (0 if cut else .3))])    # teeth or a collar are none
     near = ndi.binary_dilation(like, iterations=max(1, int(.15*unit)))
-    beside = like | near & (ndi.gaussian_filter(np.clip(more, -9, 9), p.size/512) > 0)
+    beside = like | near & ((ndi.gaussian_filter(np.clip(more, -9, 9), p.size/512) > 0) | (p.light < .3) & (away > 9))
     beside = ndi.gaussian_filter(beside.astype(np.float32), .08*unit) > .35
     for side in EYES: beside &= ~(p.ear_in_view(side) & (self.ear_bare[side] > .25))
     return False, like, beside
