@@ -53,6 +53,7 @@ class Unseen:
         self.twin_light = p.over_skin(colour, w)[p.twin].sum(1)
         light = self.own.mean(1)
         self.relit = np.clip(light/np.maximum(light[p.twin], .02), .5, 1.8)
+        self.mirror_seen *= 1 - smoothstep(1.2, 1.6, self.relit)                    # what lies in shadow there shows its noise, made as light as here
         seen[p.eye_vertices] = 1
         self.seen = seen
 
