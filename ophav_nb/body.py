@@ -11,11 +11,11 @@ from scipy import ndimage as ndi
 
 # %% ../nbs/07k_body.ipynb #c004
 from .clothes import Clothes
-from .geometry import push_pull, rasterize, smoothstep
+from .geometry import push_pull, rasterize, smoothstep, vertex_normals
 from .layers import bleed, blurred
 from .media import resize
 from .paint import paint_sheet, shrink
-from .portrayed import Portrayed, sampled
+from .portrayed import Portrayed, facing, sampled
 from .run import patch_to
 from .sheet import Sheet
 from .unseen import Back
@@ -78,13 +78,16 @@ class Body:
         reach, px, person, cloth = .065*p.size, p.size/512, clothes.person, clothes.cloth
         self.following = self._following(clothes.hanging)
         self.follows = sampled(self.following, sheet.source)                    # of the sheet's points
-        neck = self._neck_stands()
+        beneath = self._neck_beneath()
+        neck = ndi.gaussian_filter(ndi.binary_dilation(beneath, iterations=max(1, int(7*px))).astype(np.float32), 2*px)     # under the clothes
         still = np.maximum(ndi.gaussian_filter(cloth, .7*px), (1 - smoothstep(.002, .03, self.following))*(1 - neck))
         self.covered = ndi.maximum_filter(cloth*(p.matte > .1), 2*int(5*px) + 1) > .1
         piece = ndi.binary_dilation(ndi.binary_erosion(self.covered, iterations=max(1, int(12*px))), iterations=max(1, int(18*px)))       # specks are no clothes
         self.flesh_alpha = (person*np.where(self.covered, np.where(piece, neck, 1)*np.clip(2 - clothes.bare_away/reach, 0, 1), 1)).astype(np.float32)
-        fades, under_jaw = self._under_jaw(clothes)
+        on_neck = self._on_neck(clothes, beneath)
+        fades, under_jaw = self._under_jaw(clothes, on_neck)
         self.flesh_alpha *= fades
+        self._find_sides(on_neck)
         beside = self.covered & (cloth < .5) & (self.following > .1)               # a neck slides along its collar
         self.slides = beside | (under_jaw | (ndi.minimum_filter(person, 2*int(2*px) + 1) < .98)) & (self.following > .1)
         self.near_cloth = sampled(ndi.binary_dilation(self.slides & self.covered), sheet.source)
@@ -105,21 +108,53 @@ def _following(self, hanging) -> np.ndarray:
     return ndi.gaussian_filter(out, .05*unit).astype(np.float32)
 
 @patch_to(Body)
-def _neck_stands(self) -> np.ndarray:
-    "Where a neck is under the clothes, softly, [H, W]."
-    p, back, px = self.portrayed, self.back, self.portrayed.size/512
+def _neck_beneath(self) -> np.ndarray:
+    "Where the model's neck is, bool [H, W]."
+    p, back = self.portrayed, self.back
     below = p.skin_faces[back.neck[p.skin_faces, 4].min(1) > .1]
-    neck = rasterize(p.camera0.project((p.V0 + back.thick).astype(np.float64)), below, p.size, p.size).mask
-    return ndi.gaussian_filter(ndi.binary_dilation(neck, iterations=max(1, int(7*px))).astype(np.float32), 2*px)
+    return rasterize(p.camera0.project((p.V0 + back.thick).astype(np.float64)), below, p.size, p.size).mask
 
 @patch_to(Body)
-def _under_jaw(self, clothes) -> tuple:
+def _on_neck(self, clothes, beneath) -> np.ndarray:
+    "Where the portrait shows a neck, which may be wider than the mesh's, or has cloth beside it; and either the model's is beneath or something that goes on behind it is beside it, bool [H, W]."
+    p, px = self.portrayed, self.portrayed.size/512
+    skin = ndi.gaussian_filter(((p.unlike < 3.5) & (p.light > .35) | (clothes.cloth > .5)).astype(np.float32), 2*px) > .5
+    grown = lambda some, by: ndi.binary_dilation(some, iterations=max(1, int(by)))
+    neck = grown(p.neck_seen, 4*px) | grown(p.neck_seen, .25*p.eyes_apart) & skin
+    return neck & (grown(beneath, 4*px) | grown((clothes.cloth > .5) | (p.matte < .5), .2*p.eyes_apart)) & ~clothes.hanging
+
+@patch_to(Body)
+def _under_jaw(self, clothes, on_neck) -> tuple:
     "Below the jaw the neck's own pixels begin only where the jaw does not hide them: their opacity, so that a jaw that moves away uncovers no edge, and where that is; [H, W] both."
     p, px = self.portrayed, self.portrayed.size/512
     core = ndi.binary_erosion(clothes.core, iterations=max(1, int(3*px)))
     away = ndi.distance_transform_edt(~core)/p.eyes_apart
-    there = (away < .3) & ~core & ndi.binary_dilation(p.neck_seen, iterations=max(1, int(4*px))) & ~clothes.hanging
+    there = (away < .3) & ~core & on_neck
     return np.where(there, smoothstep(.02, .3, away), 1).astype(np.float32), there
+
+@patch_to(Body)
+def _find_sides(self, on_neck):
+    "Which of the sheet's points are a neck's outline, how much, and of which of its vertices."
+    p, sheet = self.portrayed, self.sheet
+    neck = rasterize(p.P0, p.neck_faces, p.size, p.size)
+    points = np.flatnonzero(sampled(on_neck.astype(np.float32), sheet.source) > .5) if neck.mask.any() else np.zeros(0, int)
+    i, j = ndi.distance_transform_edt(~neck.mask, return_distances=False, return_indices=True) if len(points) else (neck.face, neck.face)
+    x, y = np.clip(sheet.source[points].astype(int), 0, p.size - 1).T
+    i, j = i[y, x], j[y, x]
+    corners, weights = p.neck_faces[neck.face[i, j]], neck.bary[i, j]
+    self.sides = points, corners, weights.astype(np.float32), (1 - smoothstep(.15, .45, (p.facing0[corners]*weights).sum(1))).astype(np.float32)
+
+@patch_to(Body)
+def sides_shown(self,
+    V,            # the frame's mesh, [V, 3]
+    A,            # its pose, [4, 4]
+) -> np.ndarray:  # float32 [N]
+    "How much of the sheet's points is left: a neck's outline that a turn brings to the front is an outline no more, and the round neck beneath has another."
+    p, (points, corners, weights, side) = self.portrayed, self.sides
+    more = facing(V, vertex_normals(V, p.faces), p.camera.moved(A)) - p.facing0
+    out = np.ones(len(self.follows), np.float32)
+    out[points] -= side*smoothstep(.06, .25, self.follows[points]*(more[corners]*weights).sum(1))
+    return out
 
 @patch_to(Body)
 def _clothes_behind(self) -> np.ndarray:
@@ -147,10 +182,10 @@ def paint(self,
     moved_to = sheet.moved(V)
     screen = _between(camera.moved(p.A0).project(sheet.still), camera.moved(A).project(moved_to), self.follows)
     r = rasterize(screen, sheet.person_faces, size*s, size*s)
-    fine, whole = np.zeros((size*s, size*s, 4), np.float32), np.ones(len(screen), np.float32)
+    fine = np.zeros((size*s, size*s, 4), np.float32)
     back = _between(camera.moved(p.A0).project(self.back.hull0), camera.moved(A).project(self.back.hull(V)), self.back.attached)
     self.back.paint(back, self.flesh, fine, neck=True)                          # goes up behind the jaw, its upper end turning with the head
-    paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, self.flesh, self.flesh_alpha, whole, fine)
+    paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, self.flesh, self.flesh_alpha, self.sides_shown(V, A), fine)
     if self.strands is not None: paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, *self.strands, self.in_place(moved_to, A), fine)
     out = np.zeros((size, size, 4), np.float32)
     shrink(fine, s, 0, 0, np.ones((size, size), np.float32), out)
@@ -170,7 +205,7 @@ def in_place(self,
     M, M0 = (np.asarray(m, np.float32) for m in (A, self.portrayed.A0))
     away = moved_to @ M[:3, :3].T - self.sheet.still @ M0[:3, :3].T + (M - M0)[:3, 3]
     away = np.sqrt((away*away).sum(1))*(1 + 8*self.near_cloth)                   # a neck that slides along its collar shows it sooner
-    return (1 - smoothstep(.008, .035, away)*smoothstep(0, .15, self.follows)).astype(np.float32)
+    return (1 - smoothstep(.008, .035, away)*np.maximum(smoothstep(0, .15, self.follows), self.near_cloth)).astype(np.float32)
 
 @patch_to(Body)
 def composite(self,
@@ -205,6 +240,7 @@ def settle(self,
     aim = np.clip((p.image - head[..., :3]*a)/np.maximum(1 - a, .1), low, high)        # what is to be seen under the head: nothing stranger than what is there
     under = np.clip((aim - self.clothes[..., :3]*cloth)/np.maximum(1 - cloth, .1), low, high)
     b, colours = _laid_on(under, over(ground, self.paint(V, A, p.size)))
+    b *= 1 - smoothstep(.5, .95, a[..., 0])                                     # what the head hides says nothing of what is under it
     self.strands = colours, (b*(self.edge | ndi.binary_dilation(self.slides))).astype(np.float32)
     under = over(over(ground, self.paint(V, A, p.size)), self.clothes)
     unlike = ndi.grey_closing(np.abs(p.image - under).max(-1)*~self.edge*self.covered, 5)

@@ -41,7 +41,7 @@ class Unseen:
         self.sure = w*smoothstep(.3, .55, p.facing0)*(inner > .9)
         self.mirror, self.mirror_seen = P[p.twin], (w[p.twin]*smoothstep(.2, .8, w[p.twin])).astype(np.float32)
         self.shadow = self._under_the_chin()
-        self.own = np.clip(p.over_skin(colour, self.sure*p.is_face), 0, 1).astype(np.float32)*self.shadow
+        self.own = np.clip(p.over_skin(colour, self.sure*p.is_face), 0, 1).astype(np.float32)*(1 - (1 - self.sure)[:, None]*(1 - self.shadow))
         self._lips_within(colour, w, seen)
         away = p.away*smoothstep(.03, .045, np.abs(V[:, 0]))*hair.behind_temples
         self.covered = p.over_skin((smoothstep(.5, .9, sampled(hair.over, P))*(1 - seen)*away)[:, None], np.full(len(V), .1))[:, 0].clip(0, 1)      # no teeth
@@ -62,7 +62,7 @@ def _under_the_chin(self) -> np.ndarray:
     "Light comes from above: under the chin there is little, and skin in shadow is warm; a factor, float32 [V, 3]."
     p = self.portrayed
     below = (p.rest[:, 1] < p.points(p.rest, [14])[0, 1]) & ~p.scalp
-    under = smoothstep(.15, .85, -vertex_normals(p.rest, p.faces)[:, 1])*below*(1 - self.sure)
+    under = smoothstep(.15, .85, -vertex_normals(p.rest, p.faces)[:, 1])*below
     return (1 - np.outer(under, np.array([.32, .42, .48])*(1 - p.colourless) + .41*p.colourless)).astype(np.float32)
 
 @patch_to(Unseen)
@@ -103,7 +103,7 @@ class Back:
         hairy = np.where(scalp, hairy*hair.grown*(1 - hairline*(1 - certain)), np.maximum(hairy, hair.grown))
         strands = self._strands_at(Q)
         turned = np.where(scalp, 1 - smoothstep(.2, .45, p.facing0)*smoothstep(.5, .9, certain), hair.grown)   # what faces the camera is as it is
-        bald = np.where(p.is_face[:, None], unseen.own, p.over_skin(sampled(p.skin, p.P0), bare)*unseen.shadow)
+        bald = np.where(p.is_face[:, None], unseen.own, p.over_skin(sampled(p.skin, p.P0)/unseen.shadow, bare)*unseen.shadow)     # a neck that is shown is in the chin's shadow already
         colour = np.clip(bald + hairy[:, None]*(sampled(self.mane, strands) - bald), 0, 1)
         upper = smoothstep(.5, .9, self.attached)*np.where(scalp, smoothstep(-.10, -.02, p.level), smoothstep(-.045, -.02, p.level))
         back = np.where(scalp, 1, solid)*np.maximum(upper, below)
