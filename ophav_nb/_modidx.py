@@ -2075,6 +2075,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ophav_nb.sheet.Sheet._depth': ('sheet.html#sheet._depth', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet._find_rim': ('sheet.html#sheet._find_rim', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet._hung': ('sheet.html#sheet._hung', 'ophav_nb/sheet.py'),
+                                'ophav_nb.sheet.Sheet._lobes': ('sheet.html#sheet._lobes', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet._on': ('sheet.html#sheet._on', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet.left': ('sheet.html#sheet.left', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet.moved': ('sheet.html#sheet.moved', 'ophav_nb/sheet.py'),

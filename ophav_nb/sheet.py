@@ -85,11 +85,21 @@ def _depth(self, clothes, hair) -> np.ndarray:
     "Of the mesh where it is seen, of the hair's hull where that hides it, of an inflated shell elsewhere; metres [H, W]."
     p, outer, hull, h = self.portrayed, hair.outer, hair.hull, self.portrayed.size
     depth = np.where(outer.mask & ~hair.hides, outer.depth, np.where(hull.mask, hull.depth, 0))
+    lobes = self._lobes(hair)
+    depth = np.where(lobes, np.where(p.raster0.mask, p.raster0.depth, 0), depth)
     away, (i, j) = ndi.distance_transform_edt(depth == 0, return_indices=True)
     depth = np.where(away < 8*h/512, depth[i, j], 0)                          # strands beside the hull are as deep as its rim
     beyond = (p.matte > .5) & (depth == 0)                                    # hair or cloth that hangs farther than the hull: no step between the two
     trust = np.where(hair.hides | ~outer.mask, np.clip(ndi.distance_transform_edt(~beyond)/(30*h/512), 0, 1), 1)
     return depth_shell(clothes.alpha, p.matte, depth, p.camera.focal, trust)
+
+@patch_to(Sheet)
+def _lobes(self, hair) -> np.ndarray:
+    "What of ears looks out under hair: as deep as an ear is, not as what hangs beside it, bool [H, W]."
+    p = self.portrayed
+    ears = ndi.binary_dilation(p.ear_in_view('left') | p.ear_in_view('right'), iterations=max(1, int(.12*p.eyes_apart)))
+    skin = (p.matte > .5) & (p.unlike < 3.5) & (p.light > .35) & ~hair.seen & ~hair.outer.mask & ears
+    return ndi.binary_opening(skin, iterations=max(1, int(1.5*p.size/512)))
 
 @patch_to(Sheet)
 def _hung(self, shell, hair) -> np.ndarray:
@@ -102,9 +112,11 @@ def _hung(self, shell, hair) -> np.ndarray:
     if not sides: return shell
     deep = np.interp(cols, [np.nonzero(side)[1].mean() for side in sides], [np.median(shell[side]) for side in sides])
     edge = 1 - smoothstep(.1*unit, .25*unit, ndi.distance_transform_edt(hair.hull.mask))
-    soft = lambda which: ndi.gaussian_filter(which.astype(np.float32), (.1*unit, .03*unit))
+    lobes = self._lobes(hair)
+    soft = lambda which: ndi.gaussian_filter((which & ~lobes).astype(np.float32), (.1*unit, .03*unit))
     share = np.maximum(soft(~hair.hull.mask & (hair.beside | (hair.near > .5)) & solid)*smoothstep(-.3*unit, .2*unit, rows - eyes),
                        soft(hair.beside & solid)*edge*smoothstep(0, .8*unit, rows - eyes))
+    share *= 1 - ndi.gaussian_filter(lobes.astype(np.float32), .02*unit)
     return (shell + share*(deep - .02 - shell)).astype(np.float32)              # some of it falls before the shoulders (measured on a film)
 
 # %% ../nbs/07i_sheet.ipynb #c012
