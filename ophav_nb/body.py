@@ -91,6 +91,7 @@ class Body:
         beside = self.covered & (cloth < .5) & (self.following > .1)               # a neck slides along its collar
         self.slides = beside | (under_jaw | (ndi.minimum_filter(person, 2*int(2*px) + 1) < .98)) & (self.following > .1)
         self.near_cloth = sampled(ndi.binary_dilation(self.slides & self.covered), sheet.source)
+        self.under_jaw = sampled(ndi.binary_dilation(under_jaw), sheet.source)
         self.edge = (sheet.fringe > .04) & (person < .98) & (p.certain == 1)
         self.clothes = np.concatenate([bleed(p.bled, still, .97, max(1, int(2*px))), (person*still)[..., None]], -1).astype(np.float32)
         self.empty, self.ground, self.strands = empty, None, None               # the last two: see `settle`
@@ -121,6 +122,7 @@ def _on_neck(self, clothes, beneath) -> np.ndarray:
     skin = ndi.gaussian_filter(((p.unlike < 3.5) & (p.light > .35) | (clothes.cloth > .5)).astype(np.float32), 2*px) > .5
     grown = lambda some, by: ndi.binary_dilation(some, iterations=max(1, int(by)))
     neck = grown(p.neck_seen, 4*px) | grown(p.neck_seen, .25*p.eyes_apart) & skin
+    neck |= grown(beneath, 9*px) & (clothes.cloth > .5)
     return neck & (grown(beneath, 4*px) | grown((clothes.cloth > .5) | (p.matte < .5), .2*p.eyes_apart)) & ~clothes.hanging
 
 @patch_to(Body)
@@ -204,7 +206,7 @@ def in_place(self,
     "1 for the sheet's points that are where they were in the portrait, 0 some centimetres farther: a head that has turned has another outline."
     M, M0 = (np.asarray(m, np.float32) for m in (A, self.portrayed.A0))
     away = moved_to @ M[:3, :3].T - self.sheet.still @ M0[:3, :3].T + (M - M0)[:3, 3]
-    away = np.sqrt((away*away).sum(1))*(1 + 8*self.near_cloth)                   # a neck that slides along its collar shows it sooner
+    away = np.sqrt((away*away).sum(1))*(1 + np.maximum(8*self.near_cloth, 3*self.under_jaw))       # a neck that slides along its collar shows it sooner, and one beneath a jaw
     return (1 - smoothstep(.008, .035, away)*np.maximum(smoothstep(0, .15, self.follows), self.near_cloth)).astype(np.float32)
 
 @patch_to(Body)
