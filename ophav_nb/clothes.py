@@ -120,9 +120,9 @@ def _beard(self) -> np.ndarray:
 
 @patch_to(Clothes)
 def _light_collars(self) -> np.ndarray:
-    "No neck is lighter than its face: what is, and has some thickness (a seam or a stripe has none), is a collar."
+    "No neck is lighter than its face: what is, the lighter the less its hue tells, and has some thickness (a seam or a stripe has none), is a collar."
     p = self.portrayed
-    collar = self.around*smoothstep(2.5, 3.5, p.unlike)*smoothstep(1.1, 1.4, p.light)
+    collar = self.around*smoothstep(2.5, 3.5, p.unlike + smoothstep(1.6, 2.1, p.light))*smoothstep(1.1, 1.4, p.light)
     return collar*ndi.binary_propagation(ndi.binary_erosion(collar > .5, iterations=max(1, int(.06*self.unit))), mask=collar > 0)
 
 @patch_to(Clothes)
