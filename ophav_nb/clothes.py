@@ -73,9 +73,9 @@ def _other_than_skin(self) -> np.ndarray:
 
 @patch_to(Clothes)
 def _from_above(self, cloth) -> np.ndarray:
-    "What of it comes down from above, past the mouth, is hair; unless it is a large piece with the background above it: that is a shoulder. Bool [H, W]."
-    label = self._pieces(cloth*self.area)
-    shoulder = np.isin(label, self._background_above(label)) & self._large(self._pieces(self._coloured(cloth)))
+    "What of it comes down from above, past the mouth, is hair; unless it is a large piece with the background above it, or a very large one that does not reach up to the nose: that is a shoulder. Bool [H, W]."
+    label, coloured = self._pieces(cloth*self.area), self._pieces(self._coloured(cloth))
+    shoulder = np.isin(label, self._background_above(label)) & self._large(coloured) | self._large(coloured, 1) & ~np.isin(coloured, coloured[self.first])
     return np.isin(label, np.setdiff1d(label[self._mouths_height()], 0)) & ~shoulder
 
 @patch_to(Clothes)
@@ -95,9 +95,9 @@ def _background_above(self, label) -> np.ndarray:
     return np.flatnonzero(votes[0] > votes[1])
 
 @patch_to(Clothes)
-def _large(self, label) -> np.ndarray:
-    "Pieces larger than a quarter of the squared distance between the eyes, bool [H, W]: a curl is no shoulder."
-    return np.isin(label, np.setdiff1d(np.flatnonzero(np.bincount(label.ravel()) > .25*self.unit**2), 0))
+def _large(self, label, least: float = .25) -> np.ndarray:
+    "Pieces larger than so many squares of the distance between the eyes, bool [H, W]: a curl is no shoulder."
+    return np.isin(label, np.setdiff1d(np.flatnonzero(np.bincount(label.ravel()) > least*self.unit**2), 0))
 
 @patch_to(Clothes)
 def _beard(self) -> np.ndarray:
