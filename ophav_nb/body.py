@@ -84,10 +84,10 @@ class Body:
         self.covered = ndi.maximum_filter(cloth*(p.matte > .1), 2*int(5*px) + 1) > .1
         piece = ndi.binary_dilation(ndi.binary_erosion(self.covered, iterations=max(1, int(12*px))), iterations=max(1, int(18*px)))       # specks are no clothes
         self.flesh_alpha = (person*np.where(self.covered, np.where(piece, neck, 1)*np.clip(2 - clothes.bare_away/reach, 0, 1), 1)).astype(np.float32)
-        on_neck = self._on_neck(clothes, beneath)
-        fades, under_jaw = self._under_jaw(clothes, on_neck)
+        self.on_neck = self._on_neck(clothes, beneath)
+        fades, under_jaw = self._under_jaw(clothes)
         self.flesh_alpha *= fades
-        self._find_sides(on_neck)
+        self._find_sides()
         beside = self.covered & (cloth < .5) & (self.following > .1)               # a neck slides along its collar
         self.slides = beside | (under_jaw | (ndi.minimum_filter(person, 2*int(2*px) + 1) < .98)) & (self.following > .1)
         self.near_cloth = sampled(ndi.binary_dilation(self.slides & self.covered), sheet.source)
@@ -126,20 +126,20 @@ def _on_neck(self, clothes, beneath) -> np.ndarray:
     return neck & (grown(beneath, 4*px) | grown((clothes.cloth > .5) | (p.matte < .5), .2*p.eyes_apart)) & ~clothes.hanging
 
 @patch_to(Body)
-def _under_jaw(self, clothes, on_neck) -> tuple:
+def _under_jaw(self, clothes) -> tuple:
     "Below the jaw the neck's own pixels begin only where the jaw does not hide them: their opacity, so that a jaw that moves away uncovers no edge, and where that is; [H, W] both."
     p, px = self.portrayed, self.portrayed.size/512
     core = ndi.binary_erosion(clothes.core, iterations=max(1, int(3*px)))
     away = ndi.distance_transform_edt(~core)/p.eyes_apart
-    there = (away < .3) & ~core & on_neck
+    there = (away < .3) & ~core & self.on_neck
     return np.where(there, smoothstep(.02, .3, away), 1).astype(np.float32), there
 
 @patch_to(Body)
-def _find_sides(self, on_neck):
+def _find_sides(self):
     "Which of the sheet's points are a neck's outline, how much, and of which of its vertices."
     p, sheet = self.portrayed, self.sheet
     neck = rasterize(p.P0, p.neck_faces, p.size, p.size)
-    points = np.flatnonzero(sampled(on_neck.astype(np.float32), sheet.source) > .5) if neck.mask.any() else np.zeros(0, int)
+    points = np.flatnonzero(sampled(self.on_neck.astype(np.float32), sheet.source) > .5) if neck.mask.any() else np.zeros(0, int)
     i, j = ndi.distance_transform_edt(~neck.mask, return_distances=False, return_indices=True) if len(points) else (neck.face, neck.face)
     x, y = np.clip(sheet.source[points].astype(int), 0, p.size - 1).T
     i, j = i[y, x], j[y, x]

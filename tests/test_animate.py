@@ -9,13 +9,16 @@ import ophav_nb  # noqa: F401  (before torch: it decides about threads)
 import torch
 from scipy import ndimage as ndi
 from ophav_nb.animate import MeshAnimator, VideoAnimator, as_driven, make_animator
+from ophav_nb.clothes import Clothes
 from ophav_nb.dataset import HeadDataset
 from ophav_nb.detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, OUTER_LIPS, OVAL
 from ophav_nb.layers import EYES, NeckCut, bleed, draw_curve, head_alpha, inflate, parted, polygon_mask, visible_teeth, whole_eyes, without_mouth
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
+from ophav_nb.portrayed import Portrayed
 from ophav_nb.run import InputError
 from ophav_nb.track import Track, closing
+from ophav_nb.unseen import WIDER
 
 SIZE = 192
 
@@ -335,6 +338,49 @@ def test_a_neck_fades_in_under_the_jaw(portrait, head):
     assert (body.flesh_alpha <= fades + 1e-6).all() and (body.slides | ~there | (body.following <= .1)).all()
     s = state(portrait[1], head)
     assert np.abs(animator.composite(animator.frame(*s), *s) - image/255.)[there].mean() < .03
+
+
+def test_a_collar_before_a_neck_is_told_by_the_cloth_it_goes_on_from(portrait, head):
+    "Where its hue alone does not tell it from skin."
+    image, track, matte = portrait
+    (y, x), L = np.mgrid[:SIZE, :SIZE], track.landmarks[0]
+    low, plain = L[152, 1] + .06*SIZE, MeshAnimator(image, track, head, matte, supersample=1).portrayed
+    neck, shoulders = plain.neck_seen & (y > low), (matte < .5) & (y > low) & (np.abs(x - L[152, 0]) < .4*SIZE)
+    skin, inner = np.median(image[plain.raster0.mask & (matte > .5) & (y < L[152, 1])], axis=0), ndi.binary_erosion(neck, iterations=2)
+    for grey in np.linspace(.02, .6, 30):                                     # the first of which hue says that it may be either
+        picture = image.copy()
+        picture[neck | shoulders] = np.clip(skin + grey*(skin.mean() - skin) + np.random.default_rng(0).normal(0, 2, (int((neck | shoulders).sum()), 3)), 0, 255)
+        clothes = Clothes(Portrayed(picture, track, head, np.maximum(matte, shoulders).astype(np.float32)))
+        if np.median(clothes.portrayed.unlike[inner]) > 2.2: break
+    assert inner.sum() > 100 and np.maximum(clothes._other_than_skin(), clothes._light_collars())[inner].mean() < .5
+    assert clothes.cloth[inner].mean() > .9 and clothes.cloth[clothes.core].max() < .05
+    assert np.abs(clothes.flesh[inner] - picture[inner]/255.).mean() > .03                   # and a neck under it is no cloth
+
+
+def test_a_neck_that_turns_is_round(portrait, head):
+    "Its outline in the portrait is left only as long as it is one, at rest and behind; what stays is there anyway."
+    image, animator = dressed(head, portrait)
+    p, body, sheet = animator.portrayed, animator._settled(), animator.sheet
+    points, _, _, side = body.sides
+    def left(yaw):
+        V, A, _ = p.at(*state(portrait[1], head, yaw=yaw))
+        return body.sides_shown(V, A)
+    x, mine = sheet.source[points, 0], (side > .9) & (body.follows[points] > .7)
+    near, far = (mine & (s*(x - p.landmarks[152, 0]) > 0) for s in (-1, 1))
+    assert near.any() and far.any() and (left(0) == 1).all()
+    turned = left(25)[points]
+    assert min(turned[near].mean(), turned[far].mean()) < .3 and max(turned[near].mean(), turned[far].mean()) > .95
+    others = np.ones(len(sheet.source), bool)
+    others[points] = False
+    assert (left(25)[others] == 1).all()
+
+
+def test_what_lies_under_a_face_is_no_wider(portrait, head):
+    "Or a cheek that turns away had two outlines."
+    animator = dressed(head, portrait)[1]
+    p, back = animator.portrayed, animator.back
+    out = (back.thick[:, 0]*np.sign(p.V0[:, 0]))[p.is_face & (p.facing0 > WIDER[1]) & (p.face_mask > .5)]
+    assert len(out) > 500 and out.max() < .0005
 
 
 def test_what_is_carried_beside_the_outline_fades(portrait, head):
