@@ -48,6 +48,7 @@ class Sheet:
         p = self.portrayed = portrayed
         self.step = step
         h, w = p.image.shape[:2]
+        self.lobes = self._lobes(hair)
         self.shell = self._hung(self._depth(clothes, hair), hair)
         xy, q = squares(np.arange(0, w + 1, step), np.arange(0, h + 1, step))
         covers = lambda alpha, q: sampled((ndi.maximum_filter(alpha, 3) > .02).astype(np.float32), xy)[q].max(1) > 0
@@ -85,8 +86,7 @@ def _depth(self, clothes, hair) -> np.ndarray:
     "Of the mesh where it is seen, of the hair's hull where that hides it, of an inflated shell elsewhere; metres [H, W]."
     p, outer, hull, h = self.portrayed, hair.outer, hair.hull, self.portrayed.size
     depth = np.where(outer.mask & ~hair.hides, outer.depth, np.where(hull.mask, hull.depth, 0))
-    lobes = self._lobes(hair)
-    depth = np.where(lobes, np.where(p.raster0.mask, p.raster0.depth, 0), depth)
+    depth = np.where(self.lobes, np.where(p.raster0.mask, p.raster0.depth, 0), depth)
     away, (i, j) = ndi.distance_transform_edt(depth == 0, return_indices=True)
     depth = np.where(away < 8*h/512, depth[i, j], 0)                          # strands beside the hull are as deep as its rim
     beyond = (p.matte > .5) & (depth == 0)                                    # hair or cloth that hangs farther than the hull: no step between the two
@@ -112,11 +112,10 @@ def _hung(self, shell, hair) -> np.ndarray:
     if not sides: return shell
     deep = np.interp(cols, [np.nonzero(side)[1].mean() for side in sides], [np.median(shell[side]) for side in sides])
     edge = 1 - smoothstep(.1*unit, .25*unit, ndi.distance_transform_edt(hair.hull.mask))
-    lobes = self._lobes(hair)
-    soft = lambda which: ndi.gaussian_filter((which & ~lobes).astype(np.float32), (.1*unit, .03*unit))
+    soft = lambda which: ndi.gaussian_filter((which & ~self.lobes).astype(np.float32), (.1*unit, .03*unit))
     share = np.maximum(soft(~hair.hull.mask & (hair.beside | (hair.near > .5)) & solid)*smoothstep(-.3*unit, .2*unit, rows - eyes),
                        soft(hair.beside & solid)*edge*smoothstep(0, .8*unit, rows - eyes))
-    share *= 1 - ndi.gaussian_filter(lobes.astype(np.float32), .02*unit)
+    share *= 1 - ndi.gaussian_filter(self.lobes.astype(np.float32), .02*unit)
     return (shell + share*(deep - .02 - shell)).astype(np.float32)              # some of it falls before the shoulders (measured on a film)
 
 # %% ../nbs/07i_sheet.ipynb #c012
