@@ -2199,6 +2199,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.unseen.Back.__init__': ('unseen.html#back.__init__', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Back._cut_in_four': ('unseen.html#back._cut_in_four', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Back._dressed': ('unseen.html#back._dressed', 'ophav_nb/unseen.py'),
+                                 'ophav_nb.unseen.Back._gives_way': ('unseen.html#back._gives_way', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Back._slimmer': ('unseen.html#back._slimmer', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Back._strands_at': ('unseen.html#back._strands_at', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Back.hull': ('unseen.html#back.hull', 'ophav_nb/unseen.py'),

@@ -108,7 +108,7 @@ class Back:
         bald = np.where(p.is_face[:, None], unseen.own, p.over_skin(sampled(p.skin, p.P0)/unseen.shadow, bare)*unseen.shadow)     # a neck that is shown is in the chin's shadow already
         colour = np.clip(bald + hairy[:, None]*(sampled(self.mane, strands) - bald), 0, 1)
         upper = smoothstep(.5, .9, self.attached)*np.where(scalp, smoothstep(-.10, -.02, p.level), smoothstep(-.045, -.02, p.level))
-        back = np.where(scalp, 1, solid)*np.maximum(upper, below)
+        back = np.where(scalp, 1 - self._gives_way(hair), solid)*np.maximum(upper, below)
         neck = solid*(1 - smoothstep(-.05, -.02, p.level))*(1 - unseen.covered)
         fixed = self._dressed(unseen, hair, Q, strands, np.maximum(1 - turned, smoothstep(0, .5, hairy)))
         self._cut_in_four()
@@ -124,6 +124,15 @@ def _dressed(self, unseen, hair, Q, strands, seen) -> np.ndarray:
     of = lambda skin, scalp=0.: np.where(s.reshape(-1, *[1]*(np.ndim(skin) - 1)), scalp, skin)
     return fixed_columns(of(p.T0, Q[:, :2]), strands, np.maximum(of(unseen.seen, seen), hair.grown*~s), np.zeros(len(s)), of(unseen.mirror), of(unseen.mirror_seen),
                          of(unseen.twin_light), of(hair.ears_copied*unseen.mirror_seen), of(unseen.relit))
+
+@patch_to(Back)
+def _gives_way(self, hair) -> np.ndarray:
+    "Where long hair hangs beside a neck the hull's lower end would be a helmet's: it gives way to what hangs, 0..1 [V]."
+    p = self.portrayed
+    (x, y), columns = np.clip(p.landmarks[152, :2].astype(int), 0, p.size - 1), np.arange(p.size)
+    beside = (hair.seen & (p.matte > .5))[y]/p.eyes_apart
+    hangs = p.of_side(*(smoothstep(.15, .4, beside[some].sum()) for some in (columns > x, columns < x)))
+    return hangs*smoothstep(.03, .05, np.abs(p.rest[:, 0]))*(1 - smoothstep(-.01, .04, p.level))
 
 @patch_to(Back)
 def _slimmer(self, solid, which) -> np.ndarray:

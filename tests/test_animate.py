@@ -383,6 +383,19 @@ def test_what_lies_under_a_face_is_no_wider(portrait, head):
     assert len(out) > 500 and out.max() < .0005
 
 
+def test_the_hull_gives_way_to_hair_that_hangs(portrait, head):
+    "At its lower end, at the side where something hangs beside the chin; else it stays."
+    image, track, matte = portrait
+    (y, x), L = np.mgrid[:SIZE, :SIZE], track.landmarks[0]
+    beside = (matte < .5) & (y > L[10, 1]) & (x > L[152, 0] + .08*SIZE) & (x < L[152, 0] + .3*SIZE)
+    picture = np.where(beside[..., None] | ((matte > .5) & (y < L[10, 1]))[..., None], np.uint8([30, 22, 18]), image).astype(np.uint8)
+    long, short = (MeshAnimator(picture, track, head, m.astype(np.float32), supersample=1) for m in (np.maximum(matte, beside), matte))
+    way, low = long.back._gives_way(long.hair), (long.portrayed.level < -.01) & (np.abs(long.portrayed.rest[:, 0]) > .05)
+    left = long.portrayed.camera0.project(long.portrayed.V0.astype(np.float64))[:, 0] > L[152, 0]
+    assert way[low & left].min() > .9 and way[low & ~left].max() < .1 and way[long.portrayed.level > .04].max() == 0
+    assert short.back._gives_way(short.hair).max() < .1
+
+
 def test_what_is_carried_beside_the_outline_fades(portrait, head):
     "Little by little as the head moves: no frame jumps."
     image, animator = dressed(head, portrait)
