@@ -117,7 +117,7 @@ def _neck_beneath(self) -> np.ndarray:
 
 @patch_to(Body)
 def _on_neck(self, clothes, beneath) -> np.ndarray:
-    "Where the portrait shows a neck, which may be wider than the mesh's, or has cloth beside it; and either the model's is beneath or something that goes on behind it is beside it, bool [H, W]."
+    "Where the portrait shows a neck, which may be wider than the mesh's, or has cloth beside it. Where the model's is not beneath, only beside cloth or background, which go on behind it; bool [H, W]."
     p, px = self.portrayed, self.portrayed.size/512
     skin = ndi.gaussian_filter(((p.unlike < 3.5) & (p.light > .35) | (clothes.cloth > .5)).astype(np.float32), 2*px) > .5
     grown = lambda some, by: ndi.binary_dilation(some, iterations=max(1, int(by)))
@@ -144,7 +144,8 @@ def _find_sides(self):
     x, y = np.clip(sheet.source[points].astype(int), 0, p.size - 1).T
     i, j = i[y, x], j[y, x]
     corners, weights = p.neck_faces[neck.face[i, j]], neck.bary[i, j]
-    self.sides = points, corners, weights.astype(np.float32), (1 - smoothstep(.15, .45, (p.facing0[corners]*weights).sum(1))).astype(np.float32)
+    sideways = smoothstep(.3, .6, np.abs((p.normals0[corners, 0]*weights).sum(1)))              # a throat slopes away, too, but is no outline
+    self.sides = points, corners, weights.astype(np.float32), (sideways*(1 - smoothstep(.15, .45, (p.facing0[corners]*weights).sum(1)))).astype(np.float32)
 
 @patch_to(Body)
 def sides_shown(self,

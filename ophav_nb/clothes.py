@@ -18,7 +18,7 @@ from .run import InputError, patch_to
 
 # %% ../nbs/07e_clothes.ipynb #c006
 class Clothes:
-    "What of a portrait is cloth (0..1), what hangs from head or chin (bool), how opaque the head is without cloth, and the person with it (0..1), all [H, W]."
+    "What of a portrait is cloth (0..1), what hangs from head or chin (bool), how opaque the head is without cloth (`alpha`), and the person with it (0..1), all [H, W]; and what is under the cloth (`flesh`, `dressed`, `bare_away`: see `_undressed`)."
 
     def __init__(self,
         portrayed: Portrayed,
@@ -73,9 +73,9 @@ def _other_than_skin(self) -> np.ndarray:
 
 @patch_to(Clothes)
 def _from_above(self, cloth) -> np.ndarray:
-    "What of it comes down from above, past the mouth, is hair; unless it is a large piece with the background above it, or a very large one that does not reach up to the nose: that is a shoulder. Bool [H, W]."
-    label, coloured = self._pieces(cloth*self.area), self._pieces(self._coloured(cloth))
-    shoulder = np.isin(label, self._background_above(label)) & self._large(coloured) | self._large(coloured, 1) & ~np.isin(coloured, coloured[self.first])
+    "What of it comes down from above, past the mouth, is hair; unless it is a large piece with the background above it: that is a shoulder. Bool [H, W]."
+    label = self._pieces(cloth*self.area)
+    shoulder = np.isin(label, self._background_above(label)) & self._large(self._pieces(self._coloured(cloth)))
     return np.isin(label, np.setdiff1d(label[self._mouths_height()], 0)) & ~shoulder
 
 @patch_to(Clothes)
@@ -95,9 +95,9 @@ def _background_above(self, label) -> np.ndarray:
     return np.flatnonzero(votes[0] > votes[1])
 
 @patch_to(Clothes)
-def _large(self, label, least: float = .25) -> np.ndarray:
-    "Pieces larger than so many squares of the distance between the eyes, bool [H, W]: a curl is no shoulder."
-    return np.isin(label, np.setdiff1d(np.flatnonzero(np.bincount(label.ravel()) > least*self.unit**2), 0))
+def _large(self, label) -> np.ndarray:
+    "Pieces larger than a quarter of the squared distance between the eyes, bool [H, W]: a curl is no shoulder."
+    return np.isin(label, np.setdiff1d(np.flatnonzero(np.bincount(label.ravel()) > .25*self.unit**2), 0))
 
 @patch_to(Clothes)
 def _beard(self) -> np.ndarray:
@@ -120,7 +120,7 @@ def _beard(self) -> np.ndarray:
 
 @patch_to(Clothes)
 def _light_collars(self) -> np.ndarray:
-    "No neck is lighter than its face: what is, the lighter the less its hue tells, and has some thickness (a seam or a stripe has none), is a collar."
+    "No neck is lighter than its face: what is (the lighter it is, the less its hue must tell) and has some thickness (a seam or a stripe has none), is a collar."
     p = self.portrayed
     collar = self.around*smoothstep(2.5, 3.5, p.unlike + smoothstep(1.6, 2.1, p.light))*smoothstep(1.1, 1.4, p.light)
     return collar*ndi.binary_propagation(ndi.binary_erosion(collar > .5, iterations=max(1, int(.06*self.unit))), mask=collar > 0)
@@ -159,7 +159,8 @@ def _as_it_goes_on(self) -> np.ndarray:
     logs = np.log(blurred(p.image, 1.5*self.px) + .04)
     face = sampled(logs, p.T0[(p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices])
     (skin, wide), (cloth, spread) = (unlikeness(logs, some) for some in (np.concatenate([face, face - .4, face - .8]), logs[sure]))
-    like = self.area & person & ~self.hanging & (ndi.gaussian_filter(np.clip(skin + wide - cloth - spread, -9, 9), 1.5*self.px) > 2)
+    rather = np.where(cloth < 9, np.clip(skin - cloth + np.minimum(wide - spread, 1), -9, 9), -9)
+    like = self.area & person & ~self.hanging & (ndi.gaussian_filter(rather, 1.5*self.px) > 2)
     return ndi.binary_propagation(sure, mask=like | sure)
 
 # %% ../nbs/07e_clothes.ipynb #c008

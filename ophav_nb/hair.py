@@ -73,7 +73,7 @@ def _press_ears(self, least: float = .5):
         if not len(mine): continue
         others[mine] = False
         self.thick[mine] = (spread_over(p.skin_faces, p.V0 + self.thick, others*1.) - p.V0)[mine]
-        lit = .35*min(1, np.median(sampled(p.light, p.landmarks[cheek]))/.8)          # less on a side in shadow
+        lit = .35*np.clip(np.median(sampled(p.light, p.landmarks[cheek]))/.8, .65, 1)      # less on a side in shadow
         view = p.ear_in_view(side) & (p.certain > .9)
         on = view & (p.matte > .9)                                               # a person's ears may be smaller than the model's
         self.ear_bare[side] = ((p.unlike < 3.5) & (p.light > lit))[on].mean() if on.sum() > .3*view.sum() else 0

@@ -18,7 +18,7 @@ from ophav_nb.head import HeadModel, Motion
 from ophav_nb.portrayed import Portrayed
 from ophav_nb.run import InputError
 from ophav_nb.track import Track, closing
-from ophav_nb.unseen import WIDER
+from ophav_nb.unseen import AT_OUTLINE
 
 SIZE = 192
 
@@ -379,7 +379,7 @@ def test_what_lies_under_a_face_is_no_wider(portrait, head):
     "Or a cheek that turns away had two outlines."
     animator = dressed(head, portrait)[1]
     p, back = animator.portrayed, animator.back
-    out = (back.thick[:, 0]*np.sign(p.V0[:, 0]))[p.is_face & (p.facing0 > WIDER[1]) & (p.face_mask > .5)]
+    out = (back.thick[:, 0]*np.sign(p.V0[:, 0]))[p.is_face & (p.facing0 > AT_OUTLINE[1]) & (p.face_mask > .5)]
     assert len(out) > 500 and out.max() < .0005
 
 
@@ -390,10 +390,10 @@ def test_the_hull_gives_way_to_hair_that_hangs(portrait, head):
     beside = (matte < .5) & (y > L[10, 1]) & (x > L[152, 0] + .08*SIZE) & (x < L[152, 0] + .3*SIZE)
     picture = np.where(beside[..., None] | ((matte > .5) & (y < L[10, 1]))[..., None], np.uint8([30, 22, 18]), image).astype(np.uint8)
     long, short = (MeshAnimator(picture, track, head, m.astype(np.float32), supersample=1) for m in (np.maximum(matte, beside), matte))
-    way, low = long.back._gives_way(long.hair), (long.portrayed.level < -.01) & (np.abs(long.portrayed.rest[:, 0]) > .05)
+    way, low = long.back._gives_way(long.clothes, long.hair), (long.portrayed.level < -.01) & (np.abs(long.portrayed.rest[:, 0]) > .05)
     left = long.portrayed.camera0.project(long.portrayed.V0.astype(np.float64))[:, 0] > L[152, 0]
     assert way[low & left].min() > .9 and way[low & ~left].max() < .1 and way[long.portrayed.level > .04].max() == 0
-    assert short.back._gives_way(short.hair).max() < .1
+    assert short.back._gives_way(short.clothes, short.hair).max() < .1
 
 
 def test_what_is_carried_beside_the_outline_fades(portrait, head):
