@@ -1856,6 +1856,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'ophav_nb/portrayed.py'),
                                     'ophav_nb.portrayed.Portrayed.points': ('portrayed.html#portrayed.points', 'ophav_nb/portrayed.py'),
                                     'ophav_nb.portrayed.Portrayed.region': ('portrayed.html#portrayed.region', 'ophav_nb/portrayed.py'),
+                                    'ophav_nb.portrayed.Portrayed.skinlike': ('portrayed.html#portrayed.skinlike', 'ophav_nb/portrayed.py'),
                                     'ophav_nb.portrayed.Portrayed.tinted': ('portrayed.html#portrayed.tinted', 'ophav_nb/portrayed.py'),
                                     'ophav_nb.portrayed.Portrayed.transform': ( 'portrayed.html#portrayed.transform',
                                                                                 'ophav_nb/portrayed.py'),

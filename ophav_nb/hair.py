@@ -55,7 +55,7 @@ def _goes_on_beside(self, reach: float = .08) -> tuple:
     "Where hair, veil or hood goes on beyond the head's outline it also covers the side behind that outline: how much, [H, W], and its colour, [H, W, 3]."
     p, px = self.portrayed, self.portrayed.size/512
     core = ndi.binary_dilation(p.raster0.mask, iterations=max(1, int(3*px)))
-    hair = self.told & ((p.unlike > 3.5) | (p.light < .35))
+    hair = self.told & ~p.skinlike()
     away, (i, j) = ndi.distance_transform_edt(core, return_indices=True)
     covered = ndi.gaussian_filter((hair[i, j] & (away < reach*p.size)).astype(np.float32), 2*px)
     inner = ndi.binary_erosion(hair & ~core, iterations=max(1, int(3*px)))          # the matte's rim holds something of the background
@@ -76,7 +76,7 @@ def _press_ears(self, least: float = .5):
         lit = .35*np.clip(np.median(sampled(p.light, p.landmarks[cheek]))/.8, .65, 1)      # less on a side in shadow
         view = p.ear_in_view(side) & (p.certain > .9)
         on = view & (p.matte > .9)                                               # a person's ears may be smaller than the model's
-        self.ear_bare[side] = ((p.unlike < 3.5) & (p.light > lit))[on].mean() if on.sum() > .3*view.sum() else 0
+        self.ear_bare[side] = p.skinlike(lit)[on].mean() if on.sum() > .3*view.sum() else 0
         self.ears_shown[mine] = self.ear_bare[side] > least
     covered = sampled(self.over, p.P0)
     for side, other in (('left', 'right'), ('right', 'left')):

@@ -341,6 +341,13 @@ def _read_colours(self):
     self.skin_colour = np.median(sampled(self.skin, self.landmarks[CHEEKS]), axis=0)
 
 @patch_to(Portrayed)
+def skinlike(self,
+    lit: float = .35,  # least light, of the face's
+) -> np.ndarray:   # bool [H, W]
+    "Pixels that may be bare skin by their hue and light."
+    return (self.unlike < 3.5) & (self.light > lit)
+
+@patch_to(Portrayed)
 def tinted(self,
     colour,       # made up, [..., 3]
 ) -> np.ndarray:  # [..., 3]

@@ -98,7 +98,7 @@ def _lobes(self, hair) -> np.ndarray:
     "What of ears looks out under hair: as deep as an ear is, not as what hangs beside it, bool [H, W]."
     p = self.portrayed
     ears = ndi.binary_dilation(p.ear_in_view('left') | p.ear_in_view('right'), iterations=max(1, int(.12*p.eyes_apart)))
-    skin = (p.matte > .5) & (p.unlike < 3.5) & (p.light > .35) & ~hair.seen & ~hair.outer.mask & ears
+    skin = (p.matte > .5) & p.skinlike() & ~hair.seen & ~hair.outer.mask & ears
     return ndi.binary_opening(skin, iterations=max(1, int(1.5*p.size/512)))
 
 @patch_to(Sheet)
