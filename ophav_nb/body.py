@@ -120,7 +120,7 @@ def _on_neck(self, clothes, beneath) -> np.ndarray:
     "Where the portrait shows a neck, which may be wider than the mesh's, or has cloth beside it. Where the model's is not beneath, only beside cloth or background, which go on behind it; bool [H, W]."
     p, px = self.portrayed, self.portrayed.size/512
     skin = ndi.gaussian_filter((p.skinlike() | (clothes.cloth > .5)).astype(np.float32), 2*px) > .5
-    grown = lambda some, by: ndi.binary_dilation(some, iterations=max(1, int(by)))
+    grown = clothes._dilated
     neck = grown(p.neck_seen, 4*px) | grown(p.neck_seen, .25*p.eyes_apart) & skin
     neck |= grown(beneath, 9*px) & (clothes.cloth > .5)
     return neck & (grown(beneath, 4*px) | grown((clothes.cloth > .5) | (p.matte < .5), .2*p.eyes_apart)) & ~clothes.hanging
