@@ -19,7 +19,7 @@ from scipy.spatial.transform import Rotation
 
 # %% ../nbs/06b_flame.ipynb #c003
 from .run import InputError, asset, explain_os_errors, file_hash, write_atomic
-from .geometry import Camera, facing_camera, interpolate, mesh_laplacian, rasterize, vertex_normals
+from .geometry import Camera, component, facing_camera, interpolate, mesh_laplacian, rasterize, vertex_normals
 from .head import HeadModel, Motion, read_head
 from .weights import read_values, require, weights_folder
 from .detect import Detector, roi_of_landmarks
@@ -296,7 +296,7 @@ def _mouth(head, flame, x, surface, skin_faces) -> dict:
     change = _harmonic(number[f], len(keep), number[known], np.concatenate([at(weights) - own_weights[number[rim]], fixed[:, :5]]))
     upper, lower = _sides(head, rim)
     for name, side in (("upper_teeth", upper), ("lower_teeth", lower), ("tongue", lower)):
-        part = _component(f, head.faces[head.regions[name]][0, 0], head.n_vertices)     # rigid: as a whole, with its side of the lips
+        part = component(f, head.faces[head.regions[name]][0, 0], head.n_vertices)     # rigid: as a whole, with its side of the lips
         part = number[part[np.isin(part, keep)]]
         grown[part], moved[part], change[part] = at(shape)[side].mean(0), 0, 0
     weight = np.clip(own_weights + change, 0, None)
@@ -314,14 +314,6 @@ def _sides(head, rim):
     "Which of the rim's vertices are the upper lip's, and which the lower's."
     down = head.weights.numpy()[rim, 2] > .5
     return ~down, down
-
-
-def _component(faces, seed, count):
-    "Vertices that hang together with one."
-    from scipy.sparse.csgraph import connected_components
-    A = sparse.coo_matrix((np.ones(faces.size), (faces.ravel(), np.roll(faces, 1, 1).ravel())), (count, count))
-    label = connected_components(A, directed=False)[1]
-    return np.flatnonzero(label == label[seed])
 
 # %% ../nbs/06b_flame.ipynb #c016
 def _regions(head, flame, x, surface, skin) -> dict:

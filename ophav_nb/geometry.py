@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'kernel', 'smoothstep', 'axis_angle_to_matrix', 'matrix_to_axis_angle', 'Camera', 'pixel_centres',
            'facing_camera', 'vertex_normals', 'triangle_frames', 'Raster', 'rasterize', 'depth_range', 'interpolate',
-           'sample_bilinear', 'push_pull', 'mesh_laplacian', 'spread_over']
+           'sample_bilinear', 'push_pull', 'component', 'mesh_laplacian', 'spread_over']
 
 # %% ../nbs/02_geometry.ipynb #c004
 import logging
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numba import float32, prange
 from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import spsolve
 
 # %% ../nbs/02_geometry.ipynb #c005
@@ -461,6 +462,16 @@ def _doubled(t, shape):
     return sample_bilinear(t, x, y)
 
 # %% ../nbs/02_geometry.ipynb #c033c
+def component(
+    faces,             # [F, 3]
+    seed: int,         # number of a vertex
+    count: int,        # of all vertices
+) -> np.ndarray:       # numbers of vertices
+    "Vertices that hang together with one."
+    A = sparse.coo_matrix((np.ones(faces.size), (faces.ravel(), np.roll(faces, 1, 1).ravel())), (count, count))
+    label = connected_components(A, directed=False)[1]
+    return np.flatnonzero(label == label[seed])
+
 def mesh_laplacian(
     faces,        # of the mesh, [F, 3]
     count: int,   # of its vertices

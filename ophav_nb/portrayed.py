@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 
 # %% ../nbs/07d_portrayed.ipynb #c004
 from .detect import INNER_FACE, INNER_LIPS, OVAL
-from .geometry import axis_angle_to_matrix, rasterize, sample_bilinear, smoothstep, spread_over, vertex_normals
+from .geometry import axis_angle_to_matrix, component, rasterize, sample_bilinear, smoothstep, spread_over, vertex_normals
 from .head import HeadModel, hair_thickness
 from .layers import CHEEKS, EYES, NeckCut, bleed, crisp, parted, polygon_mask, pose_of, visible_teeth, without_mouth
 from .media import to_float
@@ -94,7 +94,7 @@ def _bend_mesh(self):
     V = self.vertices(m.expression[:1], m.joints[:1])[0]
     self.relief = self._over_face(V, closing(self._beside(V)))
     self.teeth = visible_teeth(self.image, self.landmarks)
-    self.relief[self.part('upper_teeth'), 1] -= self._teeth_lower(V + self.relief)
+    self.relief[self.row('upper_teeth'), 1] -= self._teeth_lower(V + self.relief)
     self.V0 = V + self.relief
     if track.correction is not None: self.correction = self._over_face(self.V0, track.correction)
     self.rest = self.vertices(np.zeros((1, len(self.source[0])), np.float32), np.zeros((1, 5, 3), np.float32))[0]
@@ -144,6 +144,12 @@ def part(self, *names) -> np.ndarray:   # numbers of vertices
     return np.unique(self.head.faces[np.any([self.region(n) for n in names], 0)])
 
 @patch_to(Portrayed)
+def row(self, name) -> np.ndarray:   # numbers of vertices
+    "A row of teeth (`upper_teeth`, `lower_teeth`) with its gums, or none."
+    teeth = self.part(name)
+    return component(self.head.faces[self.region('mouth_interior') | self.region(name)], teeth[0], len(self.head.v_template)) if len(teeth) else teeth
+
+@patch_to(Portrayed)
 def points(self,
     V,            # a mesh, [V, 3]
     index,        # numbers of landmarks, [N]
@@ -165,8 +171,8 @@ def _over_face(self, V, offset) -> np.ndarray:
     index = np.array(INNER_FACE + OVAL)
     out = fading(self.points(V, index), offset[index], V).astype(np.float32)
     for name in ('upper_teeth', 'lower_teeth'):
-        v = self.part(name)
-        if len(v): out[v] = out[v[V[v, 2] > V[v, 2].max() - .012]].mean(0)
+        v, teeth = self.row(name), self.part(name)
+        if len(v): out[v] = out[teeth[V[teeth, 2] > V[teeth, 2].max() - .012]].mean(0)
     return out
 
 # %% ../nbs/07d_portrayed.ipynb #c010
@@ -204,7 +210,7 @@ def person_offset(self) -> np.ndarray:   # metres, float32 [V, 3]
     rest = self.head.v_template.cpu().numpy()
     away = lambda *names: cKDTree(rest[v]).query(rest)[0] if len(v := self.part(*names)) else np.ones(len(rest))
     skin = smoothstep(.004, .016, away('left_eyeball', 'right_eyeball'))*smoothstep(0, .012, away('lips', 'mouth_interior'))
-    out, teeth = (self.relief + self.correction)*skin[:, None].astype(np.float32), self.part('upper_teeth')
+    out, teeth = (self.relief + self.correction)*skin[:, None].astype(np.float32), self.row('upper_teeth')
     out[teeth] = 0
     out[teeth, 1] = self.relief[teeth, 1]
     return out

@@ -17,7 +17,7 @@ from .detect import INNER_LIPS, OUTER_LIPS
 from .geometry import rasterize, smoothstep, spread_over, vertex_normals
 from .hair import Hair
 from .layers import polygon_mask
-from .paint import OF_SKIN, fixed_columns, paint_mesh
+from .paint import OF_HULL, fixed_columns, paint_mesh
 from .portrayed import Portrayed, facing, sampled
 from .run import patch_to
 
@@ -47,6 +47,7 @@ class Unseen:
         self._lips_within(colour, w, seen)
         away = p.away*smoothstep(.03, .045, np.abs(V[:, 0]))*hair.behind_temples
         self.covered = p.over_skin((smoothstep(.5, .9, sampled(hair.over, P))*(1 - seen)*away)[:, None], np.full(len(V), .1))[:, 0].clip(0, 1)      # no teeth
+        self.bare = self.own.copy()
         self.own += (self.covered*~p.neck)[:, None]*(sampled(hair.over_colour, P) - self.own)
         self.mirror_seen *= 1 - self.covered
         near = ndi.gaussian_filter(ndi.maximum_filter(hair.near, 2*int(.35*p.eyes_apart) + 1), .05*p.eyes_apart)      # sides are not quite alike
@@ -102,27 +103,28 @@ class Back:
         hairy = smoothstep(.2, .8, p.over_skin(scalp[:, None]*1., np.full(n, .01))[:, 0])    # no teeth where hair meets the neck
         certain = sampled(p.certain, Q)
         hairline = 1 - smoothstep(.006, .022, cKDTree(p.rest[p.is_face]).query(p.rest)[0])         # soft, where it is made up
-        hairy = np.where(scalp, hairy*hair.grown*(1 - hairline*(1 - certain)), np.maximum(hairy, hair.grown))
         strands = self._strands_at(Q)
-        turned = np.where(scalp, 1 - smoothstep(.2, .45, p.facing0)*smoothstep(.5, .9, certain), hair.grown)   # what faces the camera is as it is
-        bald = np.where(p.is_face[:, None], unseen.own, p.over_skin(sampled(p.skin, p.P0)/unseen.shadow, bare)*unseen.shadow)     # a neck that is shown is in the chin's shadow already
-        colour = np.clip(bald + hairy[:, None]*(sampled(self.mane, strands) - bald), 0, 1)
+        shown = np.where(scalp, smoothstep(.2, .45, p.facing0)*smoothstep(.5, .9, certain), unseen.seen)       # what faces the camera is as it is
+        hairy = np.where(scalp, hairy*hair.grown*(1 - hairline*(1 - certain)), np.maximum(hairy, hair.grown))
+        hairy = np.maximum(hairy, smoothstep(.3, .7, unseen.covered)*~p.neck)*(1 - shown*(scalp | (hair.grown < .5)))
+        seen = shown + hairy - shown*hairy
+        bald = np.where(p.is_face[:, None], unseen.bare, p.over_skin(sampled(p.skin, p.P0)/unseen.shadow, bare)*unseen.shadow)     # a neck that is shown is in the chin's shadow already
         upper = smoothstep(.5, .9, self.attached)*np.where(scalp, smoothstep(-.10, -.02, p.level), smoothstep(-.045, -.02, p.level))
         back = np.where(scalp, 1 - self._gives_way(clothes, hair), solid)*np.maximum(upper, below)
         neck = solid*(1 - smoothstep(-.05, -.02, p.level))*(1 - unseen.covered)
-        fixed = self._dressed(unseen, hair, Q, strands, np.maximum(1 - turned, smoothstep(0, .5, hairy)))
+        fixed = self._dressed(unseen, hair, Q, strands, seen)
         self._cut_in_four()
         finer = lambda x: np.concatenate([x, x[self.edges].mean(1)]).astype(np.float32)
-        moving = lambda opacity: np.concatenate([turned[:, None], colour, opacity[:, None]], 1).astype(np.float32)
+        moving = lambda opacity: np.concatenate([(hairy/np.maximum(seen, .01))[:, None], np.clip(bald, 0, 1), opacity[:, None]], 1).astype(np.float32)
         self.fixed, self.back, self.neck, self.attached = (finer(x) for x in (fixed, moving(back), moving(neck), self.attached))
-        self.kind, self.full, self.hull0 = np.full(len(self.faces), OF_SKIN, np.int8), np.ones((2, 2), np.float32), self.hull(p.V0)
+        self.kind, self.full, self.hull0 = np.full(len(self.faces), OF_HULL, np.int8), np.ones((2, 2), np.float32), self.hull(p.V0)
 
 @patch_to(Back)
 def _dressed(self, unseen, hair, Q, strands, seen) -> np.ndarray:
     "What is painted on it, [V, 12]: skin as everywhere; the scalp, which shows its own place and nothing of a twin; hair, by its strands' places in the mane."
     p, s = self.portrayed, self.portrayed.scalp
     of = lambda skin, scalp=0.: np.where(s.reshape(-1, *[1]*(np.ndim(skin) - 1)), scalp, skin)
-    return fixed_columns(of(p.T0, Q[:, :2]), strands, np.maximum(of(unseen.seen, seen), hair.grown*~s), np.zeros(len(s)), of(unseen.mirror), of(unseen.mirror_seen),
+    return fixed_columns(of(p.T0, Q[:, :2]), strands, seen, np.zeros(len(s)), of(unseen.mirror), of(unseen.mirror_seen),
                          of(unseen.twin_light), of(hair.ears_copied*unseen.mirror_seen), of(unseen.relit))
 
 @patch_to(Back)

@@ -15,6 +15,7 @@ from ophav_nb.detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS
 from ophav_nb.layers import EYES, NeckCut, bleed, draw_curve, head_alpha, inflate, parted, polygon_mask, visible_teeth, whole_eyes, without_mouth
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
+from ophav_nb.paint import OF_HULL, OF_SKIN, fixed_columns, paint_mesh
 from ophav_nb.portrayed import Portrayed
 from ophav_nb.run import InputError
 from ophav_nb.track import Track, closing
@@ -234,6 +235,33 @@ def test_mouth_opens_dark_and_closes(animator, portrait, head):
     assert np.abs(closed[int(L[13, 1]), int(L[13, 0]), :3] - f[int(y), int(x), :3]).mean() > .05
 
 
+def test_gums_above_teeth(portrait, head):
+    "A lip that rises higher than in the portrait shows gum above the teeth, no second row; between lip and teeth the portrait's own goes on."
+    _, track, matte = portrait
+    e, j, t = state(track, head, jaw=6)
+    motion = Motion(e[None], j[None], t[None])
+    image, matte, landmarks = drawn(head, track.shape, motion, track.camera)
+    image, rows = image.copy(), np.mgrid[:SIZE, :SIZE][0]
+    inner = polygon_mask(landmarks[INNER_LIPS, :2], SIZE, SIZE) > .5
+    image[inner] = [60, 15, 15]
+    image[inner & (rows < landmarks[[13, 14], 1].mean())] = [240, 235, 225]
+    made = MeshAnimator(image, Track(motion, track.shape, track.camera, landmarks[None], np.zeros(1), np.ones(1, bool)), head, matte)
+    p, x = made.portrayed, int(landmarks[13, 0])
+    upper, gums = p.part('upper_teeth'), np.setdiff1d(p.row('upper_teeth'), p.part('upper_teeth'))
+    assert len(gums) and p.V0[gums, 1].max() > p.V0[upper, 1].max()
+    red = lambda c: c[..., 0] - c[..., 2]
+    assert red(made.mouth.colours[gums]).min() > red(made.mouth.colours[upper]).max()
+    top = int(np.flatnonzero(p.teeth[:, x] > .6).min())
+    shown = np.flatnonzero(made.mouth.teeth[:, x] > .6)
+    assert shown.min() < top - 4 and (np.diff(shown) == 1).all()                         # without a gap
+    mm = 1e-3*p.camera0.focal/p.camera0.project(p.V0[upper])[:, 2].min()
+    above = made.mouth.risen[:, x]
+    crowns = p.camera0.project(p.V0[upper].astype(np.float64))
+    crowns = crowns[np.abs(crowns[:, 0] - x) < 3*mm, 1].min()
+    assert red(above[int(crowns - 2*mm)]) > red(above[top + 1]) + .1                      # gum
+    assert np.abs(above[top - 1] - above[top + 1]).max() < .1                             # and still tooth
+
+
 def test_teeth_reach_as_far_as_the_portraits(portrait, head):
     "An open mouth that is full of teeth: the mesh's upper ones come down to where these end, and what a field is trained on carries them."
     _, track, matte = portrait
@@ -254,7 +282,7 @@ def test_teeth_reach_as_far_as_the_portraits(portrait, head):
     assert np.allclose(bare.person_offset()[upper, 1].min(), made.person_offset()[upper, 1].max(), atol=.008) and lowest(made) > lowest(bare) + 1
     seen = np.flatnonzero((made.mouth.teeth > .5).any(1)).max()
     assert abs(lowest(made) - seen) < 3
-    np.testing.assert_allclose((made.person_offset() - bare.person_offset())[np.setdiff1d(np.arange(head.n_vertices), upper)], 0, atol=1e-6)
+    np.testing.assert_allclose((made.person_offset() - bare.person_offset())[np.setdiff1d(np.arange(head.n_vertices), made.portrayed.row('upper_teeth'))], 0, atol=1e-6)     # its gums go along
     data = HeadDataset.from_frames(np.zeros((1, 32, 32, 4), np.uint8), motion, track.shape, track.camera.resized(32, 32), head, offset=made.person_offset())
     own = head.of_person(made.person_offset())
     with torch.no_grad(): expected = own(track.shape, motion.expression, np.concatenate([0*j[None, :1], j[None, 1:]], 1))[0].numpy()
@@ -445,8 +473,26 @@ def test_hair_goes_on_where_nothing_is_seen(head):
     assert (hair.grown[top] == 1).all() and hair.grown[face & (p.facing0 > .4)].max() < .1
     hidden = top & (p.facing0 < 0)
     high = hidden & (p.level > .04)                                                      # below, the hull gives way to a hood that hangs beside the chin
-    assert (back.back[:len(p.rest)][high, 4] == 1).all() and (back.fixed[:len(p.rest)][hidden, 4] > .9).all()   # opaque, and its own texture
+    weight = (back.fixed[:, 4]*back.back[:, 0])[:len(p.rest)]
+    assert (back.back[:len(p.rest)][high, 4] == 1).all() and (weight[hidden] > .42).all()       # opaque, and all hair: `paint_mesh` ends a hairline there
     assert np.allclose(an.sheet.rim_shown(p.facing0), 1)                                # at rest the outline is the portrait's
+
+
+def test_a_hairline_is_sharper_than_its_triangles():
+    "Black hair over white skin, its weight 0 at one side of a square and 1 at the other."
+    corners, faces, n = np.float32([[0, 0, 1], [64, 0, 1], [64, 64, 1], [0, 64, 1]]), np.int32([[0, 1, 2], [0, 2, 3]]), np.zeros(4)
+    skin, hair, full = np.ones((64, 64, 3), np.float32), np.zeros((64, 64, 3), np.float32), np.ones((2, 2), np.float32)
+    fixed = fixed_columns(corners[:, :2], corners[:, :2], np.float32([0, 1, 1, 0]), n, corners[:, :2], n, n, n, n)
+    moving = np.float32([[1, 1, 1, 1, 1]]*4)                                            # all that is told is hair; white; opaque
+    r = rasterize(corners, faces, 64, 64)
+    grey = []
+    for kind in (OF_SKIN, OF_HULL):
+        out = np.zeros((64, 64, 4), np.float32)
+        paint_mesh(r.face, r.bary, faces, np.full(2, kind, np.int8), fixed, moving, skin, hair, skin, skin, skin, full, out)
+        row = out[32, :, 0]
+        assert row[0] > .95 and row[-1] < .05 and (np.diff(row) < 1e-6).all()
+        grey.append(((row > .1) & (row < .9)).mean())
+    assert grey[0] > .7 and grey[1] < .3
 
 
 def test_a_hidden_ear_is_like_the_other(head):
