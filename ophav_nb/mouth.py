@@ -168,7 +168,7 @@ def _setup_inside(self, own, tooth, tongue, cavity):
         self.colours[lower] *= (1 - .5*smoothstep(.002, .007, depth))[:, None]
         back = .9*smoothstep(1.5, 3.8, np.abs(self.numbers[lower]))[:, None]       # molars are lost in the dark beside the tongue
         self.colours[lower] += (back*(2*p.tinted(cavity) - self.colours[lower])).astype(np.float32)
-    self.front_teeth = self.least > .4
+    self.front_teeth = np.isin(np.arange(len(p.V0)), p.faces[p.kind == OF_TEETH]) & (self.least > .4)
     self._shape_tongue()
     self.least[p.faces[p.region('mouth_interior')]] = .5                                        # flesh: dark red, not black
     self.least[gums] = .75
