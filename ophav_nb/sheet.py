@@ -153,6 +153,7 @@ def _find_rim(self, hair):
     if hair.bald: grown = np.maximum(grown, (1 - smoothstep(.008, .02, away))*(1 - at(hangs))*smoothstep(0, .02, part(p.rest[:, 1] - p.joints3[3:, 1].mean())))
     facing, skin = part(p.facing0), part(low)*smoothstep(0, .3, part(p.is_face))*(1 - at(hair.likely))
     skin, grown = (a*(1 - smoothstep(*ends, facing))*(1 - smoothstep(0, .3, part(ears))) for a, ends in ((skin, (.25, .6)), (grown, (.1, .35))))
+    for _ in range(8): skin, grown = self.neighbours @ skin, self.neighbours @ grown                         # evenly, or single strands of what gave way stay behind
     outline = np.maximum(skin, grown)
     self.rim_points = np.flatnonzero(outline > .02)
     self.rim, self.rim_binding = outline[self.rim_points].astype(np.float32), binding[self.rim_points].astype(np.float32)

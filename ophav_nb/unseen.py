@@ -105,7 +105,7 @@ class Back:
         hairline = 1 - smoothstep(.006, .022, cKDTree(p.rest[p.is_face]).query(p.rest)[0])         # soft, where it is made up
         strands = self._strands_at(Q)
         shown = np.where(scalp, smoothstep(.2, .45, p.facing0)*smoothstep(.5, .9, certain), unseen.seen)       # what faces the camera is as it is
-        hairy = np.where(scalp, hairy*hair.grown*(1 - hairline*(1 - certain)), np.maximum(hairy, hair.grown))
+        hairy = np.where(scalp, hairy*hair.grown*(1 - hairline*(1 - certain)), np.maximum(smoothstep(.25, .85, hairy), hair.grown))
         hairy = np.maximum(hairy, smoothstep(.3, .7, unseen.covered)*~p.neck)*(1 - shown*(scalp | (hair.grown < .5)))
         seen = shown + hairy - shown*hairy
         bald = np.where(p.is_face[:, None], unseen.bare, p.over_skin(sampled(p.skin, p.P0)/unseen.shadow, bare)*unseen.shadow)     # a neck that is shown is in the chin's shadow already
