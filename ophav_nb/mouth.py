@@ -92,17 +92,18 @@ def _teeth_up(self, reach: float = 9.):
     if not shown.any() or not model.mask.any(): return
     mm = 1e-3*p.camera0.focal/np.median(model.depth[model.mask])         # pixels
     columns, top, up = shown.any(0), shown.argmax(0).astype(float), line_at(np.arange(shown.shape[1]) + .5, p.landmarks[INNER_LIPS_UPPER])
-    self.risen, inside = self._unshaded((rows - top)/mm, shown), shown & (rows > top + .5*mm) & (rows < top + 3*mm)
+    self.risen, inside = self._unshaded((rows - top)/mm, shown), shown & (rows > top + .5*mm - .5) & (rows < top + max(3*mm, 1))      # a row at least
     tooth, near, around = (along_row(self.risen, inside, x*mm) for x in (1, .25, 3))
     gap = smoothstep(.04, .15, 1 - near.mean(-1)/np.maximum(around.mean(-1), .05))              # between two teeth
-    between = (rows > up + .5) & (rows < top - .5) & columns
-    gums = (between.sum(0) > .8*mm) & (along_row(p.image, between, 1e-3).mean(-1) > .45*tooth.mean(-1))       # seen, and no shadow of the lip
+    lip = up + max(.7*mm, .5)                                            # and its dark line
+    between = (rows > lip) & (rows < top) & columns
+    gums = (between.sum(0) > .8*mm) & (along_row(p.image, between, 1e-3).mean(-1) > .55*tooth.mean(-1))       # seen, and no shadow of the lip
     hidden = along_row(~gums[None, :, None], columns[None], 3*mm)[:, 0] > .5
     crown = along_row(np.where(model.mask.any(0), model.mask.argmax(0), top)[None, :, None], columns[None], 2*mm)[:, 0]
-    end = np.where(hidden, np.minimum(crown, top) + 1.2*mm*gap, np.minimum(up, top))            # the gum climbs down between teeth
+    end = np.where(hidden, np.minimum(crown, top) + 1.2*mm*gap, np.minimum(lip, top))           # the gum climbs down between teeth
     self.risen = self.risen + (shown*hidden*(1 - smoothstep(0, 1.2*mm, rows - top)))[..., None]*(tooth - self.risen)
     fill, above = columns & (rows < np.where(hidden, top, end)) & (rows > end - reach*mm), (end - rows)/mm
-    self.teeth = np.where(between & ~hidden, 1, p.teeth)                                       # the gum that is seen
+    self.teeth = np.where(columns & ~hidden & (rows >= end) & (rows < top), 1, p.teeth)        # the gum that is seen
     gum = self.gum*(1 - .3*smoothstep(0, 6, above))[..., None]
     self.risen = np.where(fill[..., None], tooth + smoothstep(-.7, .7, above)[..., None]*(gum - tooth), self.risen).astype(np.float32)
     self.teeth = np.where(fill, p.teeth.max(0)*(1 - smoothstep(.7*reach, reach, above)), self.teeth)

@@ -245,7 +245,10 @@ def test_gums_above_teeth(portrait, head):
     inner = polygon_mask(landmarks[INNER_LIPS, :2], SIZE, SIZE) > .5
     image[inner] = [60, 15, 15]
     image[inner & (rows < landmarks[[13, 14], 1].mean())] = [240, 235, 225]
-    made = MeshAnimator(image, Track(motion, track.shape, track.camera, landmarks[None], np.zeros(1), np.ones(1, bool)), head, matte)
+    there = Track(motion, track.shape, track.camera, landmarks[None], np.zeros(1), np.ones(1, bool))
+    made = MeshAnimator(image, there, head, matte)
+    for mouth in (made.mouth, MeshAnimator(image[::2, ::2], there, head, matte[::2, ::2]).mouth):
+        assert mouth.risen[mouth.teeth > .9].min() > .15                                  # a tooth of two pixels is a tooth, and no black
     p, x = made.portrayed, int(landmarks[13, 0])
     upper, gums = p.part('upper_teeth'), np.setdiff1d(p.row('upper_teeth'), p.part('upper_teeth'))
     assert len(gums) and p.V0[gums, 1].max() > p.V0[upper, 1].max()
