@@ -68,7 +68,9 @@ def _made_up(self) -> tuple:
         px = p.image[self.between > .8]
         if len(px) > 12: dark = .5*dark + .5*np.minimum(px[px.mean(-1) <= np.percentile(px.mean(-1), 10)].mean(0), dark*1.6)
     gum = p.tinted(.5*skin*[1., .74, .73] + .5*grey*np.array([1.08, .74, .73]))
-    return tooth, gum, .5*skin*[.86, .54, .55] + .5*grey*np.array([.95, .53, .52]), dark
+    hue = np.sqrt(skin*p.face_colour)                    # a bright cheek is bleached
+    tongue = .65*hue*(grey/hue.mean())*[.89, .53, .52] + .35*grey*np.array([.95, .53, .52])
+    return tooth, gum, tongue, dark
 
 # %% ../nbs/07j_mouth.ipynb #c008
 def along_row(
