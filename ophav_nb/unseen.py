@@ -25,7 +25,7 @@ from .run import patch_to
 AT_OUTLINE = (.1, .3)   # of the cosine to the camera: up to where a cheek may be wider than the mesh
 
 class Unseen:
-    """Of each vertex: how well the portrait shows it, all told (`seen`), its own colour where it does not (`own`, [V, 3]), where its twin on the other side is (`mirror`, pixels [V, 2]), how much that is
+    """Of each vertex: how well the portrait shows it, all told (`seen`), its own colour where it does not (`own`, [V, 3]; `bare`: without the hair that covers it), where its twin on the other side is (`mirror`, pixels [V, 2]), how much that is
     worth (`mirror_seen`), its light, and light here relative to there (`twin_light`, `relit`)."""
 
     def __init__(self,

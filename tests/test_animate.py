@@ -235,17 +235,21 @@ def test_mouth_opens_dark_and_closes(animator, portrait, head):
     assert np.abs(closed[int(L[13, 1]), int(L[13, 0]), :3] - f[int(y), int(x), :3]).mean() > .05
 
 
-def test_gums_above_teeth(portrait, head):
-    "A lip that rises higher than in the portrait shows gum above the teeth, no second row; between lip and teeth the portrait's own goes on."
-    _, track, matte = portrait
+def open_mouth(portrait, head):
+    "The portrait's head with its mouth open and dark: picture, what is inside the lips, matte, landmarks, track, pose."
+    _, track, _ = portrait
     e, j, t = state(track, head, jaw=6)
     motion = Motion(e[None], j[None], t[None])
     image, matte, landmarks = drawn(head, track.shape, motion, track.camera)
-    image, rows = image.copy(), np.mgrid[:SIZE, :SIZE][0]
-    inner = polygon_mask(landmarks[INNER_LIPS, :2], SIZE, SIZE) > .5
+    inner, image = polygon_mask(landmarks[INNER_LIPS, :2], SIZE, SIZE) > .5, image.copy()
     image[inner] = [60, 15, 15]
-    image[inner & (rows < landmarks[[13, 14], 1].mean())] = [240, 235, 225]
-    there = Track(motion, track.shape, track.camera, landmarks[None], np.zeros(1), np.ones(1, bool))
+    return image, inner, matte, landmarks, Track(motion, track.shape, track.camera, landmarks[None], np.zeros(1), np.ones(1, bool)), j
+
+
+def test_gums_above_teeth(portrait, head):
+    "A lip that rises higher than in the portrait shows gum above the teeth, no second row; between lip and teeth the portrait's own goes on."
+    image, inner, matte, landmarks, there, _ = open_mouth(portrait, head)
+    image[inner & (np.mgrid[:SIZE, :SIZE][0] < landmarks[[13, 14], 1].mean())] = [240, 235, 225]
     made = MeshAnimator(image, there, head, matte)
     for mouth in (made.mouth, MeshAnimator(image[::2, ::2], there, head, matte[::2, ::2]).mouth):
         assert mouth.risen[mouth.teeth > .9].min() > .15                                  # a tooth of two pixels is a tooth, and no black
@@ -267,16 +271,10 @@ def test_gums_above_teeth(portrait, head):
 
 def test_teeth_reach_as_far_as_the_portraits(portrait, head):
     "An open mouth that is full of teeth: the mesh's upper ones come down to where these end, and what a field is trained on carries them."
-    _, track, matte = portrait
-    e, j, t = state(track, head, jaw=6)
-    motion = Motion(e[None], j[None], t[None])
-    image, matte, landmarks = drawn(head, track.shape, motion, track.camera)
-    there = Track(motion, track.shape, track.camera, landmarks[None], np.zeros(1), np.ones(1, bool))
+    image, inner, matte, landmarks, there, j = open_mouth(portrait, head)
+    track, motion = portrait[1], there.motion
     upper = np.unique(head.faces[head.regions['upper_teeth']])
     assert not visible_teeth(image/255., track.landmarks[0]).any()                       # a closed mouth shows none
-    image = image.copy()
-    inner = polygon_mask(landmarks[INNER_LIPS, :2], SIZE, SIZE) > .5
-    image[inner] = [60, 15, 15]
     bare = MeshAnimator(image, there, head, matte)
     middle = np.mean([landmarks[13, 1], landmarks[14, 1]])
     image[inner & (np.mgrid[:SIZE, :SIZE][0] < middle + .2*(landmarks[14, 1] - middle))] = [240, 235, 225]
