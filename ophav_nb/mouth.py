@@ -107,7 +107,7 @@ def _teeth_up(self, reach: float = 9.):
     fill, above = columns & (rows < np.where(hidden, top, end)) & (rows > end - reach*mm), (end - rows)/mm
     self.teeth = np.where(columns & ~hidden & (rows >= end) & (rows < top), 1, p.teeth)        # the gum that is seen
     gum = self.gum*(1 - .3*smoothstep(0, 6, above))[..., None]
-    self.risen = np.where(fill[..., None], tooth + smoothstep(-.7, .7, above)[..., None]*(gum - tooth), self.risen).astype(np.float32)
+    self.risen = np.where(fill[..., None], tooth + np.where(hidden, smoothstep(-.7, .7, above), 1)[..., None]*(gum - tooth), self.risen).astype(np.float32)
     self.teeth = np.where(fill, p.teeth.max(0)*(1 - smoothstep(.7*reach, reach, above)), self.teeth)
     self.teeth = (self.teeth*smoothstep(2.5, 4.5, np.median(shown.sum(0)[columns])/mm)).astype(np.float32)
 
@@ -182,9 +182,10 @@ def _lips_within(self, colours):
     "Lips farther in than the portrait shows them are redder, and less light falls on them (changes `colours`)."
     p = self.portrayed
     lips = np.setdiff1d(p.part('lips'), np.flatnonzero(self.inside))
-    shown = lips[p.seen[lips] > .5]
+    seen = np.maximum(p.seen, p.seen[p.twin])            # the far half of a turned mouth is not farther in
+    shown = lips[seen[lips] > .5]
     if len(shown) == 0: return
-    within = (1 - p.seen[lips])*smoothstep(.002, .006, cKDTree(p.rest[shown]).query(p.rest[lips])[0])
+    within = (1 - seen[lips])*smoothstep(.002, .006, cKDTree(p.rest[shown]).query(p.rest[lips])[0])
     colours[lips] = p.tinted(colours[lips]*(1 - within[:, None]*[.15, .3, .3]))
 
 @patch_to(Mouth)

@@ -157,7 +157,7 @@ def paint_mesh(
                     light = a*fixed[p, 11] + b*fixed[q, 11] + c*fixed[r, 11]
                     cr, cg, cb = cr + copied*(kr*light - cr), cg + copied*(kg*light - cg), cb + copied*(kb*light - cb)
                 shut = a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0]
-                if kind[f] == OF_HULL and shut > 0:                    # hair on skin: its edge is as sharp as pixels are, not as vertices
+                if kind[f] == OF_HULL and shut > 0:                    # hair on skin: its edge takes a third of the way from vertex to vertex, or it would be a smudge
                     hair = seen*shut
                     edge = min(max(np.float32(3)*hair - np.float32(.25), np.float32(0)), np.float32(1))
                     edge *= edge*(3 - 2*edge)

@@ -183,7 +183,7 @@ def _teeth_lower(self, V, most: float = .008) -> float:
     if len(f) == 0 or not self.teeth.any(): return 0.
     seen = rasterize(self.camera0.project(V.astype(np.float64)), f, *self.teeth.shape)
     left, right = np.sort(self.landmarks[[78, 308], 0])
-    middle = np.arange(*np.round(left + np.array([.3, .7])*(right - left)).astype(int))       # columns: beside them teeth go back into the mouth
+    middle = np.arange(*np.clip(np.round(left + np.array([.3, .7])*(right - left)), 0, self.teeth.shape[1]).astype(int))       # columns: beside them teeth go back into the mouth
     lowest = lambda mask: np.where(mask.any(0), len(mask) - 1 - mask[::-1].argmax(0), -1)[middle]
     here, there = lowest(seen.mask), lowest(self.teeth > .5)
     both = (here >= 0) & (there >= 0)

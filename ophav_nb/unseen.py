@@ -106,9 +106,10 @@ class Back:
         strands = self._strands_at(Q)
         shown = np.where(scalp, smoothstep(.2, .45, p.facing0)*smoothstep(.5, .9, certain), unseen.seen)       # what faces the camera is as it is
         hairy = np.where(scalp, hairy*hair.grown*(1 - hairline*(1 - certain)), np.maximum(smoothstep(.25, .85, hairy), hair.grown))
-        hairy = np.maximum(hairy, smoothstep(.3, .7, unseen.covered)*~p.neck)*(1 - shown*(scalp | (hair.grown < .5)))
+        alike = 1 - smoothstep(.1, .25, np.abs(sampled(hair.over_colour, p.T0) - sampled(self.mane, strands)).max(-1))      # a hood is no hair
+        hairy = np.maximum(hairy, smoothstep(.3, .7, unseen.covered)*alike*~p.neck)*(1 - shown*(scalp | (hair.grown < .5)))
         seen = shown + hairy - shown*hairy
-        bald = np.where(p.is_face[:, None], unseen.bare, p.over_skin(sampled(p.skin, p.P0)/unseen.shadow, bare)*unseen.shadow)     # a neck that is shown is in the chin's shadow already
+        bald = np.where(p.is_face[:, None], unseen.own + alike[:, None]*(unseen.bare - unseen.own), p.over_skin(sampled(p.skin, p.P0)/unseen.shadow, bare)*unseen.shadow)     # a neck that is shown is in the chin's shadow already
         upper = smoothstep(.5, .9, self.attached)*np.where(scalp, smoothstep(-.10, -.02, p.level), smoothstep(-.045, -.02, p.level))
         back = np.where(scalp, 1 - self._gives_way(clothes, hair), solid)*np.maximum(upper, below)
         neck = solid*(1 - smoothstep(-.05, -.02, p.level))*(1 - unseen.covered)

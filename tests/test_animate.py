@@ -235,10 +235,11 @@ def test_mouth_opens_dark_and_closes(animator, portrait, head):
     assert np.abs(closed[int(L[13, 1]), int(L[13, 0]), :3] - f[int(y), int(x), :3]).mean() > .05
 
 
-def open_mouth(portrait, head):
-    "The portrait's head with its mouth open and dark: picture, what is inside the lips, matte, landmarks, track, pose."
+def open_mouth(portrait, head, moved=0.):
+    "The portrait's head with its mouth open and dark, moved to the right by some metres: picture, what is inside the lips, matte, landmarks, track, pose."
     _, track, _ = portrait
     e, j, t = state(track, head, jaw=6)
+    t = t + np.float32([moved, 0, 0])
     motion = Motion(e[None], j[None], t[None])
     image, matte, landmarks = drawn(head, track.shape, motion, track.camera)
     inner, image = polygon_mask(landmarks[INNER_LIPS, :2], SIZE, SIZE) > .5, image.copy()
@@ -267,6 +268,16 @@ def test_gums_above_teeth(portrait, head):
     crowns = crowns[np.abs(crowns[:, 0] - x) < 3*mm, 1].min()
     assert red(above[int(crowns - 2*mm)]) > red(above[top + 1]) + .1                      # gum
     assert np.abs(above[top - 1] - above[top + 1]).max() < .1                             # and still tooth
+
+
+@pytest.mark.parametrize('moved', [-.17, .17])
+def test_a_mouth_that_the_picture_cuts(portrait, head, moved):
+    "Teeth whose row leaves the picture say nothing of how long they are."
+    image, inner, matte, landmarks, there, _ = open_mouth(portrait, head, moved)
+    image[inner] = [240, 235, 225]
+    assert not 0 < landmarks[78, 0] < landmarks[308, 0] < SIZE
+    p = Portrayed(image, there, head, matte)
+    assert np.isfinite(p.V0).all() and p._teeth_lower(p.V0) == 0
 
 
 def test_teeth_reach_as_far_as_the_portraits(portrait, head):
