@@ -275,9 +275,11 @@ def test_a_mouth_that_the_picture_cuts(portrait, head, moved):
     "Teeth whose row leaves the picture say nothing of how long they are."
     image, inner, matte, landmarks, there, _ = open_mouth(portrait, head, moved)
     image[inner] = [240, 235, 225]
-    assert not 0 < landmarks[78, 0] < landmarks[308, 0] < SIZE
+    left, right = np.sort(landmarks[[78, 308], 0])
+    assert left < 0 if moved < 0 else left + .7*(right - left) > SIZE
     p = Portrayed(image, there, head, matte)
-    assert np.isfinite(p.V0).all() and p._teeth_lower(p.V0) == 0
+    p.teeth = np.ones_like(p.teeth)                                                       # some are told, wherever
+    assert np.isfinite(p.V0).all() and 0 <= p._teeth_lower(p.V0) <= .008
 
 
 def test_teeth_reach_as_far_as_the_portraits(portrait, head):
