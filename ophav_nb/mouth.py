@@ -21,8 +21,8 @@ from .sheet import halved, squares
 
 # %% ../nbs/07j_mouth.ipynb #c006
 class Mouth:
-    """What is between the lips: the portrait's teeth as pixels (`teeth`, weight [H, W]; `risen`, colours) on a surface of their own, and the model's teeth, tongue and cavity in colours (`colours`, of all
-    vertices, [V, 3]) that are dimmed frame by frame."""
+    """What is between the lips: the portrait's teeth as pixels (`teeth`, weight [H, W]; `risen`, colours) on a surface of their own, and the model's teeth, gums (`gum`, their colour), tongue and cavity in
+    colours (`colours`, of all vertices, [V, 3]) that are dimmed frame by frame: `of_tongue` and `front_teeth` (with their gums) in ways of their own, bool [V]."""
 
     def __init__(self,
         portrayed: Portrayed,
@@ -32,9 +32,10 @@ class Mouth:
         self.between = polygon_mask(p.landmarks[INNER_LIPS, :2], *p.image.shape[:2], grow=-.2)
         self.lip_of = self._lips()
         tooth, self.gum, tongue, cavity = self._made_up()
-        self._teeth_up()
+        crowns = rasterize(p.P0, p.faces[p.region('upper_teeth')], *p.image.shape[:2])
+        self._teeth_up(crowns)
         self.surface = None
-        if p.parted > .5 and (self.between > .5).any(): self._teeth_surface()      # at rest, the inside of an open mouth without teeth is the portrait's, too
+        if p.parted > .5 and (self.between > .5).any(): self._teeth_surface(crowns)      # at rest, the inside of an open mouth without teeth is the portrait's, too
         self._setup_inside(own, tooth, tongue, cavity)
 
 @patch_to(Mouth)
@@ -85,24 +86,18 @@ def along_row(
     return (total/np.maximum(weight, 1e-6))[nearest]
 
 @patch_to(Mouth)
-def _teeth_up(self, reach: float = 9.):
+def _teeth_up(self, crowns, reach: float = 9.):
     """The portrait's teeth (`risen`, where `teeth` says) go on under the lip that hides their upper end, as far as crowns do; above is gum, `reach` millimetres of it. The lip's shadow is taken off them.
     A row of which little looks out is left to the model's teeth once the lips move: less would be two rows above each other."""
     p, shown, rows = self.portrayed, self.portrayed.teeth > .6, np.arange(len(self.portrayed.image))[:, None]
     self.risen, self.teeth = p.image, p.teeth
-    model = rasterize(p.P0, np.ascontiguousarray(p.faces[p.region('upper_teeth')]), *shown.shape)
-    if not shown.any() or not model.mask.any(): return
-    mm = 1e-3*p.camera0.focal/np.median(model.depth[model.mask])         # pixels
-    columns, top, up = shown.any(0), shown.argmax(0).astype(float), line_at(np.arange(shown.shape[1]) + .5, p.landmarks[INNER_LIPS_UPPER])
+    if not shown.any() or not crowns.mask.any(): return
+    mm = 1e-3*p.camera0.focal/np.median(crowns.depth[crowns.mask])       # pixels
+    columns, top = shown.any(0), shown.argmax(0).astype(float)
     self.risen, inside = self._unshaded((rows - top)/mm, shown), shown & (rows > top + .5*mm - .5) & (rows < top + max(3*mm, 1))      # a row at least
     tooth, near, around = (along_row(self.risen, inside, x*mm) for x in (1, .25, 3))
     gap = smoothstep(.04, .15, 1 - near.mean(-1)/np.maximum(around.mean(-1), .05))              # between two teeth
-    lip = up + max(.7*mm, .5)                                            # and its dark line
-    between = (rows > lip) & (rows < top) & columns
-    gums = (between.sum(0) > .8*mm) & (along_row(p.image, between, 1e-3).mean(-1) > .55*tooth.mean(-1))       # seen, and no shadow of the lip
-    hidden = along_row(~gums[None, :, None], columns[None], 3*mm)[:, 0] > .5
-    crown = along_row(np.where(model.mask.any(0), model.mask.argmax(0), top)[None, :, None], columns[None], 2*mm)[:, 0]
-    end = np.where(hidden, np.minimum(crown, top) + 1.2*mm*gap, np.minimum(lip, top))           # the gum climbs down between teeth
+    hidden, end = self._gumline(crowns.mask, columns, top, tooth, gap, mm)
     self.risen = self.risen + (shown*hidden*(1 - smoothstep(0, 1.2*mm, rows - top)))[..., None]*(tooth - self.risen)
     fill, above = columns & (rows < np.where(hidden, top, end)) & (rows > end - reach*mm), (end - rows)/mm
     self.teeth = np.where(columns & ~hidden & (rows >= end) & (rows < top), 1, p.teeth)        # the gum that is seen
@@ -110,6 +105,17 @@ def _teeth_up(self, reach: float = 9.):
     self.risen = np.where(fill[..., None], tooth + np.where(hidden, smoothstep(-.7, .7, above), 1)[..., None]*(gum - tooth), self.risen).astype(np.float32)
     self.teeth = np.where(fill, p.teeth.max(0)*(1 - smoothstep(.7*reach, reach, above)), self.teeth)
     self.teeth = (self.teeth*smoothstep(2.5, 4.5, np.median(shown.sum(0)[columns])/mm)).astype(np.float32)
+
+@patch_to(Mouth)
+def _gumline(self, crowns, columns, top, tooth, gap, mm) -> tuple:
+    "Of each column: does the lip hide where its tooth ends (bool [W]), and the row above which there is only gum (the portrait's own goes up to the lip; the model's teeth say it where no gum is seen)."
+    p, rows = self.portrayed, np.arange(len(crowns))[:, None]
+    lip = line_at(np.arange(len(top)) + .5, p.landmarks[INNER_LIPS_UPPER]) + max(.7*mm, .5)     # and its dark line
+    between = (rows > lip) & (rows < top) & columns
+    gums = (between.sum(0) > .8*mm) & (along_row(p.image, between, 1e-3).mean(-1) > .55*tooth.mean(-1))       # seen, and no shadow of the lip
+    hidden = along_row(~gums[None, :, None], columns[None], 3*mm)[:, 0] > .5
+    crown = along_row(np.where(crowns.any(0), crowns.argmax(0), top)[None, :, None], columns[None], 2*mm)[:, 0]
+    return hidden, np.where(hidden, np.minimum(crown, top) + 1.2*mm*gap, np.minimum(lip, top))  # the gum climbs down between teeth
 
 @patch_to(Mouth)
 def _unshaded(self, deep, shown) -> np.ndarray:
@@ -123,12 +129,11 @@ def _unshaded(self, deep, shown) -> np.ndarray:
     return np.where(shown[..., None], np.minimum(image*gain[..., None], .98), image).astype(np.float32)
 
 @patch_to(Mouth)
-def _teeth_surface(self):
+def _teeth_surface(self, crowns):
     "Triangles (`surface`), their points in the portrait (`source`, pixels) and in the head's space (`points`, metres)."
     p, (h, w) = self.portrayed, self.portrayed.image.shape[:2]
     y, x = np.nonzero(ndi.binary_dilation((self.between > 0) | (self.teeth > 0), iterations=2))
-    teeth = rasterize(p.P0, p.faces[p.region('upper_teeth')], h, w)
-    depth = push_pull(teeth.depth, teeth.mask.astype(np.float32)) if teeth.mask.sum() > 20 else np.full((h, w), p.raster0.depth[self.between > .5].mean(), np.float32)
+    depth = push_pull(crowns.depth, crowns.mask.astype(np.float32)) if crowns.mask.sum() > 20 else np.full((h, w), p.raster0.depth[self.between > .5].mean(), np.float32)
     depth = ndi.gaussian_filter(depth, 2) - .001
     self.source, q = squares(np.arange(x.min(), x.max() + 2), np.arange(y.min(), y.max() + 2))
     self.surface = halved(q)
@@ -150,12 +155,12 @@ def _setup_inside(self, own, tooth, tongue, cavity):
             rim = 1 - smoothstep(.001, .009, cKDTree(p.points(p.rest, INNER_LIPS)).query(p.rest[v])[0])[:, None]
             colours[v] += rim*.5*(own[v] - colours[v])
         self.inside |= v
+    colours[self.inside] = p.tinted(colours[self.inside])
     gums = np.zeros(len(p.V0), bool)
     for name, light in (('upper_teeth', 1), ('lower_teeth', .7)):
         v = np.setdiff1d(p.row(name), p.part(name))
         gums[v], colours[v] = True, self.gum*light
-    colours[self.inside] = p.tinted(colours[self.inside])
-    self._lips_within(colours)
+    self._redden_lips(colours)
     self.colours = colours.astype(np.float32)
     self.numbers = self._numbers()
     self.from_edge = self._from_edge()
@@ -178,7 +183,7 @@ def _setup_inside(self, own, tooth, tongue, cavity):
     self.front_teeth |= gums
 
 @patch_to(Mouth)
-def _lips_within(self, colours):
+def _redden_lips(self, colours):
     "Lips farther in than the portrait shows them are redder, and less light falls on them (changes `colours`)."
     p = self.portrayed
     lips = np.setdiff1d(p.part('lips'), np.flatnonzero(self.inside))
