@@ -98,7 +98,8 @@ class Back:
         self.thick = hair.thick.copy()                                           # metres [V, 3]
         self.thick[:, 0] += self._slimmer(bared, (below > 0) & ~(scalp & (p.rest[:, 1] > p.joints3[3, 1] - .045)))
         Q = p.camera0.project((p.V0 + self.thick).astype(np.float64))
-        solid = smoothstep(.4, .9, sampled(ndi.minimum_filter(p.matte, 3), Q))
+        even = lambda x: p.over_skin(x[:, None], np.full(n, .05))[:, 0]         # from vertex to vertex, or edges have teeth
+        solid = smoothstep(.45, .9, even(sampled(ndi.minimum_filter(p.matte, 3), Q)))
         bare = unseen.sure*~scalp*(sampled(clothes.alpha, p.P0) > .9)*(sampled(ndi.maximum_filter(np.maximum(clothes.cloth, clothes.hanging), 5), p.P0) < .1)
         hairy = smoothstep(.2, .8, p.over_skin(scalp[:, None]*1., np.full(n, .01))[:, 0])    # no teeth where hair meets the neck
         certain = sampled(p.certain, Q)
@@ -107,7 +108,7 @@ class Back:
         shown = np.where(scalp, smoothstep(.2, .45, p.facing0)*smoothstep(.5, .9, certain), unseen.seen)       # what faces the camera is as it is
         hairy = np.where(scalp, hairy*hair.grown*(1 - hairline*(1 - certain)), np.maximum(smoothstep(.25, .85, hairy), hair.grown))
         alike = 1 - smoothstep(.1, .25, np.abs(sampled(hair.over_colour, p.T0) - sampled(self.mane, strands)).max(-1))      # a hood is no hair
-        hairy = np.maximum(hairy, smoothstep(.3, .7, unseen.covered)*alike*~p.neck)*(1 - shown*(scalp | (hair.grown < .5)))
+        hairy = smoothstep(.1, .7, even(np.maximum(hairy, smoothstep(.3, .7, unseen.covered)*alike*~p.neck)))*(1 - shown*(scalp | (hair.grown < .5)))
         seen = shown + hairy - shown*hairy
         bald = np.where(p.is_face[:, None], unseen.own + alike[:, None]*(unseen.bare - unseen.own), p.over_skin(sampled(p.skin, p.P0)/unseen.shadow, bare)*unseen.shadow)     # a neck that is shown is in the chin's shadow already
         upper = smoothstep(.5, .9, self.attached)*np.where(scalp, smoothstep(-.10, -.02, p.level), smoothstep(-.045, -.02, p.level))
