@@ -40,9 +40,9 @@ def stretched(
     screen,  # the sheet's points, pixels, [N, 3]
     faces,   # [F, 3]
     unit,    # the diagonal of a square that is not drawn out, pixels
-    out,     # filled: 1 as it is .. 0 drawn out, float32 [N]
+    out,     # filled: 1 as it is, more drawn out, float32 [N]
 ):
-    "How much of the sheet may be seen at each vertex: less where a triangle beside it is drawn out to many times its size (what it hides is better)."
+    "How many times its size a triangle beside each vertex is drawn out, at most."
     out[:] = 1
     for k in range(faces.shape[0]):
         most = np.float32(0)
@@ -50,8 +50,8 @@ def stretched(
             a, b = faces[k, i], faces[k, (i+1) % 3]
             x, y = screen[a, 0] - screen[b, 0], screen[a, 1] - screen[b, 1]
             most = max(most, np.float32(x*x + y*y))
-        t = np.float32(1) - min(max((np.sqrt(most)/unit - np.float32(2.2))/np.float32(1.6), np.float32(0)), np.float32(1))
-        for i in range(3): out[faces[k, i]] = min(out[faces[k, i]], t)
+        t = np.sqrt(most)/unit
+        for i in range(3): out[faces[k, i]] = max(out[faces[k, i]], t)
 
 @kernel(parallel=True)
 def paint_sheet(

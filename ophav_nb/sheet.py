@@ -65,6 +65,7 @@ class Sheet:
         near = _neighbours(q, len(used))
         self.binding = (near @ (near @ self._bound(hair, z))).astype(np.float32).tocsr()     # neighbours move alike
         self.neighbours = near.astype(np.float32).tocsr()
+        self.bears = self._bears(hair)
         self._find_rim(hair)
 
     def moved(self,
@@ -160,6 +161,15 @@ def _find_rim(self, hair):
     self.rim_hair = (grown/np.maximum(skin + grown, 1e-3))[self.rim_points].astype(np.float32)
 
 @patch_to(Sheet)
+def _bears(self, hair) -> tuple:
+    "From how many times its size on a point is no more shown, and over how many it goes, float32 [N] both: less at an ear in view, whose pixels would be drawn over the cheek before it."
+    p = self.portrayed
+    ears = np.any([p.ear_in_view(side) & (bare > .5) for side, bare in hair.ear_bare.items()], 0)
+    ears = ndi.binary_dilation(ears, iterations=max(1, int(.08*p.eyes_apart)))
+    near = sampled(ndi.gaussian_filter(ears.astype(np.float32), .03*p.eyes_apart), self.source)
+    return 2.2 - .7*near, 1.6 - near
+
+@patch_to(Sheet)
 def rim_shown(self,
     facing,       # the frame's, of the vertices, [V]
 ) -> np.ndarray:  # of `rim_points`
@@ -174,8 +184,10 @@ def left(self,
     size: int,    # the frame's samples along its side
 ) -> np.ndarray:  # 0..1, float32 [N]
     "How much of each point a frame may show: not where it is drawn out, nor where it was an outline and is none any more."
-    keep = np.empty(len(screen), np.float32)
-    stretched(screen, self.faces, 2**.5*self.step*size/self.portrayed.size, keep)
+    drawn_out = np.empty(len(screen), np.float32)
+    stretched(screen, self.faces, 2**.5*self.step*size/self.portrayed.size, drawn_out)
+    start, ramp = self.bears
+    keep = 1 - np.clip((drawn_out - start)/ramp, 0, 1)
     keep = self.neighbours @ (self.neighbours @ (self.neighbours @ keep))
     keep[self.rim_points] *= self.rim_shown(facing)
     return keep
