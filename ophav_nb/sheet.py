@@ -166,7 +166,7 @@ def _bears(self, hair) -> tuple:
     p = self.portrayed
     ears = np.any([p.ear_in_view(side) & (bare > .5) for side, bare in hair.ear_bare.items()], 0)
     ears = ndi.binary_dilation(ears, iterations=max(1, int(.08*p.eyes_apart)))
-    near = sampled(ndi.gaussian_filter(ears.astype(np.float32), .03*p.eyes_apart), self.source)
+    near = np.float32(sampled(ndi.gaussian_filter(ears.astype(np.float32), .03*p.eyes_apart), self.source))
     return 2.2 - .7*near, 1.6 - near
 
 @patch_to(Sheet)
