@@ -15,6 +15,7 @@ from ophav_nb.detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS
 from ophav_nb.layers import EYES, NeckCut, bleed, draw_curve, head_alpha, inflate, parted, polygon_mask, visible_teeth, whole_eyes, without_mouth
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
+from ophav_nb.mouth import Mouth
 from ophav_nb.paint import OF_HULL, OF_SKIN, fixed_columns, paint_mesh
 from ophav_nb.portrayed import Portrayed
 from ophav_nb.run import InputError
@@ -268,6 +269,71 @@ def test_gums_above_teeth(portrait, head):
     crowns = crowns[np.abs(crowns[:, 0] - x) < 3*mm, 1].min()
     assert red(above[int(crowns - 2*mm)]) > red(above[top + 1]) + .1                      # gum
     assert np.abs(above[top - 1] - above[top + 1]).max() < .1                             # and still tooth
+
+
+def teeth_painted(portrait, head, top, bottom, gums=None):
+    "Of an open mouth, with teeth from so many rows beneath the lip's middle to so many (`gums`: with gums of that colour above them): what it is made from, and that, and the rows of both in the mouth's middle."
+    image, inner, matte, landmarks, there, _ = open_mouth(portrait, head)
+    rows, lip = np.mgrid[:SIZE, :SIZE][0], int(landmarks[13, 1])
+    teeth = inner & (rows >= lip + top) & (rows < lip + bottom)
+    above = inner & (rows < lip + top)
+    image[teeth] = [240, 235, 225]
+    if gums is not None: image[above] = gums
+    p = Portrayed(image, there, head, matte)
+    p.teeth = teeth.astype(np.float32)
+    x = int(landmarks[13, 0])
+    return p, Mouth(p, np.tile(p.skin_colour, (len(p.V0), 1))), *(np.flatnonzero(m[:, x]) for m in (above, teeth)), x
+
+
+def test_of_teeth_that_hardly_look_out_nothing_is_taken(portrait, head):
+    "They are left to the model's: less would be two rows above each other."
+    assert teeth_painted(portrait, head, 1, 2)[1].teeth.max() < .1
+    assert teeth_painted(portrait, head, 1, 6)[1].teeth.max() > .9
+
+
+def test_gums_that_the_portrait_shows_stay(portrait, head):
+    p, mouth, above, teeth, x = teeth_painted(portrait, head, 5, 9, gums=[190, 120, 115])
+    gum = above[2:]                                                                       # without the lip's dark line
+    assert len(gum) > 1 and mouth.teeth[gum, x].min() == mouth.teeth[teeth, x].max() > .3
+    assert np.abs(mouth.risen[gum, x] - p.image[gum, x]).max() < .02
+    _, dark, above, *_ = teeth_painted(portrait, head, 5, 9)                              # where it is the lip's shadow that is above, teeth go on
+    assert np.abs(dark.risen[above[-1], x] - dark.risen[teeth[1], x]).max() < .1
+
+
+def test_the_lips_shadow_is_taken_off_teeth():
+    deep = np.repeat(np.linspace(-1, 5, 60)[:, None], 20, 1)
+    image = np.interp(deep, [0, 1.5], [.5, .75])[..., None]*np.float32([1, .98, .95])
+    mouth = SimpleNamespace(portrayed=SimpleNamespace(image=image))
+    out = Mouth._unshaded(mouth, deep, deep > 0)
+    assert np.ptp(out[deep > 0].mean(-1)) < .3*np.ptp(image[deep > 0].mean(-1))
+    assert (out[deep <= 0] == image[deep <= 0].astype(np.float32)).all()                  # not off the lip
+
+
+def test_what_is_farther_in_is_redder(animator):
+    "Lips that the portrait hides; and a tongue has a groove and sides."
+    p, mouth, own = animator.portrayed, animator.mouth, animator.unseen.own
+    lips = np.setdiff1d(p.part('lips'), np.flatnonzero(mouth.inside))
+    share, seen = mouth.colours[lips]/own[lips], np.maximum(p.seen, p.seen[p.twin])[lips]
+    np.testing.assert_allclose(share[seen > .99], 1, atol=1e-5)
+    within = share[share[:, 1] < .8]
+    assert len(within) and (within[:, 0] > within[:, 1] + .1).all()
+    v = p.part('tongue')
+    x, light = np.abs(p.rest[v, 0]), mouth.colours[v].mean(1)
+    tip = p.rest[v, 2] > np.median(p.rest[v, 2])
+    at = lambda lo, hi: light[tip & (x >= lo*x[tip].max()) & (x <= hi*x[tip].max())].mean()
+    assert at(0, .1) < .95*at(.2, .4) and at(.9, 1) < .8*at(.2, .4)
+
+
+def test_an_ear_is_not_drawn_over_the_cheek(portrait, head, animator):
+    "The sheet bears less stretching beside an ear in view, and no less beside one that hair covers."
+    image, track, matte = portrait
+    start, ramp = animator.sheet.bears
+    ears = animator.portrayed.ear_in_view('left') | animator.portrayed.ear_in_view('right')
+    at = ears[tuple(np.clip(animator.sheet.source.astype(int), 0, SIZE - 1).T[::-1])]
+    assert start[at].max() < 1.9 and (start + ramp)[at].max() < 3 and start.max() > 2.1
+    covered = image.copy()
+    covered[ndi.binary_dilation(ears, iterations=3) & (matte > 0)] = [40, 20, 12]
+    assert MeshAnimator(covered, track, head, matte, supersample=1).sheet.bears[0].min() > 2.1
 
 
 @pytest.mark.parametrize('moved', [-.17, .17])
