@@ -2078,6 +2078,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ophav_nb.run.write_atomic': ('run.html#write_atomic', 'ophav_nb/run.py')},
             'ophav_nb.sheet': { 'ophav_nb.sheet.Sheet': ('sheet.html#sheet', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet.__init__': ('sheet.html#sheet.__init__', 'ophav_nb/sheet.py'),
+                                'ophav_nb.sheet.Sheet._bears': ('sheet.html#sheet._bears', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet._bound': ('sheet.html#sheet._bound', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet._depth': ('sheet.html#sheet._depth', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet._find_rim': ('sheet.html#sheet._find_rim', 'ophav_nb/sheet.py'),
