@@ -575,6 +575,14 @@ def test_a_hairline_is_sharper_than_its_triangles():
     assert grey[0] > .7 and grey[1] < .3
 
 
+def test_edges_have_no_teeth(animator):
+    "From vertex to vertex, hair's and a neck's opacity on the hull does not jump from none to all: each triangle would be a tooth."
+    p, back = animator.portrayed, animator.back
+    edges, n = np.concatenate([p.skin_faces[:, [k, (k + 1) % 3]] for k in range(3)]), len(p.rest)
+    jump = lambda of_vertex: np.abs(np.diff(of_vertex[edges], axis=1)).max()
+    assert jump(back.fixed[:n, 4]*back.back[:n, 0]) < .3 and jump(back.neck[:n, 4]) < .9
+
+
 def test_a_hidden_ear_is_like_the_other(head):
     for yaw, hidden, shown in ((-30, 'right', 'left'), (30, 'left', 'right')):
         an = turned_portrait(head, yaw)
