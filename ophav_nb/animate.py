@@ -95,8 +95,8 @@ def _render(self, V, A, jaw: float, size: int, layers: int = 4) -> np.ndarray:
     r = rasterize(screen - offset, sheet.faces, h, w)
     N = vertex_normals(V, p.faces)
     shown = facing(V, N, camera)
-    keep = sheet.left(screen, shown, size*s)
-    if layers > 1: paint_sheet(r.face, r.bary, sheet.faces, sheet.source, self.flesh, self.clothes.alpha, keep, fine)   # no edge of a collar
+    keep, yields = sheet.left(screen, shown, size*s)
+    if layers > 1: paint_sheet(r.face, r.bary, sheet.faces, sheet.source, self.flesh, self.clothes.alpha, keep, yields, fine)   # no edge of a collar
     mesh = rasterize(camera.project(V) - offset, p.faces, h, w)
     if layers > 2: paint_mesh(mesh.face, mesh.bary, p.faces, p.kind, self.fixed, self._moving(V, N, camera, shown), self.skin, eyes.lids, eyes.eyes, eyes.whites, eyes.lashes, self.clothes.alpha, fine)
     if layers > 3:

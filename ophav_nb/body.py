@@ -188,8 +188,8 @@ def paint(self,
     fine = np.zeros((size*s, size*s, 4), np.float32)
     back = _between(camera.moved(p.A0).project(self.back.hull0), camera.moved(A).project(self.back.hull(V)), self.back.attached)
     self.back.paint(back, self.flesh, fine, neck=True)                          # goes up behind the jaw, its upper end turning with the head
-    paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, self.flesh, self.flesh_alpha, self.sides_shown(V, A), fine)
-    if self.strands is not None: paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, *self.strands, self.in_place(moved_to, A), fine)
+    paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, self.flesh, self.flesh_alpha, self.sides_shown(V, A), sheet.stays, fine)
+    if self.strands is not None: paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, *self.strands, self.in_place(moved_to, A), sheet.stays, fine)
     out = np.zeros((size, size, 4), np.float32)
     shrink(fine, s, 0, 0, np.ones((size, size), np.float32), out)
     return out

@@ -62,6 +62,7 @@ def paint_sheet(
     image,   # colours, [H, W, 3]
     alpha,   # opacity of those, [H, W]
     keep,    # how much of each point is left, [N]
+    yields,  # and how much of that goes where something opaque lies beneath, [N]
     out,     # painted over: premultiplied RGBA, [h, w, 4]
 ):
     "The portrait's pixels carried along, over what is there, premultiplied."
@@ -74,7 +75,7 @@ def paint_sheet(
             a, b, c = bary[y, x, 0], bary[y, x, 1], bary[y, x, 2]
             sx = a*source[p, 0] + b*source[q, 0] + c*source[r, 0]
             sy = a*source[p, 1] + b*source[q, 1] + c*source[r, 1]
-            t = _look1(alpha, sx, sy)*(a*keep[p] + b*keep[q] + c*keep[r])
+            t = _look1(alpha, sx, sy)*(a*keep[p] + b*keep[q] + c*keep[r])*(1 - (a*yields[p] + b*yields[q] + c*yields[r])*out[y, x, 3])
             if t <= 0: continue
             cr, cg, cb = _look(image, sx, sy)
             out[y, x, 0] = out[y, x, 0]*(1-t) + cr*t

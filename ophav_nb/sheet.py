@@ -65,7 +65,8 @@ class Sheet:
         near = _neighbours(q, len(used))
         self.binding = (near @ (near @ self._bound(hair, z))).astype(np.float32).tocsr()     # neighbours move alike
         self.neighbours = near.astype(np.float32).tocsr()
-        self.bears = self._bears(hair)
+        self.at_ear, self.stays = self._near_ears(hair), np.zeros(len(self.source), np.float32)
+        self.depth = np.float32(np.median(z))
         self._find_rim(hair)
 
     def moved(self,
@@ -161,13 +162,12 @@ def _find_rim(self, hair):
     self.rim_hair = (grown/np.maximum(skin + grown, 1e-3))[self.rim_points].astype(np.float32)
 
 @patch_to(Sheet)
-def _bears(self, hair) -> tuple:
-    "From how many times its size on a point is no more shown, and over how many it goes, float32 [N] both: less at an ear in view, whose pixels would be drawn over the cheek before it."
+def _near_ears(self, hair) -> np.ndarray:
+    "Which points lie at an ear in view, 0..1, float32 [N]."
     p = self.portrayed
     ears = np.any([p.ear_in_view(side) & (bare > .5) for side, bare in hair.ear_bare.items()], 0)
     ears = ndi.binary_dilation(ears, iterations=max(1, int(.08*p.eyes_apart)))
-    near = np.float32(sampled(ndi.gaussian_filter(ears.astype(np.float32), .03*p.eyes_apart), self.source))
-    return 2.2 - .7*near, 1.6 - near
+    return np.float32(sampled(ndi.gaussian_filter(ears.astype(np.float32), .03*p.eyes_apart), self.source))
 
 @patch_to(Sheet)
 def rim_shown(self,
@@ -182,12 +182,14 @@ def left(self,
     screen,       # the frame's points, pixels [N, 3]
     facing,       # the frame's, of the vertices, [V]
     size: int,    # the frame's samples along its side
-) -> np.ndarray:  # 0..1, float32 [N]
-    "How much of each point a frame may show: not where it is drawn out, nor where it was an outline and is none any more."
+) -> tuple:  # 0..1, float32 [N] each
+    """How much of each point a frame may show: not where it is drawn out, nor where it was an outline and is none any more. And how much of that goes where something opaque lies beneath: an ear's pixels
+    are drawn out over the cheek before it, but beyond the cheek there is nothing else of the ear."""
     drawn_out = np.empty(len(screen), np.float32)
-    stretched(screen, self.faces, 2**.5*self.step*size/self.portrayed.size, drawn_out)
-    start, ramp = self.bears
-    keep = 1 - np.clip((drawn_out - start)/ramp, 0, 1)
-    keep = self.neighbours @ (self.neighbours @ (self.neighbours @ keep))
+    nearer = self.depth/np.float32(np.median(screen[:, 2]))                        # a head that comes nearer is not drawn out
+    stretched(screen, self.faces, 2**.5*self.step*size/self.portrayed.size*nearer, drawn_out)
+    keep = 1 - np.clip((drawn_out - 2.2 - 1.6*self.at_ear)/1.6, 0, 1)
+    yields = self.at_ear*np.clip((drawn_out - 1.5)/.6, 0, 1)
+    keep, yields = (self.neighbours @ (self.neighbours @ (self.neighbours @ x)) for x in (keep, yields))
     keep[self.rim_points] *= self.rim_shown(facing)
-    return keep
+    return keep, yields

@@ -16,8 +16,8 @@ from ophav_nb.layers import EYES, NeckCut, bleed, draw_curve, head_alpha, inflat
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.mouth import Mouth
-from ophav_nb.paint import OF_HULL, OF_SKIN, fixed_columns, paint_mesh
-from ophav_nb.portrayed import Portrayed
+from ophav_nb.paint import OF_HULL, OF_SKIN, fixed_columns, paint_mesh, paint_sheet
+from ophav_nb.portrayed import Portrayed, facing
 from ophav_nb.run import InputError
 from ophav_nb.track import Track, closing
 from ophav_nb.unseen import AT_OUTLINE
@@ -314,6 +314,7 @@ def test_what_is_farther_in_is_redder(animator):
     p, mouth, own = animator.portrayed, animator.mouth, animator.unseen.own
     lips = np.setdiff1d(p.part('lips'), np.flatnonzero(mouth.inside))
     share, seen = mouth.colours[lips]/own[lips], np.maximum(p.seen, p.seen[p.twin])[lips]
+    assert (seen > .99).sum() > 10
     np.testing.assert_allclose(share[seen > .99], 1, atol=1e-5)
     within = share[share[:, 1] < .8]
     assert len(within) and (within[:, 0] > within[:, 1] + .1).all()
@@ -324,16 +325,43 @@ def test_what_is_farther_in_is_redder(animator):
     assert at(0, .1) < .95*at(.2, .4) and at(.9, 1) < .8*at(.2, .4)
 
 
-def test_an_ear_is_not_drawn_over_the_cheek(portrait, head, animator):
-    "The sheet bears less stretching beside an ear in view, and no less beside one that hair covers."
+def test_an_ear_stands_beside_a_cheek_that_turns(portrait, head, animator):
+    "It is drawn out, too, but beyond the cheek there is nothing else of it. One that hair covers is as the hair beside it."
     image, track, matte = portrait
-    start, ramp = animator.sheet.bears
-    ears = animator.portrayed.ear_in_view('left') | animator.portrayed.ear_in_view('right')
-    at = ears[tuple(np.clip(animator.sheet.source.astype(int), 0, SIZE - 1).T[::-1])]
-    assert start[at].max() < 1.9 and (start + ramp)[at].max() < 3 and start.max() > 2.1
-    covered = image.copy()
+    for yaw in (-20, 20):
+        e, j, t = state(track, head, yaw=yaw)
+        V, A, _ = animator.portrayed.at(e, j, t)
+        r = rasterize(animator.portrayed.camera.moved(A).project(V.astype(np.float64)), head.faces, SIZE, SIZE)
+        ear = r.mask & (head.regions['left_ear'] | head.regions['right_ear'])[np.maximum(r.face, 0)]
+        truth, *_ = drawn(head, track.shape, Motion(e[None], j[None], t[None]), track.camera)
+        f = animator.frame(e, j, t)
+        assert ear.sum() > 100 and f[ear][:, 3].mean() > .8
+        assert np.abs(f[..., :3] - truth/255.)[ear & (f[..., 3] > .9)].mean() < .1
+    p = animator.portrayed
+    ears, covered = p.ear_in_view('left') | p.ear_in_view('right'), image.copy()
+    assert animator.sheet.at_ear.max() > .9
     covered[ndi.binary_dilation(ears, iterations=3) & (matte > 0)] = [40, 20, 12]
-    assert MeshAnimator(covered, track, head, matte, supersample=1).sheet.bears[0].min() > 2.1
+    assert MeshAnimator(covered, track, head, matte, supersample=1).sheet.at_ear.max() < .1
+
+
+def test_what_is_left_of_the_sheet(portrait, head, animator):
+    "All of it, of a head that comes nearer; of one that turns not what is drawn out, and an ear goes over the cheek only."
+    p, sheet = animator.portrayed, animator.sheet
+    def left(yaw, nearer=0.):
+        e, j, t = state(portrait[1], head, yaw=yaw)
+        V, A, _ = p.at(e, j, t + np.float32([0, 0, nearer]))
+        camera = p.camera.moved(A)
+        return sheet.left(camera.project(sheet.moved(V)), facing(V, vertex_normals(V, p.faces), camera), SIZE)
+    keep, yields = left(0, .3)
+    assert keep.min() > .95 and yields.max() < .05
+    keep, yields = left(25)
+    ear = sheet.at_ear > .95
+    assert keep[~ear].min() < .1 and yields[ear].max() > .7 and yields[sheet.at_ear == 0].max() < .5
+    screen, faces, one = np.float32([[0, 0, 1], [32, 0, 1], [32, 32, 1], [0, 32, 1]]), np.int32([[0, 1, 2], [0, 2, 3]]), np.ones(4, np.float32)
+    r, out = rasterize(screen, faces, 32, 32), np.zeros((32, 32, 4), np.float32)
+    out[:, 16:] = [0, 1, 0, 1]                                                            # green at the right
+    paint_sheet(r.face, r.bary, faces, screen[:, :2].copy(), np.ones((32, 32, 3), np.float32), np.ones((32, 32), np.float32), one, one, out)
+    assert np.allclose(out[4:28, 4:14], 1) and np.allclose(out[4:28, 18:28], [0, 1, 0, 1])
 
 
 @pytest.mark.parametrize('moved', [-.17, .17])

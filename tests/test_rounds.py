@@ -152,10 +152,17 @@ def test_only_what_changed_is_redone(tmp_path, stage):
     def as_it_is(render, context): return render
     stage.go(run, restorer=as_it_is)
     assert len(FakeAvatar.trained) == trained + 3                                 # rounds 1 and 2, not 0
+
+
+def test_a_new_pose_keeps_its_silhouette(tmp_path, stage):
+    "Where there is a coarse frame it is that frame's."
+    run = Run(tmp_path/'run', {})
+    def as_it_is(render, context): return render
+    stage.go(run, restorer=as_it_is, rounds=1)
     plan = rounds.Rounds(run, HeadDataset.load(run.path('rounds/0/dataset'), HEAD), stage.portrait, HEAD, RoundsConfig(render_frames=6)).plan(1)
     renders, restored = (read_frames(run.path('rounds/1', part)) for part in ('renders', 'restored'))
     same = (renders[..., 3] == restored[..., 3]).all((1, 2))
-    assert len(plan.known) == len(same) and (same == ~plan.known).all()           # where there is a coarse frame its silhouette, else the render's own
+    assert len(plan.known) == len(same) and (same == ~plan.known).all()
 
 
 def test_restorers_are_told_apart(tmp_path, stage):
