@@ -37,7 +37,8 @@ def halved(
 
 # %% ../nbs/07i_sheet.ipynb #c008
 class Sheet:
-    "The person's pixels in space: points (`source`: in the portrait, pixels [N, 2]; `still`: in the head's space, metres [N, 3]), triangles of the head and of the whole person, and what they are bound to."
+    """The person's pixels in space: points (`source`: in the portrait, pixels [N, 2]; `still`: in the head's space, metres [N, 3]), triangles of the head and of the whole person, and what they are bound to.
+    `at_ear`: which lie at an ear in view, 0..1 [N]; `stays`: none of it gives way, zeros [N]; `depth`: theirs in the portrait, metres."""
 
     def __init__(self,
         portrayed: Portrayed,
