@@ -190,7 +190,7 @@ def left(self,
     nearer = self.depth/np.float32(np.median(screen[:, 2]))                        # a head that comes nearer is not drawn out
     stretched(screen, self.faces, 2**.5*self.step*size/self.portrayed.size*nearer, drawn_out)
     keep = 1 - np.clip((drawn_out - 2.2 - 1.6*self.at_ear)/1.6, 0, 1)
-    yields = self.at_ear*np.clip((drawn_out - 1.5)/.6, 0, 1)
+    yields = self.at_ear*np.clip((drawn_out - 1.9)/.6, 0, 1)
     keep, yields = (self.neighbours @ (self.neighbours @ (self.neighbours @ x)) for x in (keep, yields))
     keep[self.rim_points] *= self.rim_shown(facing)
     return keep, yields
