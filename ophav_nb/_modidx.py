@@ -1852,6 +1852,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ophav_nb.portrayed.Portrayed.at': ('portrayed.html#portrayed.at', 'ophav_nb/portrayed.py'),
                                     'ophav_nb.portrayed.Portrayed.ear_in_view': ( 'portrayed.html#portrayed.ear_in_view',
                                                                                   'ophav_nb/portrayed.py'),
+                                    'ophav_nb.portrayed.Portrayed.evened': ('portrayed.html#portrayed.evened', 'ophav_nb/portrayed.py'),
                                     'ophav_nb.portrayed.Portrayed.of_side': ('portrayed.html#portrayed.of_side', 'ophav_nb/portrayed.py'),
                                     'ophav_nb.portrayed.Portrayed.openings': ('portrayed.html#portrayed.openings', 'ophav_nb/portrayed.py'),
                                     'ophav_nb.portrayed.Portrayed.over_skin': ( 'portrayed.html#portrayed.over_skin',

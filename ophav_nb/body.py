@@ -78,6 +78,7 @@ class Body:
         reach, px, person, cloth = .065*p.size, p.size/512, clothes.person, clothes.cloth
         self.following = self._following(clothes.hanging)
         self.follows = sampled(self.following, sheet.source)                    # of the sheet's points
+        self.stays = np.zeros(len(self.follows), np.float32)                    # and none of it gives way
         beneath = self._neck_beneath()
         neck = ndi.gaussian_filter(ndi.binary_dilation(beneath, iterations=max(1, int(7*px))).astype(np.float32), 2*px)     # under the clothes
         still = np.maximum(ndi.gaussian_filter(cloth, .7*px), (1 - smoothstep(.002, .03, self.following))*(1 - neck))
@@ -188,8 +189,8 @@ def paint(self,
     fine = np.zeros((size*s, size*s, 4), np.float32)
     back = _between(camera.moved(p.A0).project(self.back.hull0), camera.moved(A).project(self.back.hull(V)), self.back.attached)
     self.back.paint(back, self.flesh, fine, neck=True)                          # goes up behind the jaw, its upper end turning with the head
-    paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, self.flesh, self.flesh_alpha, self.sides_shown(V, A), sheet.stays, fine)
-    if self.strands is not None: paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, *self.strands, self.in_place(moved_to, A), sheet.stays, fine)
+    paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, self.flesh, self.flesh_alpha, self.sides_shown(V, A), self.stays, fine)
+    if self.strands is not None: paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, *self.strands, self.in_place(moved_to, A), self.stays, fine)
     out = np.zeros((size, size, 4), np.float32)
     shrink(fine, s, 0, 0, np.ones((size, size), np.float32), out)
     return out

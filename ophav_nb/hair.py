@@ -154,7 +154,7 @@ def _grown(self) -> tuple:
         ear = p.part(f'{side}_ear')
         if len(ear): beside *= np.where(sign*p.rest[:, 0] > 0, np.maximum(1 - smoothstep(.4, .6, self.ear_bare[side]), smoothstep(-.01, .01, p.rest[:, 1] - p.rest[ear, 1].max())), 1)
     beside *= self.behind_temples
-    beside = p.over_skin(beside[:, None], np.full(len(beside), .1))[:, 0].clip(0, 1)         # no teeth
+    beside = p.evened(beside, .1).clip(0, 1)
     y, x = np.nonzero(ring & self.seen)
     low = -.07
     if len(y):                                                                     # no lower at the nape than at either side
@@ -162,7 +162,7 @@ def _grown(self) -> tuple:
         low = max(low, np.quantile(P[:, 1], .04) - p.joints3[3, 1] - .015)
     scalp = smoothstep(low, low + .035, p.level)
     if self.bald:                                                                  # no farther up than at the outline, and on both sides
-        scalp *= p.over_skin(at(nearest(ring))[:, None], np.full(len(scalp), .1))[:, 0].clip(0, 1)
+        scalp *= p.evened(at(nearest(ring)), .1).clip(0, 1)
         scalp, beside = np.maximum(scalp, scalp[p.twin]), np.maximum(beside, beside[p.twin])
     return np.where(p.scalp, np.maximum(scalp, beside), beside), near
 

@@ -329,6 +329,14 @@ def over_skin(self,
     "Values known at some vertices, smoothly over the skin."
     return spread_over(self.skin_faces, data, weight)
 
+@patch_to(Portrayed)
+def evened(self,
+    number,       # of the vertices, [V]
+    hold: float,  # how much each keeps its own
+) -> np.ndarray:  # [V]
+    "A number evened over the skin: one that jumps from vertex to vertex makes an edge with teeth, one at each triangle."
+    return self.over_skin(number[:, None], np.full(len(number), hold))[:, 0]
+
 # %% ../nbs/07d_portrayed.ipynb #c014
 @patch_to(Portrayed)
 def _read_colours(self):

@@ -356,7 +356,7 @@ class Rounds:
                     image = restore(np.asarray(Image.open(source/f'{i:05d}.png')), self.context(plan.motion, i, self.camera))
                     yield finish_alpha(image, self.dataset.alpha[plan.source[i]]) if plan.known[i] else image      # made crisper, a new pose's rim cost .06 dB; by itself it does not soften (measured)
             write_frames(folder, len(plan.source), frames, f'round {k}: restore')
-        return self.run.make(self.name(k, 'restored'), build, [self.name(k, 'renders')], dict(restorer=self.config.restorer_name, settings=self.config.settings, silhouettes='own'))
+        return self.run.make(self.name(k, 'restored'), build, [self.name(k, 'renders')], dict(restorer=self.config.restorer_name, settings=self.config.settings, silhouettes='own'))     # those of older runs were made crisper, and are redone
 
     def data(self, k: int) -> HeadDataset:
         "What round k trains on."

@@ -38,7 +38,7 @@ def halved(
 # %% ../nbs/07i_sheet.ipynb #c008
 class Sheet:
     """The person's pixels in space: points (`source`: in the portrait, pixels [N, 2]; `still`: in the head's space, metres [N, 3]), triangles of the head and of the whole person, and what they are bound to.
-    `at_ear`: which lie at an ear in view, 0..1 [N]; `stays`: none of it gives way, zeros [N]; `depth`: theirs in the portrait, metres."""
+    `at_ear`: which lie at an ear in view, 0..1 [N]; `depth`: theirs in the portrait, the median, metres."""
 
     def __init__(self,
         portrayed: Portrayed,
@@ -63,11 +63,11 @@ class Sheet:
         self.source = np.ascontiguousarray(xy[used])
         z = sampled(self.shell, self.source)
         self.still = p.camera0.unproject(np.concatenate([self.source, z[:, None]], 1).astype(np.float64)).astype(np.float32)
-        near = _neighbours(q, len(used))
-        self.binding = (near @ (near @ self._bound(hair, z))).astype(np.float32).tocsr()     # neighbours move alike
-        self.neighbours = near.astype(np.float32).tocsr()
-        self.at_ear, self.stays = self._near_ears(hair), np.zeros(len(self.source), np.float32)
         self.depth = np.float32(np.median(z))
+        near = _neighbours(q, len(used))
+        self.binding = (near @ (near @ self._bound(hair))).astype(np.float32).tocsr()     # neighbours move alike
+        self.neighbours = near.astype(np.float32).tocsr()
+        self.at_ear = self._near_ears(hair)
         self._find_rim(hair)
 
     def moved(self,
@@ -123,13 +123,13 @@ def _hung(self, shell, hair) -> np.ndarray:
 
 # %% ../nbs/07i_sheet.ipynb #c012
 @patch_to(Sheet)
-def _bound(self, hair, z):
+def _bound(self, hair):
     "What part of the mesh's motion each point takes over, sparse [N, V]."
     p, outer, (h, w) = self.portrayed, hair.outer, self.portrayed.image.shape[:2]
     away, (i, j) = ndi.distance_transform_edt(~outer.mask, return_indices=True)
     x, y = np.clip(self.source.astype(int), 0, [w - 1, h - 1]).T
     i, j, away = i[y, x], j[y, x], away[y, x]
-    weights = outer.bary[i, j]*np.exp(-(away*(np.median(z)/p.camera.focal)/.015)**2)[:, None]
+    weights = outer.bary[i, j]*np.exp(-(away*(self.depth/p.camera.focal)/.015)**2)[:, None]
     return self._on(p.skin_faces[outer.face[i, j]], weights)
 
 @patch_to(Sheet)
@@ -166,7 +166,7 @@ def _find_rim(self, hair):
 def _near_ears(self, hair) -> np.ndarray:
     "Which points lie at an ear in view, 0..1, float32 [N]."
     p = self.portrayed
-    ears = np.any([p.ear_in_view(side) & (bare > .5) for side, bare in hair.ear_bare.items()], 0)
+    ears = (p.ear_in_view('left') | p.ear_in_view('right')) & hair.ears_shown[p.faces[p.raster0.face]].all(-1)
     ears = ndi.binary_dilation(ears, iterations=max(1, int(.08*p.eyes_apart)))
     return np.float32(sampled(ndi.gaussian_filter(ears.astype(np.float32), .03*p.eyes_apart), self.source))
 

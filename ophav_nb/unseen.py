@@ -46,7 +46,7 @@ class Unseen:
         self.own = np.clip(p.over_skin(colour, self.sure*p.is_face), 0, 1).astype(np.float32)*(1 - (1 - self.sure)[:, None]*(1 - self.shadow))
         self._lips_within(colour, w, seen)
         away = p.away*smoothstep(.03, .045, np.abs(V[:, 0]))*hair.behind_temples
-        self.covered = p.over_skin((smoothstep(.5, .9, sampled(hair.over, P))*(1 - seen)*away)[:, None], np.full(len(V), .1))[:, 0].clip(0, 1)      # no teeth
+        self.covered = p.evened(smoothstep(.5, .9, sampled(hair.over, P))*(1 - seen)*away, .1).clip(0, 1)
         self.bare = self.own.copy()
         self.own += (self.covered*~p.neck)[:, None]*(sampled(hair.over_colour, P) - self.own)
         self.mirror_seen *= 1 - self.covered
@@ -92,23 +92,22 @@ class Back:
     ):
         p = self.portrayed = portrayed
         self.mane, self.attached = hair.mane, 1 - p.head.weights.numpy()[:, 0]       # how much a vertex turns with the head, [V]
-        n, scalp = len(p.rest), p.scalp
+        scalp = p.scalp
         below = smoothstep(.2, .4, self.attached)
         bared = ndi.minimum_filter(p.matte*(1 - np.clip(clothes.cloth, 0, 1)), 3)
         self.thick = hair.thick.copy()                                           # metres [V, 3]
         self.thick[:, 0] += self._slimmer(bared, (below > 0) & ~(scalp & (p.rest[:, 1] > p.joints3[3, 1] - .045)))
         Q = p.camera0.project((p.V0 + self.thick).astype(np.float64))
-        even = lambda x: p.over_skin(x[:, None], np.full(n, .05))[:, 0]         # from vertex to vertex, or edges have teeth
-        solid = smoothstep(.45, .9, even(sampled(ndi.minimum_filter(p.matte, 3), Q)))
+        solid = smoothstep(.45, .9, p.evened(sampled(ndi.minimum_filter(p.matte, 3), Q), .05))
         bare = unseen.sure*~scalp*(sampled(clothes.alpha, p.P0) > .9)*(sampled(ndi.maximum_filter(np.maximum(clothes.cloth, clothes.hanging), 5), p.P0) < .1)
-        hairy = smoothstep(.2, .8, p.over_skin(scalp[:, None]*1., np.full(n, .01))[:, 0])    # no teeth where hair meets the neck
+        hairy = smoothstep(.2, .8, p.evened(scalp*1., .01))
         certain = sampled(p.certain, Q)
         hairline = 1 - smoothstep(.006, .022, cKDTree(p.rest[p.is_face]).query(p.rest)[0])         # soft, where it is made up
         strands = self._strands_at(Q)
         shown = np.where(scalp, smoothstep(.2, .45, p.facing0)*smoothstep(.5, .9, certain), unseen.seen)       # what faces the camera is as it is
         hairy = np.where(scalp, hairy*hair.grown*(1 - hairline*(1 - certain)), np.maximum(smoothstep(.25, .85, hairy), hair.grown))
         alike = 1 - smoothstep(.1, .25, np.abs(sampled(hair.over_colour, p.T0) - sampled(self.mane, strands)).max(-1))      # a hood is no hair
-        hairy = smoothstep(.1, .7, even(np.maximum(hairy, smoothstep(.3, .7, unseen.covered)*alike*~p.neck)))*(1 - shown*(scalp | (hair.grown < .5)))
+        hairy = smoothstep(.1, .7, p.evened(np.maximum(hairy, smoothstep(.3, .7, unseen.covered)*alike*~p.neck), .05))*(1 - shown*(scalp | (hair.grown < .5)))
         seen = shown + hairy - shown*hairy
         bald = np.where(p.is_face[:, None], unseen.own + alike[:, None]*(unseen.bare - unseen.own), p.over_skin(sampled(p.skin, p.P0)/unseen.shadow, bare)*unseen.shadow)     # a neck that is shown is in the chin's shadow already
         upper = smoothstep(.5, .9, self.attached)*np.where(scalp, smoothstep(-.10, -.02, p.level), smoothstep(-.045, -.02, p.level))
