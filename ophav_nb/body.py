@@ -91,7 +91,7 @@ class Body:
         self._find_sides()
         beside = self.covered & (cloth < .5) & (self.following > .1)               # a neck slides along its collar
         self.slides = beside | (under_jaw | (ndi.minimum_filter(person, 2*int(2*px) + 1) < .98)) & (self.following > .1)
-        self.near_cloth = sampled(ndi.binary_dilation(self.slides & self.covered), sheet.source)
+        self.near_cloth = sampled(ndi.binary_dilation(self.slides & self.covered, iterations=4), sheet.source)      # all corners of the triangles that show it
         self.under_jaw = sampled(ndi.binary_dilation(under_jaw), sheet.source)
         self.edge = (sheet.fringe > .04) & (person < .98) & (p.certain == 1)
         self.clothes = np.concatenate([bleed(p.bled, still, .97, max(1, int(2*px))), (person*still)[..., None]], -1).astype(np.float32)

@@ -34,6 +34,7 @@ class Clothes:
         low = self._with_thickness(ndi.grey_closing(ndi.median_filter((cloth*self.area).astype(np.float32), 3), 5), stray)
         self.cloth = self._tidied(np.maximum(low, self._shoulders_above_mouth(cloth, hanging)))
         self.cloth[self._as_it_goes_on()] = 1
+        self.cloth[self._cut_off()] = 1
         self.alpha = self._head_alone(stray)
         self.person = np.maximum(p.matte*p.certain, self.alpha)
         self.flesh, self.dressed, self.bare_away = self._undressed()
@@ -162,6 +163,16 @@ def _as_it_goes_on(self) -> np.ndarray:
     rather = np.where(cloth < 9, np.clip(skin - cloth + np.minimum(wide - spread, 1), -9, 9), -9)
     like = self.area & person & ~self.hanging & (ndi.gaussian_filter(rather, 1.5*self.px) > 2)
     return ndi.binary_propagation(sure, mask=like | sure)
+
+@patch_to(Clothes)
+def _cut_off(self) -> np.ndarray:
+    "Small pieces below the chin that cloth cuts off from face, hair and neck: of a tie, or of a jersey with seams; bool [H, W]."
+    p = self.portrayed
+    label = ndi.label((self.cloth <= .5) & (p.matte > .4))[0]
+    box = ndi.find_objects(label)
+    high = [k + 1 for k, at in enumerate(box) if at[0].start < p.landmarks[152, 1] + .1*self.unit]
+    large = np.flatnonzero(np.bincount(label.ravel()) > .8*self.unit**2)
+    return (label > 0) & ~np.isin(label, np.concatenate([high, large]))
 
 # %% ../nbs/07e_clothes.ipynb #c008
 @patch_to(Clothes)

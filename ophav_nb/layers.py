@@ -234,7 +234,9 @@ def visible_teeth(
     if high <= .55*cheeks.mean() or shown.sum() <= 8 or np.median(red[shown]) > .15: return out      # no reddish ones: on films and portraits teeth are at -.2 and less, a tongue's lights at .3
     gaps = 2*max(1, round(.025*np.linalg.norm(landmarks[78, :2] - landmarks[308, :2]))) + 1
     tooth = np.maximum(tooth, ndi.grey_closing(tooth*inner, (1, gaps))*smoothstep(.2, .4, light))             # what is less light between two teeth is theirs
-    return (ndi.gaussian_filter(tooth, .4)*inner).astype(np.float32)
+    tooth = ndi.gaussian_filter(tooth, .4)*inner
+    beneath = np.cumsum((tooth < .3) & np.logical_or.accumulate(tooth > .5, axis=0), axis=0) > 0           # under a gap it is a lower tooth
+    return np.where(beneath, 0, tooth).astype(np.float32)
 
 def _redness(image, skin, lips) -> np.ndarray:
     "How far each pixel's hue lies from skin [3] to lips [3] (those that are painted count as bare ones), [H, W]."

@@ -98,24 +98,30 @@ def _teeth_up(self, crowns, reach: float = 9.):
     tooth, near, around = (along_row(self.risen, inside, x*mm) for x in (1, .25, 3))
     gap = smoothstep(.04, .15, 1 - near.mean(-1)/np.maximum(around.mean(-1), .05))              # between two teeth
     hidden, end = self._gumline(crowns.mask, columns, top, tooth, gap, mm)
-    self.risen = self.risen + (shown*hidden*(1 - smoothstep(0, 1.2*mm, rows - top)))[..., None]*(tooth - self.risen)
-    fill, above = columns & (rows < np.where(hidden, top, end)) & (rows > end - reach*mm), (end - rows)/mm
-    self.teeth = np.where(columns & ~hidden & (rows >= end) & (rows < top), 1, p.teeth)        # the gum that is seen
+    edge = shown & hidden & (rows - top < 1.2*mm)       # in the lip's shadow
+    lowest = np.where(shown, rows, 0).max(0)
+    inner = np.minimum(rows, np.maximum(lowest - .7*mm, top).astype(int))     # of the lower edge, to which what is beneath has given some of its colour
+    self.risen = np.where(shown[..., None], np.take_along_axis(self.risen, inner[..., None], 0), self.risen)
+    self.risen = self.risen + (edge*(1 - smoothstep(0, 1.2*mm, rows - top)))[..., None]*(tooth - self.risen)
+    fill, above = columns & (rows < (top if hidden else end)) & (rows > end - reach*mm), (end - rows)/mm
+    self.teeth = np.where(edge | (columns & ~hidden & (rows >= end) & (rows < top)), 1, p.teeth)       # the latter: the gum that is seen
     gum = self.gum*(1 - .3*smoothstep(0, 6, above))[..., None]
-    self.risen = np.where(fill[..., None], tooth + np.where(hidden, smoothstep(-.7, .7, above), 1)[..., None]*(gum - tooth), self.risen).astype(np.float32)
-    self.teeth = np.where(fill, p.teeth.max(0)*(1 - smoothstep(.7*reach, reach, above)), self.teeth)
+    self.risen = np.where(fill[..., None], tooth + (smoothstep(-.7, .7, above) if hidden else np.ones_like(above))[..., None]*(gum - tooth), self.risen).astype(np.float32)
+    inwards = ndi.distance_transform_edt(np.pad(columns, 1))[1:-1]/mm         # the model's own beside them: no upright edge
+    self.teeth = np.where(fill, p.teeth.max(0)*smoothstep(0, 2.5, inwards)*(1 - smoothstep(.7*reach, reach, above)), self.teeth)
     self.teeth = (self.teeth*smoothstep(2.5, 4.5, np.median(shown.sum(0)[columns])/mm)).astype(np.float32)
 
 @patch_to(Mouth)
 def _gumline(self, crowns, columns, top, tooth, gap, mm) -> tuple:
-    "Of each column: does the lip hide where its tooth ends (bool [W]), and the row above which there is only gum (the portrait's own goes up to the lip; the model's teeth say it where no gum is seen)."
+    "Does the lip hide where teeth end (bool), and of each column the row above which there is only gum (the portrait's own goes up to the lip; the model's teeth say it where no gum is seen)."
     p, rows = self.portrayed, np.arange(len(crowns))[:, None]
     lip = line_at(np.arange(len(top)) + .5, p.landmarks[INNER_LIPS_UPPER]) + max(.7*mm, .5)     # and its dark line
     between = (rows > lip) & (rows < top) & columns
-    gums = (between.sum(0) > .8*mm) & (along_row(p.image, between, 1e-3).mean(-1) > .55*tooth.mean(-1))       # seen, and no shadow of the lip
-    hidden = along_row(~gums[None, :, None], columns[None], 3*mm)[:, 0] > .5
+    light = along_row(p.image, between, 1e-3).mean(-1)/tooth.mean(-1)
+    hidden = not (np.median((top - lip)[columns]) > 1.8*mm and np.median(light[columns]) > .55)             # gums are seen, and no shadow of the lip; along the row as a whole: a lip a pixel lower is no gum
+    if not hidden: self.gum = np.median(p.image[between & (p.image.mean(-1) > .55*tooth.mean())], axis=0)   # its own colour
     crown = along_row(np.where(crowns.any(0), crowns.argmax(0), top)[None, :, None], columns[None], 2*mm)[:, 0]
-    return hidden, np.where(hidden, np.minimum(crown, top) + 1.2*mm*gap, np.minimum(lip, top))  # the gum climbs down between teeth
+    return hidden, np.minimum(crown, top) + 1.2*mm*gap if hidden else np.minimum(lip, top)      # the gum climbs down between teeth
 
 @patch_to(Mouth)
 def _unshaded(self, deep, shown) -> np.ndarray:
@@ -129,12 +135,15 @@ def _unshaded(self, deep, shown) -> np.ndarray:
     return np.where(shown[..., None], np.minimum(image*gain[..., None], .98), image).astype(np.float32)
 
 @patch_to(Mouth)
-def _teeth_surface(self, crowns):
-    "Triangles (`surface`), their points in the portrait (`source`, pixels) and in the head's space (`points`, metres)."
+def _teeth_surface(self, crowns, behind: float = .006):
+    """Triangles (`surface`), their points in the portrait (`source`, pixels) and in the head's space (`points`, metres). Teeth lie at most `behind` metres behind the lips: in the model there is
+    twice as much at the corners of a mouth, and on a turn one would look past the last tooth into the dark."""
     p, (h, w) = self.portrayed, self.portrayed.image.shape[:2]
     y, x = np.nonzero(ndi.binary_dilation((self.between > 0) | (self.teeth > 0), iterations=2))
     depth = push_pull(crowns.depth, crowns.mask.astype(np.float32)) if crowns.mask.sum() > 20 else np.full((h, w), p.raster0.depth[self.between > .5].mean(), np.float32)
-    depth = ndi.gaussian_filter(depth, 2) - .001
+    lips = p.camera0.project(p.points(p.V0, INNER_LIPS).astype(np.float64))
+    lips = lips[lips[:, 0].argsort()]
+    depth = ndi.gaussian_filter(np.minimum(depth, np.interp(np.arange(w) + .5, lips[:, 0], lips[:, 2]) + behind + .001), 2) - .001
     self.source, q = squares(np.arange(x.min(), x.max() + 2), np.arange(y.min(), y.max() + 2))
     self.surface = halved(q)
     self.points = p.camera0.unproject(np.concatenate([self.source, sampled(depth, self.source)[:, None]], 1).astype(np.float64))

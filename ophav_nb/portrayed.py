@@ -73,12 +73,26 @@ class Portrayed:
         self.eyes_apart = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])     # pixels
         self.parted = parted(self.landmarks)                                                    # of the lips, 0..1
         known = track.known(self.size)
-        self.shown = np.ones(self.matte.shape, bool) if known is None else known | (np.arange(self.size)[:, None] > self.landmarks[152, 1])   # below the chin a guess will do
+        self.shown = np.ones(self.matte.shape, bool) if known is None else known | self._below_head()
+        if known is not None: self.matte = np.where(known | ~self.shown, self.matte, self._as_at_border(known))
         self._bend_mesh()
         self._sort_mesh()
         self._place_mesh()
         self._complete()
         self._read_colours()
+
+@patch_to(Portrayed)
+def _below_head(self) -> np.ndarray:
+    "Below the chin, and beside the cheeks below the mouth, where a guess will do: shoulders go on, bool [H, W]."
+    x, y, L = np.arange(self.size), np.arange(self.size)[:, None], self.landmarks
+    return (y > L[152, 1]) | (y > L[[61, 291], 1].mean()) & (np.abs(x - L[152, 0]) > 1.5*self.eyes_apart)
+
+@patch_to(Portrayed)
+def _as_at_border(self, known) -> np.ndarray:
+    "The matte, carried on over what the picture does not have as it is at the border, [H, W]."
+    inside = ndi.binary_erosion(known, iterations=3, border_value=1)                            # a border's own pixels are often a frame's
+    if not inside.any(): return self.matte
+    return self.matte[tuple(ndi.distance_transform_edt(~inside, return_distances=False, return_indices=True))]
 
 @patch_to(Portrayed)
 def _bend_mesh(self):
