@@ -86,7 +86,7 @@ class Body:
         piece = ndi.binary_dilation(ndi.binary_erosion(self.covered, iterations=max(1, int(12*px))), iterations=max(1, int(18*px)))       # specks are no clothes
         self.flesh_alpha = (person*np.where(self.covered, np.where(piece, neck, 1)*np.clip(2 - clothes.bare_away/reach, 0, 1), 1)).astype(np.float32)
         self.on_neck = self._on_neck(clothes, beneath)
-        fades, under_jaw = self._under_jaw(clothes)
+        fades, under_jaw = self._under_jaw(clothes, beneath)
         self.flesh_alpha *= fades
         self._find_sides()
         beside = self.covered & (cloth < .5) & (self.following > .1)               # a neck slides along its collar
@@ -127,13 +127,14 @@ def _on_neck(self, clothes, beneath) -> np.ndarray:
     return neck & (grown(beneath, 4*px) | grown((clothes.cloth > .5) | (p.matte < .5), .2*p.eyes_apart)) & ~clothes.hanging
 
 @patch_to(Body)
-def _under_jaw(self, clothes) -> tuple:
-    "Below the jaw the neck's own pixels begin only where the jaw does not hide them: their opacity, so that a jaw that moves away uncovers no edge, and where that is; [H, W] both."
+def _under_jaw(self, clothes, beneath) -> tuple:
+    "Below the jaw the neck's own pixels begin only where the jaw does not hide them: their opacity, so that a jaw that moves away uncovers no edge (but the model's neck, where that is `beneath`), and where that is; [H, W] both."
     p, px = self.portrayed, self.portrayed.size/512
     core = ndi.binary_erosion(clothes.core, iterations=max(1, int(3*px)))
     away = ndi.distance_transform_edt(~core)/p.eyes_apart
-    there = (away < .3) & ~core & self.on_neck
-    return np.where(there, smoothstep(.02, .3, away), 1).astype(np.float32), there
+    backed = ndi.binary_erosion(beneath, iterations=max(1, int(6*px)))          # the model's does not go along altogether
+    there = (away < .3) & ~core & self.on_neck & (backed | clothes._dilated(p.matte < .5, .2*p.eyes_apart))       # what stands out beside a jaw goes in any case
+    return (1 - ndi.gaussian_filter(there.astype(np.float32), 2*px)*(1 - smoothstep(.02, .3, away))).astype(np.float32), there
 
 @patch_to(Body)
 def _find_sides(self):

@@ -210,7 +210,7 @@ def _shape_tongue(self):
     if len(v) == 0: return
     x, z = np.abs(p.rest[v, 0]), p.rest[v, 2]
     across = x/np.maximum([x[np.abs(z - q) < .006].max() for q in z], 1e-4)      # 0 the middle .. 1 the side
-    self.colours[v] *= ((1 - .5*smoothstep(.45, 1.1, across))*(1 - .14*np.exp(-(across/.15)**2)))[:, None].astype(np.float32)
+    self.colours[v] *= ((1 - .8*smoothstep(.35, 1.05, across))*(1 - .14*np.exp(-(across/.15)**2)))[:, None].astype(np.float32)
 
 @patch_to(Mouth)
 def _numbers(self) -> np.ndarray:
