@@ -2222,6 +2222,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.unseen.Unseen.__init__': ('unseen.html#unseen.__init__', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen._in_ears': ('unseen.html#unseen._in_ears', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen._lips_within': ('unseen.html#unseen._lips_within', 'ophav_nb/unseen.py'),
+                                 'ophav_nb.unseen.Unseen._lit_by_ground': ('unseen.html#unseen._lit_by_ground', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen._under_the_chin': ('unseen.html#unseen._under_the_chin', 'ophav_nb/unseen.py')},
             'ophav_nb.weights': { 'ophav_nb.weights.Weight': ('weights.html#weight', 'ophav_nb/weights.py'),
                                   'ophav_nb.weights._Plain': ('weights.html#_plain', 'ophav_nb/weights.py'),

@@ -75,7 +75,8 @@ class Body:
     ):
         p = self.portrayed = portrayed
         self.sheet, self.back, self.flesh, self.supersample = sheet, back, flesh, supersample
-        reach, px, person, cloth = .065*p.size, p.size/512, clothes.person, clothes.cloth
+        reach, px, person = .065*p.size, p.size/512, clothes.person
+        cloth = clothes.cloth*clothes._dilated(ndi.binary_opening((clothes.cloth > .5) & (p.matte > .8), iterations=max(1, int(3*px))), 5*px)       # a head's rim, which has the background's hue, is no cloth
         self.following = self._following(clothes.hanging)
         self.follows = sampled(self.following, sheet.source)                    # of the sheet's points
         self.stays = np.zeros(len(self.follows), np.float32)                    # and none of it gives way

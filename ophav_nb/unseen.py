@@ -53,12 +53,21 @@ class Unseen:
         near = ndi.gaussian_filter(ndi.maximum_filter(hair.near, 2*int(.35*p.eyes_apart) + 1), .05*p.eyes_apart)      # sides are not quite alike
         self.mirror_seen *= 1 - smoothstep(.1, .5, sampled(near, self.mirror))                      # no shadow of the other side's hair
         seen *= np.maximum(smoothstep(.6, .8, p.facing0), smoothstep(.5, .95, inner)).astype(np.float32)     # a slope's pixels in the matte's rim hold something of the background
+        seen *= 1 - self._lit_by_ground()
         self.twin_light = p.over_skin(colour, w)[p.twin].sum(1)
         light = self.own.mean(1)
         self.relit = np.clip(light/np.maximum(light[p.twin], .02), .5, 1.8)
         self.mirror_seen *= 1 - smoothstep(1.2, 1.6, self.relit)                    # what lies in shadow there shows its noise, made as light as here
         seen[p.eye_vertices] = 1
         self.seen = seen
+
+@patch_to(Unseen)
+def _lit_by_ground(self) -> np.ndarray:
+    "How much a cheek's slope beside the outline is of the background's hue rather than of skin (a coloured wall shines on it, and JPEG's colours are coarse), 0..1 [V]."
+    p, px = self.portrayed, self.portrayed.size/512
+    near = 1 - smoothstep(8*px, 16*px, ndi.distance_transform_edt(p.matte > .5))
+    hue = smoothstep(2, 3.5, ndi.gaussian_filter(p.unlike, 1.5*px))*near
+    return sampled(hue.astype(np.float32), p.T0)*(1 - smoothstep(.55, .75, p.facing0))*p.is_face
 
 @patch_to(Unseen)
 def _under_the_chin(self) -> np.ndarray:
@@ -78,7 +87,8 @@ def _in_ears(self, hair) -> np.ndarray:
     high = 1e3*((p.rest - p.over_skin(p.rest, np.where(ear, .03, 1.)))*N).sum(1)         # millimetres above an ear without relief
     deep = np.minimum(smoothstep(.5, -2.5, high) + .35*smoothstep(.1, -.6, N[:, 1]), 1)*ear*hair.ears_copied
     deep *= smoothstep(.002, .006, cKDTree(p.rest[~ear]).query(p.rest)[0])               # not around it
-    return (1 - np.outer(deep, np.array([.38, .5, .55])*(1 - p.colourless) + .48*p.colourless)).astype(np.float32)
+    deep = p.evened(deep, .3)
+    return (1 - np.outer(deep, np.array([.42, .55, .6])*(1 - p.colourless) + .53*p.colourless)).astype(np.float32)
 
 @patch_to(Unseen)
 def _lips_within(self, colour, weight, seen):

@@ -464,13 +464,17 @@ def test_unmoved_the_whole_picture_is_the_portrait(portrait, head):
 
 
 def test_a_neck_fades_in_under_the_jaw(portrait, head):
-    "So that a jaw which turns away uncovers no edge; at rest the sheet's own pixels make up for it."
+    "So that a jaw which turns away uncovers no edge, where the model's neck is beneath; at rest the sheet's own pixels make up for it."
     image, animator = dressed(head, portrait)
     body, clothes = animator._settled(), animator.clothes
-    fades, there = body._under_jaw(clothes)
+    beneath = body._neck_beneath()
+    fades, there = body._under_jaw(clothes, beneath)
+    inner, around = ndi.binary_erosion(there), ndi.binary_dilation(there, iterations=9)          # its edges are soft
     away = ndi.distance_transform_edt(~ndi.binary_erosion(clothes.core))/animator.portrayed.eyes_apart
     assert there.any() and not there[: int(portrait[1].landmarks[0, 4, 1])].any()
-    assert fades[there & (away < .06)].max() < .1 and fades[there & (away > .25)].min() > .8 and (fades[~there] == 1).all()
+    assert fades[inner & (away < .06)].max() < .1 and fades[there & (away > .25)].min() > .8 and (fades[~around] == 1).all()
+    bare = np.where(clothes.core, 0, 1)*~ndi.binary_dilation(animator.portrayed.matte < .5, iterations=SIZE//10) > 0
+    assert not (there & bare & ~beneath).any() and not body._under_jaw(clothes, np.zeros_like(beneath))[1][bare].any()
     assert (body.flesh_alpha <= fades + 1e-6).all() and (body.slides | ~there | (body.following <= .1)).all()
     s = state(portrait[1], head)
     assert np.abs(animator.composite(animator.frame(*s), *s) - image/255.)[there].mean() < .03
