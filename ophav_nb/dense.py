@@ -132,7 +132,7 @@ def layers_forward(plan, begin, end, weights, A, n, stride):
 
 @kernel
 def layers_backward(plan, begin, end, turned, zeros, A, D, gradient, n, stride):
-    "The same backward: D, a tile like A, holds the gradient of the last output and gets the others; adds to the weights' gradient. `zeros` is a bias of nothing."
+    "The same backward: D, a tile like A, holds the gradient of the last output and gets the others; adds to the weights' gradient. `zeros` is a bias of nothing, as long as the most inputs."
     for k in range(end - 1, begin - 1, -1):
         w, b, t, O, K, x, y = plan[k, 0], plan[k, 1], plan[k, 2], plan[k, 3], plan[k, 4], plan[k, 5]*stride, plan[k, 6]*stride
         if plan[k, 7] == 1:

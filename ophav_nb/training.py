@@ -165,11 +165,11 @@ def _tile(first, rays, features, direction, mouth, height, length, depth, truth,
 @kernel(parallel=True)
 def _pass(shares, features, direction, mouth, height, length, depth, truth, plan, begin_colour, rows, feature_row, weights, turned, told, mouth_row, degree, harmonic_row, surface,
           delta, alpha_factor, depth_factor, gradients, sums):
-    S, top = depth.shape[1], plan[plan.shape[0]-1, 6]
+    S, top, widest = depth.shape[1], plan[plan.shape[0]-1, 6], plan[:, 4].max()
     each = max(1, TILE//S)
     stride = (each*S + COLUMNS - 1)//COLUMNS*COLUMNS
     for t in prange(shares.shape[0]):
-        own, zeros, out = weights.copy(), np.zeros(256, np.float32), np.zeros(3, np.float32)
+        own, zeros, out = weights.copy(), np.zeros(widest, np.float32), np.zeros(3, np.float32)
         flat, back, light, bits = np.zeros(rows*stride, np.float32), np.zeros(rows*stride, np.float32), np.zeros((9, stride), np.float32), np.zeros(stride, np.int32)
         A, D = flat.reshape((rows, stride)), back.reshape((rows, stride))
         for_frame(plan, begin_colour, told[t], mouth_row, own)

@@ -19,7 +19,8 @@ from ophav_nb.training import AveragedAdam, OnePass, Truth, one_pass_serves, por
 
 SMALL = dict(levels=3, log2_size=9, precision='float32')
 SHAPES = [dict(), dict(condition='mouth', condition_rest=1., degree=4, bias=False, density_layers=2, colour_layers=3, surface=0.),    # lean, paper
-          dict(condition='none', degree=0, outputs=15, colour_layers=2), dict(condition='mouth', degree=1, width=20, features=2), dict(degree=2, density_layers=0, bias=False)]
+          dict(condition='none', degree=0, outputs=15, colour_layers=2), dict(condition='mouth', degree=1, width=20, features=2), dict(degree=2, density_layers=0, bias=False),
+          dict(width=320, colour_layers=2)]
 
 
 @pytest.fixture(scope='module')
