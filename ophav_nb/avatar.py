@@ -504,10 +504,12 @@ class Trainer:
         return loss, square
 
     def gradients(self, batch: Batch) -> tuple:
-        "Loss and mean squared error of a batch, and the parameters' gradients, which were none before."
+        "Loss and mean squared error of a batch, and the parameters' gradients, which were none before. Where these are not finite, neither is the loss."
         if self.one_pass is not None: return self.one_pass(self.pool.poses, *batch.rays, self.condition[torch.from_numpy(batch.frame).long()].numpy(), batch.truth)
         whole = len(batch.slot) == max(1, self.config.rays//self.config.frames)*self.config.frames    # frames without a head give no rays
         loss, square = (self.replayed if self.records and whole else self.by_torch)(batch)
+        if not self.scaler.is_enabled():     # which looks itself, and leaves such a step out
+            loss = loss + 0*torch.stack(torch._foreach_norm([p.grad for _, p in self.trained if p.grad is not None])).sum()     # on the device: nothing is waited for
         return float(loss), float(square)
 
     def one(self) -> float:
@@ -526,14 +528,12 @@ class Trainer:
         return value
 
     def recover(self) -> None:
-        "A loss that is no number: go back to the averaged weights, with half the rate."
+        "A loss, or gradients, that are no numbers: leave the step out, go back to the averaged weights, with half the rate."
         self.halved += 1
-        logger.warning('step %d: the loss is not finite; going on from the averaged weights at half the rate', self.step)
+        logger.warning('step %d: the loss or its gradients are not finite; going on from the averaged weights at half the rate', self.step)
         if self.halved > 5: raise RuntimeError(f'training diverged {self.halved} times; lower table_rate and network_rate')
-        for p, q in zip(self.avatar.field.parameters(), self.avatar.shown.parameters()):
-            p.data.copy_(torch.nan_to_num(q.data))
-            q.data.copy_(p.data)
-        for p in self.own.parameters(): p.data.nan_to_num_()
+        if not all(torch.isfinite(q).all() for q in self.avatar.shown.parameters()): raise RuntimeError(f'step {self.step}: the averaged weights are not finite either; train anew, with a lower table_rate and network_rate')
+        for p, q in zip(self.avatar.field.parameters(), self.avatar.shown.parameters()): p.data.copy_(q.data)
         self.optimiser.state.clear()
         self.optimiser.zero_grad()
 

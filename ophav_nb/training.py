@@ -198,7 +198,7 @@ class OnePass:
         jitter,         # place of each sample in its step, 0..1, float32 [R, S]
         conditions,     # what each ray's frame is told, [R, C]
         truth: Truth,
-    ) -> tuple:         # loss, mean squared error of colour
+    ) -> tuple:         # loss, mean squared error of colour; no numbers where the gradients are none, and no gradients then
         "Forward and backward."
         c, plan, (R, S) = self.field.config, self.packed.refresh().plan, jitter.shape
         depth, step = sample_depths(*limits, jitter)
@@ -213,6 +213,7 @@ class OnePass:
         _pass(shares, features, direction, mouth, height, length, depth, tuple(truth), plan.layers, plan.first, plan.rows, plan.features, self.packed.weights, self.packed.turned,
               self.packed.told(conditions), self.field.grid.width if c.condition == 'mouth' else -1, c.degree, plan.features + c.outputs, np.float32(c.surface),
               np.float32(self.huber), *per_ray[1:], gradients, sums)
+        if not (np.isfinite(gradients).all() and np.isfinite(features).all()): return np.nan, np.nan    # features: by now their gradient
         self.packed.give_back(gradients, conditions)
         encode_columns_backward(self.field.grid, x, features)
         loss, square = sums.sum(0)

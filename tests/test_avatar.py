@@ -159,6 +159,29 @@ def test_divergence_is_survived(head, film, caplog):
     assert all(torch.isfinite(p).all() for p in avatar.shown.parameters()) and 'not finite' in caplog.text
 
 
+@pytest.mark.parametrize('backend', ['auto', 'torch'])
+def test_gradients_that_are_no_numbers_are_left_out(head, film, backend, caplog):
+    "A step whose loss is finite, but not its gradients, reaches neither the weights nor their average."
+    avatar = Avatar.create(head, film.shape, replace(SMALL, field=replace(SMALL.field, backend=backend, precision='float32')))
+    trainer = Trainer(avatar, film, 9, None, None, 0, 1., 1e9, 10**9)
+    trainer.condition = torch.from_numpy(film.condition)
+    for trainer.step in range(3): trainer.one()
+    average, batch = [p.clone() for p in avatar.shown.parameters()], trainer.batch(3)
+    weights = [p.clone() for p in avatar.field.parameters()]
+    batch.truth.weight[:] = 1e38
+    with torch.no_grad():                                # the same function by large outputs of a layer, and small weights of the next
+        for k, factor in ((0, 1e6), (-1, 1e-6)): avatar.field.density_network[k].weight.mul_(factor)
+        avatar.field.density_network[0].bias.mul_(1e6)
+    trainer.ahead, trainer.step = (3, batch), 3
+    assert np.isnan(trainer.one()) and trainer.halved == 1 and 'gradients are not finite' in caplog.text
+    assert all(torch.equal(p, q) and torch.equal(p, s) for p, q, s in zip(avatar.field.parameters(), average, avatar.shown.parameters()))
+    assert not all(torch.equal(p, q) for p, q in zip(avatar.field.parameters(), weights))
+    trainer.step = 4
+    assert np.isfinite(trainer.one())
+    avatar.shown.density_network[0].weight[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match='averaged weights'): trainer.recover()
+
+
 def test_errors(head, film, trained, tmp_path):
     with pytest.raises(InputError, match='holds no avatar'): Avatar.load(tmp_path)
     with pytest.raises(InputError, match='retarget'): next(trained[0].render(Motion.still(1, basis='flame'), CAMERA))

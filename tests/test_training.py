@@ -87,6 +87,20 @@ def test_gradients_add_up_and_follow_the_weights(scene):
     assert step(*rays, truth) == pytest.approx(by_torch(field, scene[0], rays, truth, AvatarConfig()), rel=1e-4)
 
 
+def test_gradients_that_are_no_numbers_are_left_out(scene):
+    "A loss can be finite where its gradients are not: here a layer's outputs are large, and the next one's weights small."
+    field = noisy(dict(bias=False))
+    with torch.no_grad():
+        for k, factor in ((0, 1e6), (-1, 1e-6)): field.density_network[k].weight.mul_(factor)
+    step, (rays, truth) = OnePass(field, scene[0]), batch(scene, 50, 12)
+    step(*rays, truth)
+    once = [p.grad.clone() for p in field.parameters()]
+    huge = truth._replace(weight=np.full(50, 1e38, np.float32))
+    assert np.isnan(step(*rays, huge)).all()
+    assert all(torch.equal(p.grad, g) for p, g in zip(field.parameters(), once))
+    assert np.isfinite(by_torch(field, scene[0], rays, huge, AvatarConfig())[0])
+
+
 def test_the_number_of_threads_does_not_matter(scene):
     rays, truth = batch(scene, 200, 12)
     before, found = numba.get_num_threads(), []
