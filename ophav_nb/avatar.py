@@ -194,7 +194,9 @@ class FramePool:
         lids=(),             # vertices around the eyes
         seed: int = 0,
         device=None,         # where the poses shall live, for a march in torch; None: the kernel's, on the CPU
+        steps: int = 0,      # of the training, within which a window goes once around all frames at least
     ):
+        self.steps = steps
         self.data, self.deformer, self.widths, self.config, self.outer, self.lids = data, deformer, widths, config, outer, np.asarray(lids, int)
         order = np.random.default_rng([seed, 1]).permutation(np.flatnonzero(data.train))
         if len(order) == 0: raise InputError('this dataset has no frames to train on')
@@ -209,7 +211,7 @@ class FramePool:
     def content(self, slot: int, step: int) -> int:
         "Which frame a slot holds at a step."
         if self.room == len(self.order): return int(self.order[slot])
-        start = step//8        # to prepare a frame takes as long as several steps
+        start = max(step//8, step*len(self.order)//self.steps if self.steps else 0)     # no faster than need be: to prepare a frame takes as long as several steps
         return int(self.order[(start + (slot - start) % self.room) % len(self.order)])
 
     def load(self, slot: int, step: int) -> int:
@@ -422,7 +424,7 @@ class Trainer:
         self.avatar, self.steps, self.seed, self.log, self.every, self.log_every = avatar, steps, seed, log, every, log_every
         self.config = replace(avatar.config, samples=samples or avatar.config.samples)
         self.folder = None if folder is None else Path(folder)
-        self.pool = FramePool(data, avatar.deformer, avatar.widths, self.config, avatar.outer, avatar.lids, seed, None if avatar.device.type == 'cpu' else avatar.device)
+        self.pool = FramePool(data, avatar.deformer, avatar.widths, self.config, avatar.outer, avatar.lids, seed, None if avatar.device.type == 'cpu' else avatar.device, self.steps)
         self.condition = torch.from_numpy(avatar.clamped(data.condition)).to(avatar.device)
         c, field = self.config, avatar.field
         self.rates = [c.table_rate*lr_scale, c.network_rate*lr_scale]
@@ -435,9 +437,9 @@ class Trainer:
         self.occupancy = Occupancy(c.occupancy, device=avatar.device) if c.occupancy else None
         half = self.one_pass is None and field.matrix_type == torch.float16    # its gradients need scaling, or the small ones vanish
         self.scaler = torch.amp.GradScaler(avatar.device.type, enabled=half)
-        self.step, self.rows, self.halved, self.seconds = 0, [], 0, 0.
+        self.step, self.rows, self.halved = 0, [], 0
         self.recorded, self.ahead = None, (None, None)   # a step as a CUDA graph, or False where none can be made; a step's number and its batch, made ready while a GPU computes
-        self.sums = np.zeros(4)   # of loss, squared error, samples and steps, since the last row
+        self.sums = np.zeros(5)   # of loss, squared error, samples, steps and seconds, since the last row
 
     @property
     def trained(self) -> list:
@@ -524,7 +526,7 @@ class Trainer:
         self.scaler.step(self.optimiser, 1 - min(c.average, (1 + self.step)/(10 + self.step)))   # the average follows quickly at first, then with the configured inertia
         self.scaler.update()
         if self.scaler.is_enabled(): self.optimiser.zero_grad()    # a step that overflowed was left out, its gradients are still there
-        self.sums += [value, square, batch.jitter.size, 1]
+        self.sums[:4] += [value, square, batch.jitter.size, 1]
         return value
 
     def recover(self) -> None:
@@ -537,10 +539,10 @@ class Trainer:
         self.optimiser.state.clear()
         self.optimiser.zero_grad()
 
-    def report(self, seconds: float) -> None:
+    def report(self) -> None:
         "A row of the log; none where no step's loss was finite."
         if self.sums[3] == 0: return
-        loss, square, samples = self.sums[:3]/[self.sums[3], self.sums[3], 1]
+        loss, square, samples, seconds = self.sums[[0, 1, 2, 4]]/[self.sums[3], self.sums[3], 1, 1]
         row = dict(step=self.step, loss=round(float(loss), 6), psnr=round(-10*math.log10(max(float(square), 1e-10)), 3),
                    samples_per_second=round(float(samples)/max(seconds, 1e-6)), memory_mb=round(memory_mb(self.avatar.device)))
         self.sums[:] = 0
@@ -555,14 +557,13 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.key = self.identity()
             if not self.resume(): (self.folder/'log.jsonl').unlink(missing_ok=True)
-        saved, logged = time.monotonic(), time.monotonic()
+        saved = time.monotonic()
         for _ in progress(range(self.step, self.steps), self.steps - self.step, 'train'):
+            begin = time.monotonic()
             self.one()
+            self.sums[4] += time.monotonic() - begin
             self.step += 1
-            if self.step % self.log_every == 0 or self.step == self.steps:
-                now = time.monotonic()
-                self.report(now - logged)
-                logged = now
+            if self.step % self.log_every == 0 or self.step == self.steps: self.report()
             if self.folder is not None and (time.monotonic() - saved > self.every or self.step == self.steps):
                 self.checkpoint()
                 saved = time.monotonic()
@@ -571,10 +572,11 @@ class Trainer:
 # %% ../nbs/14_avatar.ipynb #c026
 @patch_to(Trainer)
 def identity(self) -> str:
-    "Hash of all that shapes a training; of the frames, it looks at 16 at most."
+    "Hash of all that shapes a training, the weights it begins with too; of the frames, it looks at 16 at most."
     data, some = self.pool.data, slice(None, None, -(-len(self.pool.data)//16))
     seen = {k: getattr(data, k)[some] for k in ARRAYS} | {k: getattr(data, k) for k in ('condition', 'c2w', 'K', 'train')}
-    return make_key(dict(steps=self.steps, seed=self.seed, before=self.before, rates=self.rates, config=self.config, data=seen), {})
+    weights = [p.detach().cpu().numpy() for p in self.avatar.field.parameters()]
+    return make_key(dict(steps=self.steps, seed=self.seed, before=self.before, rates=self.rates, config=self.config, data=seen, weights=weights), {})
 
 @patch_to(Trainer)
 def checkpoint(self) -> None:

@@ -71,6 +71,24 @@ def test_sixty_steps_are_thirty_and_thirty(head, film, trained, tmp_path):
     assert [r['step'] for r in rows] == list(range(1, 61)) == [json.loads(line)['step'] for line in open(tmp_path/'log.jsonl')]
 
 
+def test_speed_after_a_kill(head, film, tmp_path, monkeypatch):
+    "Samples of steps before the kill come with their seconds: here each step takes one."
+    clock = [0.]
+    def step(self, one=Trainer.one):
+        clock[0] += 1
+        return one(self)
+    monkeypatch.setattr(Trainer, 'one', step)
+    monkeypatch.setattr(avatar_module.time, 'monotonic', lambda: clock[0])
+    def stopped(self, checkpoint=Trainer.checkpoint):
+        checkpoint(self)
+        if self.step == 7: raise Killed
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(Trainer, 'checkpoint', stopped)
+        Avatar.create(head, film.shape, SMALL).fit(film, 8, folder=tmp_path, every=0, log_every=8)
+    rows = Avatar.create(head, film.shape, SMALL).fit(film, 8, folder=tmp_path, every=0, log_every=8)
+    assert [r['samples_per_second'] for r in rows] == [SMALL.rays*SMALL.samples]
+
+
 def test_finished_training_is_not_redone(head, film, tmp_path):
     a = Avatar.create(head, film.shape, SMALL)
     a.fit(film, 3, folder=tmp_path)
@@ -88,6 +106,16 @@ def test_another_training_in_the_same_folder_starts_anew(head, film, tmp_path, c
         b.fit(data, 3, folder=tmp_path, **more, log_every=1)
         assert same(a, b) and ('another training' in caplog.text) == (data is other)
         assert len((tmp_path/'log.jsonl').read_text().splitlines()) == 3
+
+
+def test_other_first_weights_are_another_training(head, film, tmp_path, caplog):
+    "An avatar of another seed does not go on from a killed one's checkpoint."
+    def kill(row): raise Killed
+    with pytest.raises(Killed): Avatar.create(head, film.shape, SMALL, seed=0).fit(film, 4, folder=tmp_path, every=0, log_every=3, log=kill)
+    a, b = (Avatar.create(head, film.shape, SMALL, seed=1) for _ in range(2))
+    a.fit(film, 4)
+    b.fit(film, 4, folder=tmp_path)
+    assert same(a, b) and 'another training' in caplog.text
 
 
 def test_data_are_the_same_from_disk(head, film, tmp_path):
@@ -137,6 +165,15 @@ def test_long_films_keep_a_window(head, film):
     assert seen == set(np.flatnonzero(film.train))
     fresh = FramePool(film, avatar.deformer, avatar.widths, avatar.config, avatar.outer)
     assert np.array_equal(Batch(pool, 59, 0).truth.rgb, Batch(fresh, 59, 0).truth.rgb)     # a resumed training draws the same
+
+
+def test_a_short_training_goes_once_around_a_long_film(head, film):
+    avatar = Avatar.create(head, film.shape, AvatarConfig(rays=64, samples=4, frames=2, cache=2, field=SMALL.field))
+    pool = Trainer(avatar, film, 18, None, None, 0, 1., 1e9, 10**9).pool
+    window = lambda step: [pool.content(slot, step) for slot in range(pool.room)]
+    assert pool.room == 2
+    for i in np.flatnonzero(film.train): assert sum(i in window(step) for step in range(18)) == 18*2//6      # each as long as any other
+    assert all(len(set(window(step))) == 2 for step in range(18))
 
 
 def test_no_rays_beyond_the_films_picture(head, film):
