@@ -675,7 +675,7 @@ def render_image(self,
     translation=None,     # metres, [3]
     camera: Camera = None,
     background=None,      # colour, [3] or one number; None: transparent
-    samples: int = None,  # a ray; None: as in training
+    samples: int = None,  # a ray, of which a picture has `render.FINE` times as many; None: training's
 ) -> np.ndarray:          # straight RGBA, float32 [H, W, 4]
     "One picture."
     row = lambda a, *s: np.zeros((1, *s), np.float32) if a is None else np.asarray(a, np.float32).reshape(1, *s)
@@ -688,7 +688,7 @@ def render(self,
     camera,               # `Camera` in the world, or one for each frame
     frames=None,          # indices; None: all
     background=None,      # colour, [3] or one number; None: transparent
-    samples: int = None,  # a ray; None: as in training
+    samples: int = None,  # a ray, of which a picture has `render.FINE` times as many; None: training's
 ) -> Iterator:            # straight RGBA, float32 [H, W, 4]
     "The avatar performing a motion."
     if motion.basis != self.head.name: raise InputError(f"this motion speaks the expressions '{motion.basis}', the avatar '{self.head.name}'; retarget it first")

@@ -205,9 +205,10 @@ def widen_band(
     "Let the band cover the mattes."
     widths, shares = np.array(widths, np.float32), []
     step = max(1, alphas[0].shape[0]//size)
-    small = [c.resized(a[::step, ::step].shape[1], a[::step, ::step].shape[0]) for c, a in zip(cameras, alphas)]
+    alphas = [a[step//2::step, step//2::step] for a in alphas]
+    small = [c.resized(a.shape[1], a.shape[0]) for c, a in zip(cameras, alphas)]
     for _ in range(rounds + 1):
-        found = [_requests(v, faces, widths, loose, c, a[step//2::step, step//2::step], outer, margin) for v, c, a in zip(vertices, small, alphas)]
+        found = [_requests(v, faces, widths, loose, c, a, outer, margin) for v, c, a in zip(vertices, small, alphas)]
         shares.append(float(np.mean([s for _, s in found])))
         if shares[-1] <= enough or len(shares) > rounds: break
         need = _spread(np.max([n for n, _ in found], axis=0), np.asarray(vertices[0]), loose, .03)
@@ -324,7 +325,7 @@ HAZE = np.float32(.01)   # opacity that a scout overlooks (.02: a decibel less a
 RIM = np.float32(.6)   # of a scout's step, around what it saw
 SOLID = .9  # opacity of what should have no holes
 HOLE = .04  # half the width of a hole that is looked at again, of the picture's height
-FINE = 1.75 # as many samples a ray has a picture's grid as the scouts'
+FINE = 1.75 # as many samples a ray has a picture as training, and the scouts
 
 # %% ../nbs/13_render.ipynb #c025
 NEAR, SPLIT, KNEE_AT, FRONT, BEHIND, LENGTH = range(6, 12)   # of a row of rays, after origin and direction: see `_as_rows`
@@ -660,7 +661,8 @@ def _view_scouted(field, deformer, poses, camera, band, samples, condition, appe
 def _view_torch(field, deformer, poses, o, d, limits, samples, condition, appearance) -> np.ndarray:
     "Straight RGBA of rays [R, 4] by the training path."
     out, device = [], field.grid.params.device
-    chunk = 32768 if device.type == 'cuda' and resolve_backend(field.config.backend, device) == 'triton' else 8192     # INSTA's features are then 400 MB; torch's grid needs many times as much
+    points = 400_000 if device.type == 'cuda' and resolve_backend(field.config.backend, device) == 'triton' else 100_000     # INSTA's features are then 400 MB; torch's grid needs many times as much
+    chunk = max(1, points//samples)
     condition = torch.as_tensor(np.asarray(condition, np.float32)).to(device)
     for k in range(0, len(o), chunk):
         s = slice(k, k + chunk)
@@ -679,7 +681,7 @@ def render_view(
     camera: Camera,           # in the vertices' space
     widths,                   # of the band, metres, [V]
     condition,                # what the field is told about the frame, [C]
-    samples: int = 12,        # a ray
+    samples: int = 12,        # a ray, as in training; `auto` looks `FINE` times as finely on every device, unless there shall be no scouts
     appearance=None,          # torch [A]
     back: float = .012,       # metres
     outer=None,               # triangles that are pushed out
@@ -694,6 +696,7 @@ def render_view(
     fast = backend == 'numba' or backend == 'auto' and isinstance(field, Field) and device.type == 'cpu' and not field.config.offset   # the kernel moves no points
     poses = deformer.poses(vertices, None if fast or device.type == 'cpu' else device)
     if fast and scouts and min(H, W) >= 96: return _view_scouted(field, deformer, poses, camera, band, samples, condition, appearance)
+    if scouts and backend == 'auto': samples = round(FINE*samples)       # how sharp a picture is shall depend neither on the device nor on its size
     out = np.zeros((H*W, 4), np.float32)
     o, d = camera.rays(np.stack([pixels % W + .5, pixels//W + .5], 1).astype(np.float32))
     if fast: out[pixels] = _view_fast(field, deformer, poses, o, d, band.at(pixels), samples, condition=condition, appearance=appearance)[0]

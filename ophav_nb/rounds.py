@@ -52,7 +52,7 @@ class RoundsConfig:
     render_frames: int = 150         # renders that a round trains on
     new_share: float = .3            # of these, new combinations of expression and view
     replay: float = .3               # of the poses that a later round renders, the share whose coarse frames it sees again: expressions do not drift
-    samples: int|None = None         # of a ray in renders; None: the avatar's own
+    samples: int|None = None         # of a ray in renders, as for `Avatar.render`; None: the avatar's own
     check_frames: int = 16           # frames that the measures look at
     avatar: AvatarConfig|None = None # None: AvatarConfig()
 

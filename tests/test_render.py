@@ -101,6 +101,32 @@ def test_scouts_find_the_head(scene):
     assert np.square(see(samples=12) - see(samples=24, scouts=False)).mean() < 2e-5   # 47 dB
 
 
+def test_every_device_looks_as_finely(scene):
+    "What torch shows where the kernel cannot has as many samples as a picture by scouts; small pictures, too."
+    head, rest, _, widths = scene
+    torch.manual_seed(0)
+    still = Field(field_config(levels=4, log2_size=10, surface=6., precision='float32'))
+    moving = Field(field_config(levels=4, log2_size=10, surface=6., precision='float32', offset=8))     # as long as nothing is learned it moves nothing, but the kernel does not know
+    with torch.no_grad():
+        still.grid.params.normal_(0, .1)
+        still.density_network[-1].bias[0] = 4.
+        moving.load_state_dict(still.state_dict(), strict=False)
+    deformer = Deformer(head.canonical().numpy(), head.faces, mouth_amount(head, rest))
+    see = lambda field, size, **how: (lambda r: r[..., :3]*r[..., 3:] + 1 - r[..., 3:])(render_view(field, deformer, rest, studio_camera(size), widths, np.zeros(16), **how))
+    assert np.array_equal(see(moving, 40), see(moving, 40, samples=21, backend='torch')) and np.array_equal(see(still, 40), see(still, 40, samples=21, backend='numba'))
+    large = see(moving, 128)
+    assert np.array_equal(large, see(moving, 128, samples=21, backend='torch')) and np.square(large - see(still, 128)).mean() < 2e-5
+
+
+@pytest.mark.parametrize('size', [128, 257, 385])
+def test_the_band_widens_at_any_size(scene, size):
+    head, rest, loose, widths = scene
+    y, x = (np.mgrid[:size, :size] + .5)/size
+    matte = np.where((y - .35)**2 + (x - .5)**2 < .33**2, 255, 0).astype(np.uint8)
+    _, before, after = widen_band(widths, loose, [rest], [studio_camera(size)], [matte], head.faces)
+    assert after < .5*before
+
+
 def test_interpolated_way_to_canonical_space(scene):
     "Carrying every third sample, and more where the way bends, gives nearly the picture of carrying all."
     head, rest, _, widths = scene
