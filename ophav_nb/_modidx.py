@@ -658,6 +658,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ophav_nb.field.Field.moved': ('field.html#field.moved', 'ophav_nb/field.py'),
                                 'ophav_nb.field.Field.networks': ('field.html#field.networks', 'ophav_nb/field.py'),
                                 'ophav_nb.field.FieldConfig': ('field.html#fieldconfig', 'ophav_nb/field.py'),
+                                'ophav_nb.field.FieldConfig.__post_init__': ('field.html#fieldconfig.__post_init__', 'ophav_nb/field.py'),
                                 'ophav_nb.field.fast_bfloat16': ('field.html#fast_bfloat16', 'ophav_nb/field.py'),
                                 'ophav_nb.field.field_config': ('field.html#field_config', 'ophav_nb/field.py'),
                                 'ophav_nb.field.matrix_type': ('field.html#matrix_type', 'ophav_nb/field.py'),

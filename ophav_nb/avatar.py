@@ -100,8 +100,11 @@ def read_recipe(
     text: str,   # e.g. 'mouth_weight=40, condition=mouth': settings of `AvatarConfig` and `FieldConfig`, with commas; '': none
 ) -> dict:       # by name, each in its setting's type; for `AvatarConfig.preset`
     "What of the training is to be done otherwise, in words of a command line."
-    known = {k: f for c in (AvatarConfig, FieldConfig) for k, f in c.__dataclass_fields__.items() if k not in ('field', 'backend')}
-    return dict(_setting(part, known) for part in text.split(',') if part.strip())
+    known = {k: f for c in (AvatarConfig, FieldConfig) for k, f in c.__dataclass_fields__.items() if k not in ('field', 'backend', 'condition_size')}
+    out = dict(_setting(part, known) for part in text.split(',') if part.strip())
+    try: AvatarConfig.preset(**out)     # what cannot be is said before any work
+    except InputError as cause: raise InputError(f'recipe: {cause}') from cause
+    return out
 
 def _setting(part: str, known: dict) -> tuple:
     "Name and value of one setting."

@@ -18,6 +18,7 @@ from torch import nn
 
 # %% ../nbs/11_field.ipynb #c005
 from .encoding import Backend, HashGrid, spherical_harmonics
+from .run import InputError
 
 # %% ../nbs/11_field.ipynb #c006
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class FieldConfig:
     outputs: int = 16           # of the density network: the density's logarithm, then features
     degree: int = 3             # bands of spherical harmonics; 0: colour does not depend on the direction
     condition: Literal['mouth', 'everywhere', 'none'] = 'everywhere'  # where the field is told the mouth's shape
-    condition_size: int = 16    # numbers
+    condition_size: int = 16    # numbers: as many as `HeadModel.condition` gives
     condition_rest: float = 0.  # what samples away from the mouth are told instead (INSTA: ones)
     appearance: int = 0         # numbers a training frame may use to explain its own light; 0: none
     offset: int = 0             # hidden units of a network that moves the points: what the mesh does not do (hair, teeth, glasses); 0: none
@@ -46,6 +47,11 @@ class FieldConfig:
     bias: bool = True           # tiny-cuda-nn's networks have none
     precision: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of torch's matrix products; auto: what the hardware is built for; the CPU's own kernels are always single
     backend: Backend = 'auto'   # of the grid
+
+    def __post_init__(self):
+        for name, fits, allowed in (('features', self.features in (1, 2, 4, 8), '1, 2, 4 or 8'), ('log2_size', 1 <= self.log2_size <= 24, '1 to 24'),
+                                    ('scale', self.scale >= 1, 'a number from 1 on'), ('degree', 0 <= self.degree <= 4, '0 to 4')):
+            if not fits: raise InputError(f'{name}={getattr(self, name)} cannot be; give {name} {allowed}')
 
 PRESETS = dict(lean=dict(), paper=dict(levels=16, features=8, log2_size=18, scale=1.3046, density_layers=2, colour_layers=3, degree=4,
                                        condition='mouth', condition_rest=1., surface=0., bias=False))

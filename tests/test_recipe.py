@@ -239,6 +239,8 @@ def test_a_recipe_in_words():
 
 
 @pytest.mark.parametrize("text, said", [("mouth_wait=4", "did you mean mouth_weight"), ("rays=0", "from 1 on"), ("rays=1.5", "whole number"), ("decay=nan", "number from 0"),
-                                        ("blend=maybe", "true or false"), ("condition=all", "mouth, everywhere, none"), ("backend=torch", "no setting"), ("rays", "whole number")])
+                                        ("blend=maybe", "true or false"), ("condition=all", "mouth, everywhere, none"), ("backend=torch", "no setting"), ("rays", "whole number"),
+                                        ("condition_size=8", "no setting"), ("features=3", "recipe: features=3 .*1, 2, 4 or 8"), ("scale=0", "scale=0.0 .*from 1 on"), ("degree=5", "degree=5 .*0 to 4"),
+                                        ("log2_size=64", "log2_size=64 .*1 to 24")])
 def test_a_recipe_that_is_none(text, said):
     with pytest.raises(InputError, match=said): read_recipe(text)
