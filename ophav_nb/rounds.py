@@ -32,7 +32,7 @@ from .media import on_background, resize, to_float, to_uint8, write_image
 from .metrics import (flicker, head_mask, identity_distance, identity_embedding, known_mean, landmark_distance, measures_json, psnr,
                               sharpness, sharpness_mask)
 from .restore import frame_context, make_restorer
-from .run import InputError, Run, progress, write_atomic
+from .run import InputError, Run, make_key, progress, write_atomic
 
 # %% ../nbs/17_rounds.ipynb #c006
 log = logging.getLogger(__name__)
@@ -299,6 +299,34 @@ class Rounds:
 
     def name(self, k: int, part: str) -> str: return f'rounds/{k}/{part}'
 
+    # ---- what each part is made from
+
+    def made_from(self, k: int, part: str) -> tuple[list[str], dict]:
+        "Artifacts and parameters that a part of round k depends on."
+        c, its, last = self.config, lambda part: self.name(k, part), lambda part: [self.name(k - 1, part)] if k else []
+        if part == 'renders': return last('avatar'), dict(frames=len(self.plan(k).source), new_share=c.new_share, seed=self.seed, samples=c.samples) | self.given_portrait
+        if part == 'restored': return [its('renders')], dict(restorer=c.restorer_name, settings=c.settings, silhouettes='own')     # those of older runs were made crisper, and are redone
+        if part == 'dataset': return [its('restored')], dict(replay=c.replay) | ({} if self.coarse_params.get('parser', 'default') == 'default' else dict(codes='coarse'))
+        if part == 'avatar': return [its('dataset')] + last('avatar'), dict(steps=c.steps if k else c.steps0, lr_scale=c.lr_scale if k else 1., finer=c.finer if k else 1., seed=self.seed, avatar=c.avatar)
+        return [its('avatar')] + last('check'), dict(frames=c.check_frames) | ({} if c.samples is None else dict(samples=c.samples)) | self.given_portrait
+
+    @property
+    def coarse_params(self) -> dict:
+        "What the coarse dataset was made by."
+        return self.run.manifest(self.name(0, 'dataset')).get('params', {})
+
+    @property
+    def given_portrait(self) -> dict:
+        "The portrait's digest where the coarse frames were given, too: those that a command makes come from the portrait, and tell of it."
+        p = self.portrait
+        return dict(portrait=make_key(dict(image=p.image, matte=p.matte, track=p.track), {})) if 'digest' in self.coarse_params else {}
+
+    def make(self, k: int, part: str, build: Callable) -> Path: return self.run.make(self.name(k, part), build, *self.made_from(k, part))
+
+    def is_made(self, k: int) -> bool:
+        "Is all of a later round there, as it would be made now?"
+        return all(self.run.current(self.name(k, part), *self.made_from(k, part)) for part in ('renders', 'restored', 'dataset', 'avatar', 'check'))
+
     @property
     def check(self) -> Check:
         "Made when it is first needed: a finished run needs no detector."
@@ -319,8 +347,7 @@ class Rounds:
             render_plan(folder, avatar, plan.motion, self.camera, self.config.samples, f'round {k}: render')
             if not (folder/'portrait.png').exists():
                 write_image(folder/'portrait.png', to_uint8(next(iter(avatar.render(self.portrait_motion, self.portrait_camera, samples=self.config.samples)))))
-        return self.run.make(self.name(k, 'renders'), build, [self.name(k - 1, 'avatar')],
-                             dict(frames=len(plan.source), new_share=self.config.new_share, seed=self.seed, samples=self.config.samples))
+        return self.make(k, 'renders', build)
 
     def plan(self, k: int) -> Plan:
         "What round k renders: of the frames that show the face."
@@ -356,7 +383,7 @@ class Rounds:
                     image = restore(np.asarray(Image.open(source/f'{i:05d}.png')), self.context(plan.motion, i, self.camera))
                     yield finish_alpha(image, self.dataset.alpha[plan.source[i]]) if plan.known[i] else image      # made crisper, a new pose's rim cost .06 dB; by itself it does not soften (measured)
             write_frames(folder, len(plan.source), frames, f'round {k}: restore')
-        return self.run.make(self.name(k, 'restored'), build, [self.name(k, 'renders')], dict(restorer=self.config.restorer_name, settings=self.config.settings, silhouettes='own'))     # those of older runs were made crisper, and are redone
+        return self.make(k, 'restored', build)
 
     def data(self, k: int) -> HeadDataset:
         "What round k trains on."
@@ -365,12 +392,14 @@ class Rounds:
         known = np.flatnonzero(plan.known)
         again = known[np.linspace(0, len(known) - 1, round(self.config.replay*len(known))).round().astype(int)]
         motion = Motion.concat([plan.motion, plan.motion[again]]) if len(again) else plan.motion
+        frame, seen = np.r_[plan.source, plan.source[again]], np.r_[plan.known, plan.known[again]]     # the coarse frame of each; is it of the same pose?
         def frames(start):
             for i in range(start, len(motion)):
-                yield np.asarray(Image.open(source/f'{i:05d}.png')) if i < len(plan.source) else coarse.rgba(int(plan.source[again[i - len(plan.source)]]))
+                image = np.asarray(Image.open(source/f'{i:05d}.png')) if i < len(plan.source) else coarse.rgba(int(frame[i]))
+                yield (image, coarse.parsing[frame[i]]) if seen[i] else image     # what is what in it: a parser may have told; in a new pose the mesh tells
         def build(folder):
             HeadDataset.from_frames(frames, motion, coarse.shape, self.camera, self.model, folder=folder, size=coarse.height, known=coarse.known(0), offset=coarse.offset)
-        return HeadDataset.load(self.run.make(self.name(k, 'dataset'), build, [self.name(k, 'restored')], dict(replay=self.config.replay)), self.head)
+        return HeadDataset.load(self.make(k, 'dataset', build), self.head)
 
     # ---- the avatar of round k
 
@@ -387,8 +416,7 @@ class Rounds:
             write_atomic(log_path, ''.join(json.dumps(row) + '\n' for row in rows))
             avatar.save(folder)
             shutil.rmtree(folder/'state', ignore_errors=True)
-        needs = [self.name(k, 'dataset')] + ([self.name(k - 1, 'avatar')] if k else [])
-        return self.run.make(self.name(k, 'avatar'), build, needs, dict(steps=steps, lr_scale=config.lr_scale if k else 1., finer=config.finer if k else 1., seed=self.seed, avatar=config.avatar))
+        return self.make(k, 'avatar', build)
 
     def measure(self, k: int) -> dict:
         "Renders of the check's frames, and the round's numbers."
@@ -403,8 +431,7 @@ class Rounds:
             np.save(folder/'faces.npy', faces)
             np.save(folder/'numbers.npy', check.frames)
             write_atomic(folder/'metrics.json', measures_json(row))
-        needs = [self.name(k, 'avatar')] + ([self.name(k - 1, 'check')] if k else [])
-        folder = self.run.make(self.name(k, 'check'), build, needs, dict(frames=self.config.check_frames) | ({} if self.config.samples is None else dict(samples=self.config.samples)))
+        folder = self.make(k, 'check', build)
         text = (folder/'metrics.json').read_text()
         write_atomic(self.run.path(self.name(k, 'metrics.json')), text)
         return json.loads(text)
@@ -469,7 +496,7 @@ def run_rounds(
     for k in range(config.rounds + 1):
         results.append(rounds.round(k))
         chosen, reason = choose_round([r.metrics for r in results])
-        if 0 < config.patience <= k - chosen and k < config.rounds and not run.has(rounds.name(k + 1, 'check')):      # what is there already counts
+        if 0 < config.patience <= k - chosen and k < config.rounds and not rounds.is_made(k + 1):      # what is there already counts
             reason += f"; so no further round was tried, of {config.rounds}"
             break
     log.info('%s', reason)

@@ -394,6 +394,10 @@ class Run:
         files = self.manifest(name).get("files")
         return files is not None and all((p := self.folder/name/f).is_file() and p.stat().st_size == size for f, size in files.items())
 
+    def current(self, name: str, needs: Iterable[str] = (), params: dict|None = None) -> bool:
+        "Is this artifact complete, and made from these others as they are now, and these parameters? Then `make` would keep it."
+        return self.manifest(name).get("key") == make_key(params or {}, {n: self.manifest(n).get("key") for n in needs}) and self.has(name)
+
     def stale(self, name: str) -> list[str]:
         "Which artifacts that this one was made from have been made anew since (one that was deleted has not)."
         out = []
@@ -410,11 +414,12 @@ class Run:
         params: dict|None = None,              # what else its content depends on
     ) -> Path:                                 # the complete folder
         "The artifact's folder, built now unless it was made before from the same parameters."
+        needs = list(needs)
         needed = {n: self.manifest(n).get("key") for n in needs}
         if None in needed.values(): raise KeyError(f"{name} needs {[n for n, k in needed.items() if k is None]}: make them first")
         key, final, partial = make_key(params or {}, needed), self.folder/name, self.folder/f"{name}.partial"
         with self:
-            if self.manifest(name).get("key") == key and self.has(name):
+            if self.current(name, needs, params):
                 self.log.info("%s: kept", name)
                 self._describe()
                 return final

@@ -119,6 +119,41 @@ def test_what_a_film_does_not_show_stays_unknown(tmp_path, stage, coarse):
     assert 3 not in made.plan(1).source and len(set(made.plan(1).source)) == FRAMES - 1
 
 
+def test_a_parsers_codes_stay(tmp_path, stage, coarse):
+    "In poses of the coarse film, also where it is replayed; a new pose has the mesh's."
+    parsing = np.where((coarse.alpha >= 128) & (np.arange(SIZE) < SIZE//2), np.uint8(55), coarse.parsing)
+    film, run = replace(coarse, parsing=parsing), Run(tmp_path/'run', {})
+    stage.go(run, film, rounds=1, replay=.5)
+    later, made = HeadDataset.load(run.path('rounds/1/dataset'), HEAD), rounds.Rounds(run, film, stage.portrait, HEAD, RoundsConfig(render_frames=6))
+    plan = made.plan(1)
+    known = [*np.flatnonzero(plan.known), *range(len(plan.source), len(later))]
+    assert len(known) == plan.known.sum() + 2
+    for i in known[:-2]: assert (later.parsing[i] == film.parsing[plan.source[i]]).all()
+    assert all((later.parsing[i] == 55).any() for i in known) and not any((later.parsing[i] == 55).any() for i in np.flatnonzero(~plan.known))
+    plain = Run(tmp_path/'plain', {})                                              # without a parser nothing changes: its names are the mesh's
+    stage.go(plain, rounds=1)
+    assert (HeadDataset.load(plain.path('rounds/1/dataset'), HEAD).parsing[:4] == coarse.parsing[plan.source[:4]]).all() and plan.known[:4].all()
+    command = Run(tmp_path/'command', {})
+    for parser, params in (('default', dict(replay=.3)), ('bisenet', dict(replay=.3, codes='coarse'))):
+        command.make('rounds/0/dataset', lambda folder: coarse.save(folder), params=dict(size=SIZE, parser=parser))
+        assert rounds.Rounds(command, coarse, stage.portrait, HEAD, RoundsConfig()).made_from(1, 'dataset')[1] == params
+
+
+def test_another_portrait_is_another_check(tmp_path, stage, coarse):
+    "Where nothing else tells of it: a command's coarse frames come from the portrait."
+    run, portrait = Run(tmp_path/'run', {}), stage.portrait
+    stage.go(run, rounds=1)
+    calls = len(stage.calls)
+    stage.go(run, rounds=1)
+    assert len(stage.calls) == calls
+    portrait.image = 255 - portrait.image
+    stage.go(run, rounds=1)
+    assert len(stage.calls) == calls + 2 and len(FakeAvatar.trained) == 3          # both checks; round 1 was restored by another portrait
+    run = Run(tmp_path/'command', {})
+    run.make('rounds/0/dataset', lambda folder: coarse.save(folder), params=dict(size=SIZE))
+    assert not rounds.Rounds(run, coarse, portrait, HEAD, RoundsConfig()).given_portrait
+
+
 def test_check_numbers():
     numbers, spread = check_numbers(6, 8)
     assert list(numbers) == [0, 2, 3, 5, 1, 2, 3, 4] and spread == 4 and len(check_numbers(300, 16)[0]) == 16
@@ -201,6 +236,17 @@ def test_a_round_that_brings_nothing_ends_them(tmp_path, stage, monkeypatch):
         choice = json.loads(run.path('rounds', 'choice.json').read_text())
         assert (len(results), number) == (tried, chosen) and ('no further round was tried' in choice['reason']) == (tried <= how['rounds']) and len(choice['rounds']) == tried
     with pytest.raises(InputError, match='patience'): stage.go(Run(tmp_path/'x', {}), patience=-1)
+
+
+def test_rounds_of_other_parameters_do_not_count(tmp_path, stage, monkeypatch):
+    "A second round that was made otherwise is no reason to make it again."
+    monkeypatch.setattr(rounds, 'measure_round', lambda check, shown, *a: (dict(identity_distance=.3, landmark_drift=1., sharpness=10.), np.zeros((len(shown), 128))))
+    run = Run(tmp_path/'run', {})
+    assert len(stage.go(run, patience=0)[0]) == 3
+    assert len(stage.go(run)[0]) == 3                                              # it is there already
+    trained = len(FakeAvatar.trained)
+    def as_it_is(render, context): return render
+    assert len(stage.go(run, restorer=as_it_is)[0]) == 2 and len(FakeAvatar.trained) == trained + 1
 
 
 def test_samples_of_renders_are_part_of_the_check(tmp_path, stage):
