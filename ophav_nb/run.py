@@ -161,7 +161,8 @@ def pick_device(
     "The device to compute on: CUDA if there is one and 'auto' is asked for."
     import torch
     if device == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda", "mps"): raise InputError(f"unknown device '{device}'; choose auto, cpu, or cuda")
+    if device.split(":")[0] == "mps": raise InputError(f"--device {device}: Apple's GPUs have no double precision, which the hash grid needs; use --device cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"): raise InputError(f"unknown device '{device}'; choose auto, cpu, or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
     return device

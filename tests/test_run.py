@@ -16,7 +16,7 @@ import pytest
 
 from ophav_nb import run as run_module
 from ophav_nb.inspect import RunView
-from ophav_nb.run import InputError, Run, make_key, plain, remove_scraps, side_by_side, write_atomic
+from ophav_nb.run import InputError, Run, make_key, pick_device, plain, remove_scraps, side_by_side, write_atomic
 
 
 def child(code, *args):
@@ -263,6 +263,22 @@ def test_damaged_notes_are_said_or_made_anew(tmp_path, text):
     (run.path("b.partial", "partial.json")).write_text(text)
     again.make("b", built.append)
     assert len(built) == 1 and again.has("b")
+
+
+def test_devices():
+    assert pick_device("cpu") == "cpu" and pick_device() in ("cpu", "cuda")
+    with pytest.raises(InputError, match="no double precision"): pick_device("mps")
+    with pytest.raises(InputError, match="unknown device"): pick_device("tpu")
+
+
+def test_what_is_current(tmp_path):
+    run, write = Run(tmp_path/"r", {}), lambda folder: (folder/"x").write_text("x")
+    for name, needs in (("a", []), ("b", ["a"])): run.make(name, write, needs, dict(n=1))
+    assert run.current("b", ["a"], dict(n=1)) and not run.current("b", ["a"], dict(n=2)) and not run.current("c")
+    run.make("a", write, params=dict(n=2))
+    assert not run.current("b", ["a"], dict(n=1))
+    (tmp_path/"r"/"a"/"x").unlink()
+    assert not run.current("a", params=dict(n=2))
 
 
 def test_side_by_side():
