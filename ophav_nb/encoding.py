@@ -400,6 +400,10 @@ def gpu_kernels(
     if cause is not None: gpu._cause = cause
     return cause is None
 
+def _no_kernels():
+    "Why `gpu_kernels` do not serve."
+    return gpu._cause or ('this GPU is too old for them' if torch.cuda.is_available() else 'torch sees no GPU')
+
 def resolve_backend(
     backend: Backend,     # what was asked for
     device='cpu',         # where the parameters live
@@ -411,14 +415,14 @@ def resolve_backend(
     if backend in ('tcnn', 'triton'):
         if kind != 'cuda': raise ValueError(f"backend '{backend}' computes on a CUDA device, but the parameters are on {kind}; use 'auto'")
         tcnn.Encoding if backend == 'tcnn' else gpu.grid_features   # raises the cause
-        if backend == 'triton' and not gpu_kernels(device): raise ImportError(f"backend 'triton': our kernels do not run on this GPU ({gpu._cause or 'it is too old'}); use 'auto'")
+        if backend == 'triton' and not gpu_kernels(device): raise ImportError(f"backend 'triton': our kernels do not run here ({_no_kernels()}); use 'auto'")
     if backend != 'auto': return backend
     if kind in ('cpu', 'meta'): chosen = 'numba'
     elif gpu_kernels(device): chosen = 'triton'        # before tinycudann, beside whose grid nothing can be recorded: see `gpu`
     elif kind == 'cuda' and tcnn: chosen = 'tcnn'
     else:
         chosen = 'torch'
-        if kind == 'cuda': _warn_once(f'neither Triton ({gpu._cause or "this GPU is too old for it"}) nor tinycudann ({tcnn._cause}) is usable: grid and march run as plain torch operations, much slower')
+        if kind == 'cuda': _warn_once(f'neither Triton ({_no_kernels()}) nor tinycudann ({tcnn._cause}) is usable: grid and march run as plain torch operations, much slower')
     _log_once(f'hash grid on {kind}: {chosen}')
     return chosen
 
@@ -462,7 +466,7 @@ class HashGrid(nn.Module):
     def forward(self,
         x,  # positions, [..., 3]
     ):      # features, [..., L F]
-        "Encode positions. Gradients with respect to positions come from the torch reference, whichever backend was chosen."
+        "Encode positions. Where their own gradients are asked for, the torch reference stands in for numba and triton, which have none; tinycudann has its own."
         backend, flat = resolve_backend(self.backend, self.params.device), x.reshape(-1, 3)
         if flat.requires_grad and torch.is_grad_enabled() and backend in ('numba', 'triton'):
             _log_once('gradients of positions were asked for: the hash grid runs as torch operations')

@@ -71,6 +71,11 @@ def test_who_computes_on_a_gpu(monkeypatch):
     from ophav_nb import encoding
     assert not encoding.gpu_kernels('cpu') and not encoding.gpu_kernels('meta')
     with pytest.raises(ValueError, match='CUDA'): encoding.resolve_backend('triton', 'cpu')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with monkeypatch.context() as m:                                     # a machine with Triton, but no GPU
+        m.setitem(sys.modules, 'ophav_nb.gpu', SimpleNamespace(grid_features=None))
+        m.setattr(encoding, 'gpu', encoding._Lazy('ophav_nb.gpu', 'hint'))
+        with pytest.raises(ImportError, match='sees no GPU'): encoding.resolve_backend('triton', 'cuda')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     fine, broken = (SimpleNamespace(trial=lambda device, cause=cause: cause, grid_features=None) for cause in (None, OSError('no compiler')))
     for capability, module, expected in (((9, 0), fine, 'triton'), ((6, 1), fine, 'torch'), ((9, 0), broken, 'torch'), ((9, 0), None, 'torch')):
