@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'EYES', 'LIDS', 'GFPGAN', 'TEMPLATE', 'BORDER', 'Mask', 'FrameContext', 'Restorer', 'frame_context',
-           'no_restoration', 'Look', 'Sheet', 'face_mask', 'laplacian', 'gain_to_sharpness', 'DetailConfig',
+           'no_restoration', 'Look', 'Sheet', 'oval_mask', 'laplacian', 'gain_to_sharpness', 'DetailConfig',
            'DetailRestorer', 'gfpgan_network', 'load_gfpgan', 'to_template', 'GfpganRestorer', 'make_restorer']
 
 # %% ../nbs/15_restore.ipynb #c002
@@ -193,12 +193,12 @@ def _polygon(points, shape, grow=1.):
     return polygon2mask(shape, p[:, ::-1] - .5)
 
 
-def face_mask(
+def oval_mask(
     landmarks: np.ndarray,   # px, [478, 2]
     shape: tuple[int, int],  # height, width
     grow: float = 1.,        # of the face oval about its centre
 ) -> np.ndarray:             # bool [H, W]
-    "The face inside its oval of landmarks."
+    "The face inside its oval of landmarks, grown about its centre (`metrics.face_mask` moves the rim by pixels)."
     return _polygon(landmarks[OVAL], shape, grow)
 
 # %% ../nbs/15_restore.ipynb #c015
@@ -261,7 +261,7 @@ class DetailRestorer:
         self.sheet = Sheet(self.alpha, context, head.faces, ~inside, scalp, self.config.step)
         self.weight, self.eye_areas, self.mouth_area = self._weights()
         shown = on_background(np.concatenate([self.image, self.alpha[..., None]], -1))
-        self.target = float(laplacian(shown)[self._sharpness_mask(context.landmarks)].var())*self.config.sharpness
+        self.target = float(laplacian(shown)[self._target_mask(context.landmarks)].var())*self.config.sharpness
         self.detail = None
 
     def _weights(self):
@@ -280,10 +280,10 @@ class DetailRestorer:
         away = ndimage.distance_transform_edt(~_polygon(points[OUTER_LIPS], shape))
         return weight, eyes, _ramp(away, .30*self.sheet.eyes, .08*self.sheet.eyes)
 
-    def _sharpness_mask(self, landmarks, shape=None):
-        "Inside the face, without the mouth."
+    def _target_mask(self, landmarks, shape=None):
+        "Where the target and its frames are measured: inside the face, without the mouth. `metrics.sharpness_mask` is another one: the guard's numbers are not these."
         shape = shape or self.alpha.shape
-        return face_mask(landmarks, shape, .85) & ~_polygon(landmarks[OUTER_LIPS], shape, 1.25)
+        return oval_mask(landmarks, shape, .85) & ~_polygon(landmarks[OUTER_LIPS], shape, 1.25)
 
     def _eye_state(self, context):
         "Lid gap over eye width, and gaze, of each eye."
@@ -338,7 +338,7 @@ class DetailRestorer:
         image = to_float(render)
         detail, weight = self.layer(context)
         detail = detail*(weight*_ramp(image[..., 3], .5, .9))[..., None]
-        mask = self._sharpness_mask(context.landmarks, image.shape[:2]) & (weight > .5)   # what it cannot mend must not raise the gain
+        mask = self._target_mask(context.landmarks, image.shape[:2]) & (weight > .5)   # what it cannot mend must not raise the gain
         if not mask.any(): return to_uint8(image)
         shown = on_background(image)
         gain = gain_to_sharpness(laplacian(shown)[mask], laplacian(detail)[mask], self.target, self.config.gain)
@@ -467,7 +467,7 @@ class GfpganRestorer:
         if self.mask == 'parsenet':    # as GFPGAN's own tool: what the network calls head, its edge softened
             soft = paste_mask(self.parser, to_uint8(resize(restored, 512))[None], self.half)[0]
             return _sample_affine(soft[..., None], to_face*(512/self.size), alpha.shape, 0.)[..., 0]
-        inside = face_mask(landmarks, alpha.shape)
+        inside = oval_mask(landmarks, alpha.shape)
         if self.mask == 'parsing': inside = ~np.isin(parsing(landmarks, alpha), (CODES['background'], CODES['cloth']))
         eyes = np.linalg.norm(landmarks[468] - landmarks[473])
         return _ramp(ndimage.distance_transform_edt(inside), 1, 1 + self.feather*eyes)

@@ -6,7 +6,7 @@ from scipy import ndimage
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, rasterize
 from ophav_nb.head import HeadModel
 from ophav_nb.media import on_background, to_float, to_uint8
-from ophav_nb.restore import (EYES, DetailConfig, DetailRestorer, face_mask, frame_context, laplacian,
+from ophav_nb.restore import (EYES, DetailConfig, DetailRestorer, oval_mask, frame_context, laplacian,
                               make_restorer, no_restoration)
 from ophav_nb.run import InputError
 
@@ -57,7 +57,7 @@ def restorer(head, portrait):
 
 
 def inside(context, rgba, by=6):
-    return face_mask(context.landmarks, rgba.shape[:2], .8) & (ndimage.distance_transform_edt(rgba[..., 3] > .5) > by)
+    return oval_mask(context.landmarks, rgba.shape[:2], .8) & (ndimage.distance_transform_edt(rgba[..., 3] > .5) > by)
 
 
 def error(a, b, mask): return float(np.sqrt(((to_float(a)[..., :3] - to_float(b)[..., :3])[mask]**2).mean()))
@@ -97,7 +97,7 @@ def test_expressions_come_closer(restorer, head):
 
 def test_never_sharper_than_the_portrait(restorer, portrait):
     context, rgba = portrait
-    mask = restorer._sharpness_mask(context.landmarks)
+    mask = restorer._target_mask(context.landmarks)
     variance = lambda im: laplacian(on_background(to_float(im)))[mask].var()
     assert variance(restorer(soften(rgba), context)) < 1.03*restorer.target
     over = rgba.copy()
