@@ -37,7 +37,7 @@ from .metrics import (Truth, correlation, flicker, head_mask, identity_distance,
                               worst_over_median)
 from .motion import retarget, scripted
 from .nets.blocks import at_half_precision
-from .pipeline import check_avatar, driven_key, frame_pose, halved, head_key, load_driven, matting_detector, run_head, unusual
+from .pipeline import check_avatar, driven_key, frame_pose, get_preset, halved, head_key, load_driven, matting_detector, run_head, unusual
 from .regions import make_parser, parsed_heads
 from .rounds import RoundsConfig, mesh_landmarks, read_frames, render_plan, run_rounds, shown_portrait, write_frames
 from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
@@ -62,12 +62,13 @@ class EvaluationPreset:
     field: str = 'lean'
 
 
-PRESETS = dict(
-    smoke=EvaluationPreset(256, 128, 24, 3, 150, 60, 12, 6),
-    quick=EvaluationPreset(480, 256, 300, 4, 4000, 1300, 120),
-    standard=EvaluationPreset(512, 512, 1500, 10, 12000, 4000, 500),
-    paper=EvaluationPreset(512, 512, 4500, 20, 30000, 30000, 1500, field='paper'),
-)
+def _as_created(name: str, crop: int, size: int, every: int, in_a_row: int = 12) -> EvaluationPreset:
+    "As long as `create`'s preset of this name."
+    p = get_preset(name)
+    return EvaluationPreset(crop, size, p.frames, every, p.steps, p.round_steps, p.round_frames, in_a_row, p.field)
+
+
+PRESETS = dict(smoke=_as_created('smoke', 256, 128, 3, 6), quick=_as_created('quick', 480, 256, 4), standard=_as_created('standard', 512, 512, 10), paper=_as_created('paper', 512, 512, 20))
 
 
 def pick_preset(
@@ -242,12 +243,12 @@ class Comparison:
     ) -> dict:
         "All measures of one row, means over the spread frames; the flicker over the consecutive ones, in the truth's."
         row = self.truth.score(images[:self.spread], self.person)
-        found, seen = self.truth.found, self.truth.landmarks
-        row['landmark_distance_lips'] = float(landmark_distance(found, seen, OUTER_LIPS + INNER_LIPS).mean())
-        row['landmark_distance_lids'] = float(landmark_distance(found, seen, LEFT_EYE + RIGHT_EYE).mean())
+        found, wanted, seen = self.truth.found, self.truth.landmarks, self.truth.seen
+        of = lambda points: known_mean(np.where(seen, landmark_distance(found, wanted, points), np.nan))      # lost faces are left out, as in `landmark_distance`
+        row['landmark_distance_lips'], row['landmark_distance_lids'] = of(OUTER_LIPS + INNER_LIPS), of(LEFT_EYE + RIGHT_EYE)
         row['flicker'] = float(flicker(images[self.spread:], self.heads)/max(flicker(self.images[self.spread:], self.heads), 1e-6))
         row['frames'] = self.spread
-        if present_networks(): row |= network_metrics(images[:self.spread], found, self.images[:self.spread], seen, device=self.device, detector=self.finder)
+        if present_networks(): row |= network_metrics(images[:self.spread], found, self.images[:self.spread], wanted, device=self.device, detector=self.finder)
         return {k: v for k, v in row.items() if not k.endswith('_truth')}
 
     def add(

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['FIVE_POINTS', 'FIVE_PLACES', 'MISSING', 'NETWORKS', 'PACKAGES', 'grow', 'head_mask', 'interior_mask', 'inter_ocular',
            'face_mask', 'mouth_mask', 'eyes_mask', 'psnr', 'ssim_map', 'ssim', 'landmark_distance', 'lid_gap',
-           'mouth_gap', 'correlation', 'sharpness_mask', 'sharpness', 'flicker', 'rigid_residual', 'face_network',
-           'chip_roi', 'face_chips', 'identity_embedding', 'identity_distance', 'Truth', 'why_missing',
-           'missing_metrics', 'present_networks', 'load_lpips', 'load_inception', 'lpips_distance',
-           'inception_features', 'frechet_distance', 'measuring_network', 'face_boxes', 'point_distances',
-           'network_metrics']
+           'mouth_gap', 'correlation', 'sharpness_mask', 'sharpness', 'flicker', 'face_network', 'chip_roi',
+           'face_chips', 'identity_embedding', 'identity_distance', 'Truth', 'why_missing', 'missing_metrics',
+           'present_networks', 'load_lpips', 'load_inception', 'lpips_distance', 'inception_features',
+           'frechet_distance', 'measuring_network', 'face_boxes', 'point_distances', 'network_metrics']
 
 # %% ../nbs/16_metrics.ipynb #c003
 import importlib.util, io, json, logging, warnings
@@ -243,23 +242,6 @@ def flicker(
              for a, b, c, m in zip(frames, frames[1:], frames[2:], masks[1:]) if m.any()]
     return float(np.mean(total)) if total else float("nan")
 
-
-def rigid_residual(
-    frames: np.ndarray,         # [T,H,W,3] uint8 or 0..1
-    reference: np.ndarray,      # [h,w,3]
-    maps: np.ndarray,           # [T,h,w,2] where each reference pixel lies in each frame, px
-    mask: np.ndarray,           # bool [h,w] or [T,h,w]: the rigid region, where it is seen
-) -> np.ndarray:                # [T] 0..1
-    "How far the rigid region, warped back to the reference frame, is from the reference."
-    out, reference = [], to_float(reference)
-    for i, (frame, where) in enumerate(zip(frames, maps)):
-        x = torch.from_numpy(np.ascontiguousarray(to_float(frame))).permute(2, 0, 1)[None]
-        grid = torch.from_numpy(where.astype(np.float32))/torch.tensor([frame.shape[1]/2, frame.shape[0]/2]) - 1
-        back = F.grid_sample(x, grid[None], align_corners=False, padding_mode="border")[0].permute(1, 2, 0).numpy()
-        inside = (mask[i] if mask.ndim == 3 else mask) & (np.abs(grid.numpy()) <= 1).all(-1)
-        out.append(np.abs(back - reference)[inside].mean() if inside.any() else np.nan)
-    return np.array(out, np.float32)
-
 # %% ../nbs/16_metrics.ipynb #c020
 FIVE_POINTS = [263, 362, 33, 133, 2]     # outer and inner corner of the right eye, of the left, base of the nose
 # where dlib puts them in a chip without margin (its five-point mean shape)
@@ -421,10 +403,10 @@ class Truth:
     def score_points(self, images: list[np.ndarray]) -> dict:
         "The measures that compare landmarks."
         points, presence = self.locate(images)
-        self.found, seen = points, self.ok & (presence > .5)
-        take = lambda values: np.where(seen, values, np.nan)
+        self.found, self.seen = points, self.ok & (presence > .5)
+        take = lambda values: np.where(self.seen, values, np.nan)
         distance = take(landmark_distance(points, self.landmarks))
-        out = {"landmark_distance": known_mean(distance), "landmark_distance_worst": worst_over_median(distance), "lost": int((self.ok & ~seen).sum())}
+        out = {"landmark_distance": known_mean(distance), "landmark_distance_worst": worst_over_median(distance), "lost": int((self.ok & ~self.seen).sum())}
         for name, gap in (("lid", lid_gap), ("mouth", mouth_gap)):
             ours, theirs = take(gap(points)), take(gap(self.landmarks))
             out |= {f"{name}_gap_correlation": correlation(ours, theirs), f"{name}_gap_error": known_mean(np.abs(ours - theirs))}

@@ -83,7 +83,7 @@ class Measured:
 
     def __init__(self, frames, alphas, detector, landmarks, known):
         Measured.made += 1
-        self.frames, self.landmarks, self.found = frames, landmarks, landmarks
+        self.frames, self.landmarks, self.found, self.seen = frames, landmarks, landmarks, np.ones(len(frames), bool)
 
     def score(self, images, portrait=None): return dict(psnr_head=float(np.abs(images - self.frames.astype(float)).mean()), sharpness_truth=1.)
 
@@ -98,10 +98,13 @@ def film(monkeypatch):
     return SimpleNamespace(rgb=rgb, alpha=np.full((30, 16, 16), 255, np.uint8), rgba=rgba, landmarks=np.random.default_rng(1).random((30, 478, 3)))
 
 
+class Real(SimpleNamespace):
+    "What of a dataset a comparison asks for."
+    def __len__(self): return 30
+    def known(self, i): return self.parsing[i] != 255
+
+
 def test_rows_are_kept(tmp_path, film):
-    class Real(SimpleNamespace):
-        def __len__(self): return 30
-        def known(self, i): return self.parsing[i] != 255
     real, run = Real(**vars(film), parsing=np.zeros(film.alpha.shape, np.uint8)), Run(tmp_path/'run', {})
     run.make('truth', lambda folder: None)
     calls = []
@@ -115,6 +118,18 @@ def test_rows_are_kept(tmp_path, film):
     assert (table.rows['same'][0] == table.images).all()
     again = Comparison(run, real, film.landmarks, None, 5, 6)
     assert again.add('same', lambda: images('same')) == row and calls == ['same', 'negative']
+
+
+def test_a_lost_face_counts_in_no_landmark_distance(tmp_path, film):
+    real, run = Real(**vars(film), parsing=np.zeros(film.alpha.shape, np.uint8)), Run(tmp_path/'run', {})
+    table = Comparison(run, real, film.landmarks, None, 5, 6)
+    table.truth.found = table.truth.landmarks.copy()
+    table.truth.found[1] += 100
+    row = table.measure(table.images)
+    assert row['landmark_distance_lips'] > 1
+    table.truth.seen[1] = False
+    row = table.measure(table.images)
+    assert row['landmark_distance_lips'] == row['landmark_distance_lids'] == 0
 
 
 @pytest.mark.clips

@@ -108,16 +108,6 @@ def test_flicker_is_zero_in_steady_motion():
     assert m.flicker(blink, mask) == pytest.approx(2)
 
 
-def test_rigid_residual_follows_the_map(head):
-    image = head[0]
-    y, x = np.mgrid[:160, :160].astype(np.float32) + .5
-    moved = np.roll(image, (0, 7), (0, 1))
-    mask = np.zeros((160, 160), bool)
-    mask[40:120, 40:120] = True
-    right, wrong = m.rigid_residual(np.stack([moved]*2), image, np.stack([np.stack([x + d, y], -1) for d in (7, 0)]), mask)
-    assert right < 1e-4 < .02 < wrong
-
-
 def test_face_chips_put_eyes_where_dlib_wants_them(head):
     image, _, points = head
     roi = m.chip_roi(points[None])[0]
