@@ -300,6 +300,59 @@ def test_gums_that_the_portrait_shows_stay(portrait, head):
     assert np.abs(dark.risen[above[-1], x] - dark.risen[teeth[1], x]).max() < .1
 
 
+def test_a_lip_that_dips_is_no_gum(portrait, head):
+    "Of a row of teeth all of them show gums, or none does."
+    p, mouth, above, teeth, x = teeth_painted(portrait, head, 2, 9, gums=[190, 120, 115])
+    near, columns = slice(x - 2, x + 3), np.flatnonzero((p.teeth > .6).any(0))
+    p.teeth[above[-1] + 1:above[-1] + 3, near] = 0                                        # in the middle a little of the lip
+    mouth = Mouth(p, np.tile(p.skin_colour, (len(p.V0), 1)))
+    red = lambda row, at: (mouth.risen[row, at, 0] - mouth.risen[row, at, 2]).mean()
+    row = teeth[0] - 1
+    assert len(columns) > 12 and red(row, near) < .15 and red(row, columns[3:-3]) < .15  # teeth go on everywhere
+
+
+def test_teeth_end_evenly(portrait, head):
+    "At their lower edge as they are above it, and beside the last ones there is no upright edge of gum."
+    p, mouth, above, teeth, x = teeth_painted(portrait, head, 2, 8)
+    p.image = p.image.copy()
+    p.image[teeth[-1]] = .4*p.image[teeth[-1]]                                            # what is beneath has given them its colour
+    mouth = Mouth(p, np.tile(p.skin_colour, (len(p.V0), 1)))
+    assert mouth.risen[teeth[-1], x].min() > .8
+    columns = np.flatnonzero((p.teeth > .6).any(0))
+    gum = mouth.teeth[teeth[0] - 5, columns]
+    assert gum[0] < .8 and gum[-1] < .8 and gum.max() > .95 and (np.diff(gum)[:3] >= 0).all()
+    assert mouth.teeth[teeth[:2], x].min() > .95                                          # without a seam where the lip was
+
+
+def test_under_a_gap_are_lower_teeth(portrait, head):
+    image, inner, _, landmarks, *_ = open_mouth(portrait, head)
+    rows, (top, low) = np.mgrid[:SIZE, :SIZE][0], landmarks[[13, 14], 1]
+    upper = inner & (rows < top + .4*(low - top))
+    piece = inner & (rows > top + .6*(low - top)) & (rows < top + .75*(low - top))
+    bridge = inner & (rows < top + .75*(low - top)) & (np.abs(np.mgrid[:SIZE, :SIZE][1] - landmarks[13, 0] - 8) < 2)      # they touch at one place
+    image[upper | piece | bridge] = [240, 235, 225]
+    shown = visible_teeth(image/255., landmarks)
+    assert shown[upper].mean() > .8 and shown[piece & ~bridge].max() < .1
+
+
+def test_teeth_of_a_turned_mouth_reach_its_corners(portrait, head):
+    "In the model they lie far behind them, and one would look past the last tooth into the dark."
+    image, inner, matte, landmarks, there, _ = open_mouth(portrait, head)
+    image[inner] = [240, 235, 225]
+    made = MeshAnimator(image, there, head, matte)
+    p = made.portrayed
+    lips, teeth = (p.camera0.project(q.astype(np.float64)) for q in (p.points(p.V0, INNER_LIPS), made.mouth.points))
+    corners = lips[[0, INNER_LIPS.index(308)]]
+    near = np.abs(teeth[:, None, 0] - corners[:, 0]).min(1) < 3
+    assert near.any() and (teeth[near, 2] - corners[:, 2].min()).max() < .012
+    for yaw in (-20, 20):
+        e, j, t = state(portrait[1], head, yaw=yaw, jaw=6)
+        V, A, _ = p.at(e, j, t)
+        q = p.camera.moved(A).project(p.points(V, INNER_LIPS).astype(np.float64))[:, :2]
+        inside = polygon_mask(q, SIZE, SIZE, grow=-1.5) > .9
+        assert inside.sum() > 20 and made.frame(e, j, t)[..., :3].mean(-1)[inside].min() > .35       # no dark wedge
+
+
 def test_the_lips_shadow_is_taken_off_teeth():
     deep = np.repeat(np.linspace(-1, 5, 60)[:, None], 20, 1)
     image = np.interp(deep, [0, 1.5], [.5, .75])[..., None]*np.float32([1, .98, .95])
@@ -682,6 +735,79 @@ def test_a_head_that_the_picture_cuts_off_goes_on(head, portrait):
     assert np.abs(a.composite(shown) - cut/255)[top + 8:].mean() < .02                          # what the picture does show is as it was
     turned = a.frame(*state(track, head, yaw=20))
     assert turned[..., 3].max(1)[top - 12:top + 12].min() > .99                                # and there is no gap where the two meet
+
+
+def test_a_piece_that_cloth_cuts_off_is_cloth(head, portrait):
+    "Of a tie in the skin's colour, at a person's lower border."
+    image, animator = dressed(head, portrait)
+    image, p = image.copy(), animator.portrayed
+    y, x = np.mgrid[:SIZE, :SIZE]
+    piece = (np.abs(x - p.landmarks[152, 0]) < 24) & (p.matte > .9)
+    piece &= y > np.flatnonzero(piece.any(1)).max() - 9
+    image[piece] = 255*p.face_colour
+    clothes = MeshAnimator(image, portrait[1], head, p.matte, supersample=1).clothes
+    assert piece.sum() > 50 and clothes.cloth[piece].min() > .9
+    assert clothes.cloth[clothes.core].max() < .1
+
+
+def test_shoulders_go_on_beyond_the_picture(portrait, head):
+    "As they are at its border, from the mouth's height down; what is beside a head is not a shoulder."
+    image, track, matte = portrait
+    L, (y, x) = track.landmarks[0], np.mgrid[:SIZE, :SIZE]
+    right, high = SIZE - 12, int(.6*L[152, 1] + .4*L[17, 1])
+    shoulder = (y > high) & (x > L[152, 0])
+    cut = np.where(x < right, np.maximum(matte, shoulder), 0).astype(np.float32)
+    p = Portrayed(image, replace(track, picture=np.float32([0, 0, right, SIZE])), head, cut)
+    beyond = x >= right
+    assert p.matte[beyond & (y > high + 2)].min() > .9 and p.matte[beyond & (y < high - 2)].max() < .1
+    assert p.shown[beyond & (y > high + 2)].all() and not p.shown[beyond & (y < L[4, 1])].any()
+
+
+def test_a_neck_that_is_drawn_out_takes_no_collars_line_along(portrait, head):
+    "What the layers lack beside a collar is made up for at rest, and gone, with all of its edges, as soon as the neck slides."
+    image, animator = dressed(head, portrait)
+    body, sheet = animator._settled(), animator.sheet
+    V, A, _ = animator.portrayed.at(*state(portrait[1], head)[:2], portrait[1].motion.translation[0] + np.float32([0, .02, 0]))
+    left = body.in_place(sheet.moved(V), A)
+    line = body.strands[1]*(ndi.binary_dilation(body.slides & body.covered))*(body.following > .2)
+    on = np.zeros((SIZE, SIZE, 4), np.float32)
+    screen = np.concatenate([sheet.source, np.ones((len(sheet.source), 1))], 1).astype(np.float64)
+    r = rasterize(screen, sheet.person_faces, SIZE, SIZE)
+    paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, np.ones((SIZE, SIZE, 3), np.float32), line.astype(np.float32), left, np.zeros_like(left), on)
+    assert line.max() > .3 and on[..., 3].max() < .05
+
+
+def test_a_heads_rim_is_no_cloth(portrait, head):
+    "Where the background's colour lies on it, it would stay behind as a line when the head turns."
+    image, animator = dressed(head, portrait)
+    image, p = image.copy(), animator.portrayed
+    y = np.mgrid[:SIZE, :SIZE][0]
+    rim = (p.matte > .1) & ndi.binary_dilation(p.matte < .1, iterations=2) & (y > p.landmarks[[61, 291], 1].mean()) & (y < p.landmarks[152, 1])
+    image[rim] = [40, 70, 220]
+    made = MeshAnimator(image, portrait[1], head, p.matte, supersample=1)
+    assert rim.sum() > 40 and (made.clothes.cloth[rim] > .5).mean() > .3                  # told by its hue
+    assert made._settled().clothes[..., 3][rim].max() < .1
+
+
+def test_an_ear_that_nobody_saw_has_hollows(head):
+    "Darker ones, and red; not one that the portrait shows, nor where the portrait has no ear to copy."
+    an = turned_portrait(head, 30)
+    u, p, copied = an.unseen, an.portrayed, an.hair.ears_copied > .9
+    shade = u._in_ears(an.hair)
+    assert copied.sum() > 50 and shade[copied].min() < .7 and shade[copied].max() > .98
+    assert (shade[copied, 0] >= shade[copied, 2] - 1e-6).all()
+    assert np.abs(shade[an.hair.ears_shown & p.is_face].max() - 1) < .02 and np.ptp(shade[~np.isin(np.arange(len(shade)), p.part('left_ear', 'right_ear'))]) < .3
+
+
+def test_a_walls_light_on_a_cheek_is_no_skin(portrait, head):
+    image, track, matte = portrait
+    plain = MeshAnimator(image, track, head, matte, supersample=1)
+    rim = (matte > .5) & (ndi.distance_transform_edt(matte > .5) < 5)
+    blue = np.where(rim[..., None], (.6*image + .4*np.array([60, 100, 230])), image).astype(np.uint8)
+    lit = MeshAnimator(blue, track, head, matte, supersample=1)
+    slope = (plain.unseen._lit_by_ground() < .05) & (lit.unseen._lit_by_ground() > .8)
+    assert slope.sum() > 30 and lit.unseen.seen[slope].max() < .25
+    assert np.abs(lit.unseen.seen - plain.unseen.seen)[plain.portrayed.facing0 > .8].max() < .05
 
 
 def test_a_bald_head_is_told(head, portrait):
