@@ -113,13 +113,14 @@ def _teeth_up(self, crowns, reach: float = 9.):
 
 @patch_to(Mouth)
 def _gumline(self, crowns, columns, top, tooth, gap, mm) -> tuple:
-    "Does the lip hide where teeth end (bool), and of each column the row above which there is only gum (the portrait's own goes up to the lip; the model's teeth say it where no gum is seen)."
+    "Does the lip hide where teeth end (bool), and of each column the row above which there is only gum (the portrait's own goes up to the lip; the model's teeth say it where no gum is seen). Gum that is seen gives `gum` its colour."
     p, rows = self.portrayed, np.arange(len(crowns))[:, None]
     lip = line_at(np.arange(len(top)) + .5, p.landmarks[INNER_LIPS_UPPER]) + max(.7*mm, .5)     # and its dark line
     between = (rows > lip) & (rows < top) & columns
     light = along_row(p.image, between, 1e-3).mean(-1)/tooth.mean(-1)
     hidden = not (np.median((top - lip)[columns]) > 1.8*mm and np.median(light[columns]) > .55)             # gums are seen, and no shadow of the lip; along the row as a whole: a lip a pixel lower is no gum
-    if not hidden: self.gum = np.median(p.image[between & (p.image.mean(-1) > .55*tooth.mean())], axis=0)   # its own colour
+    own = p.image[between & (p.image.mean(-1) > .55*tooth.mean())]
+    if not hidden and len(own): self.gum = np.median(own, axis=0)
     crown = along_row(np.where(crowns.any(0), crowns.argmax(0), top)[None, :, None], columns[None], 2*mm)[:, 0]
     return hidden, np.minimum(crown, top) + 1.2*mm*gap if hidden else np.minimum(lip, top)      # the gum climbs down between teeth
 
