@@ -9,7 +9,7 @@ __all__ = ['log', 'PRESETS', 'FILM_NOTE', 'VIEWS', 'ANGLES', 'Preset', 'get_pres
            'driving_film', 'write_coarse_video', 'add_coarse_film', 'write_coarse', 'frame_pose', 'film_metadata',
            'add_dataset', 'read_rgba', 'shrink', 'add_film', 'shown_motion', 'publish', 'shown_part', 'play',
            'add_views', 'shown_angles', 'trained_range', 'beyond', 'warn_of', 'create', 'compiling', 'train_rounds',
-           'copy_folder', 'write_run_report', 'check_avatar', 'animate', 'turned']
+           'copy_folder', 'write_run_report', 'check_avatar', 'check_out', 'animate', 'turned']
 
 # %% ../nbs/19_pipeline.ipynb #c002
 import json
@@ -45,7 +45,7 @@ from .motion import VIDEO, head_angles, limit, read_motion, relative, retarget, 
 from .nets.blocks import at_half_precision, half_precision
 from .regions import make_matte, make_parser, parsed_heads
 from .rounds import RoundsConfig, mesh_landmarks, run_rounds, shown_portrait
-from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
+from .run import InputError, Run, check_writable, file_hash, pick_device, progress, seed_all, write_atomic
 from .track import Track, fit_film, fit_portrait, in_crop, track_film, with_shape
 from .weights import check_backends, find_weight
 
@@ -710,6 +710,20 @@ def check_avatar(
     if stale := run.stale("avatar"): raise InputError(f"the avatar in {run.folder} is older than its {', '.join(stale)}: a later `ophav create` was stopped; run it again, it continues")
 
 
+def check_out(
+    run: Run,
+    motion: str,        # what drives the film
+    out: str | Path,    # the film to write
+) -> None:
+    "Raise `InputError` where a film cannot be written, or would replace the one that drives it or a part of its run."
+    check_writable(out)
+    out, top, folder = Path(out), run.folder.resolve(), Path(out).parent.resolve()
+    if out.exists() and Path(motion).exists() and out.samefile(motion): raise InputError(f"--out {out} is the film that drives the avatar; choose another name")
+    within = [p for p in (folder, *folder.parents) if top in p.parents]
+    if any((p / f).exists() for p in within for f in ("manifest.json", "partial.json")):
+        raise InputError(f"--out {out} lies in a part of the run, where a film would damage it; choose another folder, or {run.folder} itself")
+
+
 def animate(
     run: str | Path | Run,         # a finished run
     motion: str,                   # a script, a video or a motion file
@@ -725,6 +739,7 @@ def animate(
 ) -> Path:
     "Drive a finished avatar with any motion, from any view."
     run = run if isinstance(run, Run) else Run.open(run)
+    check_out(run, motion, out)
     check_avatar(run)
     portrait, device = load_driven(run, run_head(run)), pick_device(device)
     asked = resolve_motion(motion, seconds, seed=seed, basis=portrait.track.motion.basis, device=device, finder=run.params.get("detector", "default"))

@@ -224,3 +224,19 @@ def test_a_recipe_reaches_the_rounds(tmp_path, monkeypatch):
     assert got["config"].avatar.mouth_weight == 9 and got["config"].avatar.field.condition == "mouth"
     with pytest.raises(InputError, match="did you mean"): pipeline.create("astronaut", tmp_path / "run", recipe="mouth_wait=3")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_film_replaces_nothing_that_it_is_made_from(filmed, tmp_path, monkeypatch):
+    "Neither the driving film nor a part of the run, and what cannot be written is said before any work; at the run's top it may lie."
+    def work(*_): raise ZeroDivisionError
+    monkeypatch.setattr(pipeline, "check_avatar", work)
+    film, link = tmp_path / "two.mp4", tmp_path / "link.mp4"
+    film.write_bytes(b"film")
+    link.symlink_to(film)
+    (tmp_path / "folder.mp4").mkdir()
+    for motion, out, part in ((film, film, "drives"), (film, link, "drives"), ("talk", filmed.path("coarse", "video.mp4"), "part of the run"), ("talk", filmed.path("coarse", "frames", "a.mp4"), "part of the run"),
+                              ("talk", tmp_path / "folder.mp4", "is a folder"), ("talk", film / "a.mp4", "not a folder"), ("talk", "/proc/no/a.mp4", "cannot be made"), ("talk", tmp_path / ("a" * 250 + ".mp4"), "too long")):
+        with pytest.raises(InputError, match=part): pipeline.animate(filmed.folder, str(motion), out)
+    for out in (filmed.path("a.mp4"), filmed.path("films", "a.mp4"), tmp_path / "new" / "a.mp4"):
+        with pytest.raises(ZeroDivisionError): pipeline.animate(filmed.folder, str(film), out)
+    assert film.read_bytes() == b"film" and not list(tmp_path.rglob("*.partial.*")) and not (tmp_path / "new").exists()
