@@ -2090,6 +2090,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ophav_nb.run.read_json': ('run.html#read_json', 'ophav_nb/run.py'),
                               'ophav_nb.run.remove_scraps': ('run.html#remove_scraps', 'ophav_nb/run.py'),
                               'ophav_nb.run.seed_all': ('run.html#seed_all', 'ophav_nb/run.py'),
+                              'ophav_nb.run.shown_name': ('run.html#shown_name', 'ophav_nb/run.py'),
                               'ophav_nb.run.side_by_side': ('run.html#side_by_side', 'ophav_nb/run.py'),
                               'ophav_nb.run.versions': ('run.html#versions', 'ophav_nb/run.py'),
                               'ophav_nb.run.write_atomic': ('run.html#write_atomic', 'ophav_nb/run.py')},

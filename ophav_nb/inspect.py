@@ -30,7 +30,7 @@ from .flame import load_head
 from .head import HeadModel, Motion
 from .media import on_background, read_image, resize, show_images, strip, to_float, to_uint8, write_image
 from .rounds import check_numbers, read_log
-from .run import InputError, Run, read_json, write_atomic
+from .run import InputError, Run, read_json, shown_name, write_atomic
 from .track import Track
 
 # %% ../nbs/18_inspect.ipynb #c005
@@ -676,7 +676,7 @@ def write_report(
     view = RunView(run)
     info, metrics, choice = view.info, view.metrics(), view.choice
     parameters = info.get('parameters', {})
-    source = Path(str(parameters.get('portrait', 'an unknown portrait'))).name
+    source = shown_name(parameters.get('portrait', 'an unknown portrait'))
     notice = f'Synthetic: the film and all pictures of the avatar are computer-made, not recordings. Made from: {source}.'
     sections = [('The film', 'film', _video(view.path('video.mp4'))), ('Portrait and fit', 'portrait', _portrait_section(view)), ('Rounds', 'rounds', _strip_section(view)),
                 ('Drift', 'drift', _img(draw_measures(metrics, choice.get('chosen')), 'measures over the rounds; red: the chosen one', 'png', wide=True)

@@ -45,7 +45,7 @@ from .motion import VIDEO, head_angles, limit, read_motion, relative, retarget, 
 from .nets.blocks import at_half_precision, half_precision
 from .regions import make_matte, make_parser, parsed_heads
 from .rounds import RoundsConfig, mesh_landmarks, run_rounds, shown_portrait
-from .run import InputError, Run, check_writable, file_hash, pick_device, progress, seed_all, write_atomic
+from .run import InputError, Run, check_writable, file_hash, pick_device, progress, seed_all, shown_name, write_atomic
 from .track import Track, fit_film, fit_portrait, in_crop, track_film, with_shape
 from .weights import check_backends, find_weight
 
@@ -388,8 +388,8 @@ def film_metadata(
     run: Run,
 ) -> dict:
     "What every film of this run says of itself."
-    source = run.params.get("portrait", "an unknown portrait")
-    return dict(comment=FILM_NOTE + Path(str(source)).name, title=f"ophav avatar of {Path(str(source)).name}")
+    source = shown_name(run.params.get("portrait", "an unknown portrait"))
+    return dict(comment=FILM_NOTE + source, title=f"ophav avatar of {source}")
 
 
 def add_dataset(

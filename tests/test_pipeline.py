@@ -1,5 +1,6 @@
 "The pipeline's parts that need no network: motions of a person, what an avatar has seen."
 import json
+import os
 from subprocess import TimeoutExpired
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import ophav_nb.pipeline as pipeline
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
+from ophav_nb.inspect import write_report
 from ophav_nb.layers import head_alpha
 from ophav_nb.motion import head_angles, scripted
 from ophav_nb.media import read_image, read_video, write_image
@@ -240,3 +242,13 @@ def test_a_film_replaces_nothing_that_it_is_made_from(filmed, tmp_path, monkeypa
     for out in (filmed.path("a.mp4"), filmed.path("films", "a.mp4"), tmp_path / "new" / "a.mp4"):
         with pytest.raises(ZeroDivisionError): pipeline.animate(filmed.folder, str(film), out)
     assert film.read_bytes() == b"film" and not list(tmp_path.rglob("*.partial.*")) and not (tmp_path / "new").exists()
+
+
+def test_a_portrait_whose_name_is_no_utf8(tmp_path):
+    name = os.fsdecode(b"/home/caf\xe9.png")
+    run = Run(tmp_path / "run", dict(portrait=name))
+    said = pipeline.film_metadata(run)
+    assert said["comment"].endswith("Made from: caf?.png") and said["title"].encode()
+    run.make("portrait", lambda folder: run.log.warning("%s", name))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "Avatar of caf?.png" in page and "caf?.png" in run.path("log.txt").read_text(encoding="utf-8")
