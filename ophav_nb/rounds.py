@@ -28,7 +28,7 @@ from .dataset import HeadDataset
 from .detect import Detector, detect_like
 from .geometry import Camera, push_pull
 from .head import HeadModel, Motion
-from .media import on_background, resize, to_float, to_uint8, write_image
+from .media import on_background, resize, to_float, to_uint8, whole_png, write_image
 from .metrics import (flicker, head_mask, identity_distance, identity_embedding, known_mean, landmark_distance, measures_json, psnr,
                               sharpness, sharpness_mask)
 from .restore import frame_context, make_restorer
@@ -109,8 +109,8 @@ def write_frames(
     make: Callable[[list[int]], Iterable[np.ndarray]],   # numbers of missing frames -> their images, in order
     desc: str = '',
 ) -> None:
-    "Fill a folder with `%05d.png`; those that are there stay."
-    missing = [i for i in range(count) if not (folder/f'{i:05d}.png').exists()]
+    "Fill a folder with `%05d.png`; those that are there, whole, stay."
+    missing = [i for i in range(count) if not whole_png(folder/f'{i:05d}.png')]
     if not missing: return
     for i, image in zip(missing, progress(make(missing), len(missing), desc)):
         write_atomic(folder/f'{i:05d}.png', lambda path: Image.fromarray(to_uint8(image)).save(path, compress_level=1))
@@ -345,7 +345,7 @@ class Rounds:
         def build(folder):
             avatar = self.load_avatar(k - 1)
             render_plan(folder, avatar, plan.motion, self.camera, self.config.samples, f'round {k}: render')
-            if not (folder/'portrait.png').exists():
+            if not whole_png(folder/'portrait.png'):
                 write_image(folder/'portrait.png', to_uint8(next(iter(avatar.render(self.portrait_motion, self.portrait_camera, samples=self.config.samples)))))
         return self.make(k, 'renders', build)
 

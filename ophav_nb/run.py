@@ -84,18 +84,15 @@ def write_atomic(
     path: str|Path,                  # where the file shall be
     writer: Callable|bytes|str,      # its content, or a function that is given a temporary path and writes to it
 ) -> Path:
-    "Write a file under a temporary name, then rename it: it is there completely or not at all. Given text or bytes are on the disk before that, so that a power cut leaves no empty file."
+    "Write a file under a temporary name, then rename it: it is there completely or not at all. Its content is on the disk before that, so that a power cut leaves no empty file."
     path = Path(path)
     partial = _partial(path)
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             if callable(writer): writer(partial)
-            else:
-                with open(partial, "wb") as file:
-                    file.write(writer.encode(errors="replace") if isinstance(writer, str) else writer)
-                    file.flush()
-                    os.fsync(file.fileno())
+            else: partial.write_bytes(writer.encode(errors="replace") if isinstance(writer, str) else writer)
+            with open(partial, "r+b") as file: os.fsync(file.fileno())
             os.replace(partial, path)
         finally: partial.unlink(missing_ok=True)
     return path

@@ -16,7 +16,7 @@ from ophav_nb.motion import head_angles, scripted
 from ophav_nb.media import read_image, read_video, write_image
 from ophav_nb.pipeline import (PRESETS, VIEWS, add_film, add_motion, add_portrait, add_track, add_views, beyond, compiling, load_driven, load_portrait, play, seen_motion,
                                shown_part, trained_range, warn_of)
-from ophav_nb.rounds import mesh_landmarks
+from ophav_nb.rounds import mesh_landmarks, write_frames
 from ophav_nb.run import InputError, Run
 from ophav_nb.track import Track, landmark_error
 
@@ -252,3 +252,34 @@ def test_a_portrait_whose_name_is_no_utf8(tmp_path):
     run.make("portrait", lambda folder: run.log.warning("%s", name))
     page = write_report(run).read_text(encoding="utf-8")
     assert "Avatar of caf?.png" in page and "caf?.png" in run.path("log.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 200, b"\x89PNG\r\n\x1a\n", "short"])
+def test_frames_that_a_power_cut_damaged_are_made_again(tmp_path, left):
+    frames, asked = [np.full((8, 8, 4), 10 * i, np.uint8) for i in range(4)], []
+    def make(start):
+        asked.append(start)
+        return iter(frames[start:])
+    pipeline.write_coarse(tmp_path, make, 4)
+    damaged = tmp_path / "frames" / "00002.png"
+    damaged.write_bytes(damaged.read_bytes()[:-5] if left == "short" else left)
+    pipeline.write_coarse(tmp_path, make, 4)
+    assert asked == [0, 2] and (pipeline.read_rgba(damaged) == 20).all()
+    damaged.write_bytes(damaged.read_bytes()[:-5] if left == "short" else left)
+    write_frames(tmp_path / "frames", 4, lambda missing: (asked.append(missing), [frames[i] for i in missing])[1])
+    assert asked[2:] == [[2]] and (pipeline.read_rgba(damaged) == 20).all()
+
+
+def test_a_film_of_another_person_is_told(monkeypatch, caplog):
+    portrait, track = SimpleNamespace(image=np.zeros((96, 96, 3), np.uint8), track=track_of(yaw=20.)), track_of(8)
+    track.motion.joints[:, 0, 1] = np.radians(np.arange(8) * 10)
+    track.ok[2] = False
+    frames = np.repeat(np.arange(8, dtype=np.uint8), 64 * 64 * 3).reshape(8, 64, 64, 3)
+    for far, told in ((.8, True), (.3, False)):
+        def embed(images, points):
+            assert [int(im[0, 0, 0]) for im in images[1:]] in ([1, 3, 0], [3, 1, 0]) + ([1, 3, 4], [3, 1, 4])     # those that look as the portrait does
+            return np.float32([[0.], *[[far]] * 3])
+        monkeypatch.setattr(pipeline, "identity_embedding", embed)
+        caplog.clear()
+        pipeline.warn_of_another(portrait, frames, track, most=3)
+        assert ("another person" in caplog.text) == told

@@ -326,3 +326,12 @@ def test_what_is_older_than_its_input(tmp_path):
     assert run.stale("avatar") == ["track"]
     shutil.rmtree(run.path("track"))               # to save room: the avatar is still of this person
     assert run.stale("avatar") == []
+
+
+@pytest.mark.parametrize("writer", ["text", b"bytes", lambda path: path.write_text("called")])
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, writer):
+    steps, sync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda n: (steps.append(os.fstat(n).st_size), sync(n)))
+    monkeypatch.setattr(os, "replace", lambda *a: (steps.append("named"), rename(*a)))
+    write_atomic(tmp_path/"a", writer)
+    assert steps == [(tmp_path/"a").stat().st_size, "named"]
