@@ -28,7 +28,7 @@ from PIL import Image
 from .geometry import axis_angle_to_matrix, interpolate, matrix_to_axis_angle, rasterize, vertex_normals
 from .flame import load_head
 from .head import HeadModel, Motion
-from .media import on_background, read_image, resize, show_images, strip, to_float, to_uint8, write_image
+from .media import on_background, read_image, read_own, resize, show_images, strip, to_float, to_uint8, write_image
 from .rounds import check_numbers, read_log
 from .run import InputError, Run, read_json, shown_name, write_atomic
 from .track import Track
@@ -89,7 +89,7 @@ class RunView:
         "The crop, uint8 [S, S, 3]; white where it reaches beyond the picture, which was made up there."
         path = self.path('portrait', 'crop.png')
         if not path.is_file(): return None
-        image, (x0, y0, x1, y1) = read_image(path), self.numbers('portrait', 'crop.json').get('shown', (0, 0, 1e9, 1e9))
+        image, (x0, y0, x1, y1) = read_own(path), self.numbers('portrait', 'crop.json').get('shown', (0, 0, 1e9, 1e9))
         y, x = (np.arange(n) + .5 for n in image.shape[:2])
         return np.where(((y0 < y) & (y < y1))[:, None, None] & ((x0 < x) & (x < x1))[:, None], image, np.uint8(255))
 
@@ -218,7 +218,7 @@ def example_run(
     run = Run(folder, dict(portrait='astronaut', preset='example', seed=0, rounds=2))
     run.make('portrait', lambda f: _example_portrait(f, size, fit))
     run.make('track', lambda f: _example_track(run, size, fit).save(f/'track.npz'), needs=['portrait'])
-    track, image, matte = Track.load(run.path('track', 'track.npz')), read_image(run.path('portrait', 'crop.png')), np.asarray(Image.open(run.path('portrait', 'matte.png')))
+    track, image, matte = Track.load(run.path('track', 'track.npz')), read_own(run.path('portrait', 'crop.png')), read_own(run.path('portrait', 'matte.png'))[..., 0]
     angles = .12*np.sin(2*np.pi*np.arange(frames)/frames)
     rolled = _rolled(track, angles)
     run.make('motion', lambda f: rolled.save(f/'train.npz'), needs=['track'])
@@ -264,7 +264,7 @@ def _example_track(run, size, fit):
     head, landmarks = HeadModel.load(), np.load(run.path('portrait', 'landmarks.npy'))
     if fit:
         from ophav_nb.track import fit_portrait
-        return fit_portrait(read_image(run.path('portrait', 'crop.png')), landmarks, head)
+        return fit_portrait(read_own(run.path('portrait', 'crop.png')), landmarks, head)
     from ophav_nb.geometry import facing_camera
     motion = Motion.still(1, len(head.expression_names))
     motion.translation[0] = [.006, 0, -.6]
@@ -659,7 +659,7 @@ def _portrait_section(view):
     small = lambda im: resize(im, (280, 280))
     shown, what = [small(image)], 'the portrait'
     if view.path('portrait', 'matte.png').is_file():
-        matte = to_float(np.asarray(Image.open(view.path('portrait', 'matte.png')).convert('L')))
+        matte = to_float(read_own(view.path('portrait', 'matte.png'))[..., 0])
         shown.append(small(rgb(np.dstack([to_float(image), matte]))))
         what += ', its matte'
     if view.track is not None:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'FORMAT', 'InputError', 'explain_os_errors', 'asset', 'check_writable', 'write_atomic', 'shown_name',
-           'read_json', 'remove_scraps', 'progress', 'seed_all', 'side_by_side', 'pick_device', 'file_hash', 'versions',
-           'patch_to', 'missing_requirements', 'complete_install', 'plain', 'make_key', 'FolderLock', 'Run']
+           'check_readable', 'read_json', 'remove_scraps', 'progress', 'seed_all', 'side_by_side', 'pick_device',
+           'file_hash', 'versions', 'patch_to', 'missing_requirements', 'complete_install', 'plain', 'make_key',
+           'FolderLock', 'Run']
 
 # %% ../nbs/00_run.ipynb #c002
 import contextlib, dataclasses, errno, hashlib, importlib.metadata, importlib.resources, importlib.util, json, logging
@@ -105,11 +106,21 @@ def shown_name(
     return Path(path).name.encode(errors="replace").decode()
 
 
+def check_readable(
+    path: str|Path,
+) -> None:
+    "Say of a file that is there and may not be read that it is so: no permission is no damage."
+    try: there = Path(path).exists()
+    except PermissionError: there = True   # a folder above it
+    if there and not os.access(path, os.R_OK): raise InputError(f"{path} may not be read; change its permissions")
+
+
 def read_json(
     path: Path,   # of a run
     mend: str,    # what to do where it is damaged
 ) -> dict:
     "A JSON file that this package wrote; a damaged one is said."
+    check_readable(path)
     try: content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError: content = None   # also what is no text at all
     if not isinstance(content, dict): raise InputError(f"{path} is damaged; {mend}")
@@ -193,6 +204,7 @@ def file_hash(
     path: str|Path,
 ) -> str:
     "sha256 of a file."
+    check_readable(path)
     try:
         if not Path(path).is_file(): raise InputError(f"{path}: no such file")
         with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -408,8 +420,10 @@ class Run:
     def manifest(self, name: str) -> dict:
         "The manifest of an artifact; empty if it is not complete."
         path = self.folder/name/"manifest.json"
-        try: return json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError): return {}
+        if not path.is_file(): return {}
+        check_readable(path)
+        try: return read_json(path, "")
+        except InputError: return {}   # damaged: its artifact is made anew
 
     def has(self, name: str) -> bool:
         "Is this artifact complete, with all its files?"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from ophav_nb import media
-from ophav_nb.media import Crop, Film, VideoWriter, clip_info, iter_video, read_image, read_video, resize, write_image, write_video
+from ophav_nb.media import Crop, Film, VideoWriter, clip_info, iter_video, read_image, read_own, read_video, resize, write_image, write_video
 from ophav_nb.run import InputError
 
 
@@ -297,3 +297,11 @@ def test_what_cannot_be_written_is_said(tmp_path, face):
 
 def test_films_of_two_processes_have_two_temporary_names(tmp_path):
     assert f".{os.getpid()}.partial" in VideoWriter(tmp_path/"a.mp4").partial.name
+
+
+def test_what_may_not_be_read_is_not_told_as_damaged(tmp_path, monkeypatch):
+    film, picture = write_video(tmp_path/"a.mp4", [np.zeros((32, 32, 3), np.uint8)]*3), write_image(tmp_path/"a.png", np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)      # root may read everything
+    for use, path in ((clip_info, film), (read_video, film), (read_image, picture), (read_own, picture)):
+        with pytest.raises(InputError, match=f"{path.name} may not be read; change its permissions"): use(path)
+    with pytest.raises(InputError, match="no such file"): read_image(tmp_path/"b.png")

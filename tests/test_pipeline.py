@@ -283,3 +283,33 @@ def test_a_film_of_another_person_is_told(monkeypatch, caplog):
         caplog.clear()
         pipeline.warn_of_another(portrait, frames, track, most=3)
         assert ("another person" in caplog.text) == told
+
+
+@pytest.mark.parametrize("name, text", [("crop.png", ""), ("matte.png", ""), ("crop.json", "[]"), ("matte.png", "no picture")])
+def test_damaged_files_of_a_run_are_told_as_its_own(tight, name, text):
+    path = tight.path("portrait", name)
+    whole = path.read_bytes()
+    try:
+        path.write_text(text)
+        with pytest.raises(InputError, match=f"{name} is .*damaged; delete it and give the `ophav create`"): load_portrait(tight)
+        if name != "crop.json":
+            with pytest.raises(InputError, match=f"{name} is .*damaged; delete it and give the `ophav create`"): write_report(tight)
+    finally: path.write_bytes(whole)
+
+
+def test_what_is_animated_is_whole_and_may_be_read(filmed, monkeypatch):
+    filmed.make("avatar", lambda folder: (folder / "avatar.json").write_text("{}"), params=dict(again=1))
+    pipeline.check_avatar(filmed)
+    for name in ("portrait/crop.png", "track/track.npz", "motion/train.npz", "motion/manifest.json"):
+        path, part = filmed.path(name), name.split("/")[0]
+        whole = path.read_bytes()
+        path.write_text("[]")
+        with pytest.raises(InputError, match=f"no finished {part}, or a damaged one; run the `ophav create`"): pipeline.check_avatar(filmed)
+        path.write_bytes(whole)
+    filmed.path("avatar", "avatar.json").write_text("[]")
+    with pytest.raises(InputError, match="avatar.json is damaged"): pipeline.check_avatar(filmed)
+    filmed.path("avatar", "avatar.json").write_text("{}")
+    access = os.access
+    for name in ("avatar.json", "crop.png", "manifest.json"):
+        monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and os.path.basename(path) != name)
+        with pytest.raises(InputError, match=f"{name} may not be read; change its permissions"): pipeline.check_avatar(filmed)
