@@ -77,7 +77,7 @@ def _backends(p) -> None:
 
 
 def _count(text: str) -> int:
-    if (value := int(text)) < 0: raise ValueError
+    if not 0 <= (value := int(text)) < 2**63: raise ValueError
     return value
 
 
@@ -96,7 +96,7 @@ def _side(text: str) -> int:
     return value
 
 
-_count.__name__, _finite.__name__, _seconds.__name__, _side.__name__ = "number from 0 on", "number", "length of .1 to 3600 seconds", "side of 16 to 2048"   # argparse puts them into its message
+_count.__name__, _finite.__name__, _seconds.__name__, _side.__name__ = "number from 0 on, below 2**63", "number", "length of .1 to 3600 seconds", "side of 16 to 2048"   # argparse puts them into its message
 
 
 def _common(p) -> None:

@@ -328,7 +328,7 @@ class Run:
         params: dict|None = None,   # all resolved parameters, for run.json; None: open to read, or to make parts
     ):
         self.folder, self._lock = Path(folder), FolderLock(Path(folder)/".lock")
-        self._handler, self._fresh = None, not Path(folder).exists()
+        with explain_os_errors(folder): self._handler, self._fresh = None, not self.folder.exists()
         self.log = logging.getLogger("ophav_nb.runs")
         self._asked = None if params is None else plain(params)    # stands in run.json as soon as the first artifact is there: a command that fails before leaves the old one
         if params is not None:
@@ -374,7 +374,8 @@ class Run:
     @classmethod
     def open(cls, folder: str|Path) -> "Run":
         "A run that exists; anything else is the user's error."
-        if not (Path(folder)/"run.json").is_file():
+        with explain_os_errors(folder): there = (Path(folder)/"run.json").is_file()
+        if not there:
             raise InputError(f"{folder} is not a run folder (it has no run.json); give the folder that `ophav create --out` made")
         return cls(folder)
 

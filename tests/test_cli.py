@@ -84,7 +84,7 @@ def test_quiet_before_and_after_the_command(calls, monkeypatch):
 @pytest.mark.parametrize("argv, part", [
     ([], "COMMAND"), (["creat"], "invalid choice"), (["create"], "--out"), (["create", "a", "--out", "o", "--preset", "fast"], "smoke"),
     (["create", "a", "--out", "o", "--rounds", "-1"], "number from 0 on"), (["create", "a", "--out", "o", "--seed", "x"], "--seed"),
-    (["create", "a", "--out", "o", "--seed", "-1"], "number from 0 on"), (["batch", "s.yaml", "--out", "o", "--workers", "-1"], "number from 0 on"),
+    (["create", "a", "--out", "o", "--seed", "-1"], "number from 0 on"), (["create", "a", "--out", "o", "--seed", "9"*23], "below 2**63"), (["animate", "n"*300, "--out", "a.mp4"], "too long"), (["-q", "create", "astronaut", "--out", "n"*300], "too long"), (["batch", "s.yaml", "--out", "o", "--workers", "-1"], "number from 0 on"),
     (["evaluate", "--clip", "c", "--motion", "m", "--out", "o"], "--motion drives a finished run"),
     (["create", "a", "--out", "o", "--nonsense"], "--nonsense"), (["animate", "r", "--out", "a.avi"], ".mp4"),
     (["animate", "r", "--out", "a.mp4", "--yaw", "nan"], "--yaw"), (["animate", "r", "--out", "a.mp4", "--size", "0"], "16 to 2048"), (["animate", "r", "--out", "a.mp4", "--seconds", "0"], "--seconds"), (["evaluate", "--out", "o"], "--clip"),

@@ -313,3 +313,11 @@ def test_what_is_animated_is_whole_and_may_be_read(filmed, monkeypatch):
     for name in ("avatar.json", "crop.png", "manifest.json"):
         monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and os.path.basename(path) != name)
         with pytest.raises(InputError, match=f"{name} may not be read; change its permissions"): pipeline.check_avatar(filmed)
+
+
+@pytest.mark.parametrize("option, part", [(dict(rounds="1"), "rounds='1': give a whole number or None"), (dict(seed=-1), "seed=-1: give a whole number from 0 on"), (dict(seed=2**63), "below"), (dict(face="1"), "face='1'"),
+                                          (dict(device=0), "device=0: give a text"), (dict(recipe=None), "recipe=None"), (dict(half="no"), "half='no': give True or False"), (dict(seed=True), "seed=True")])
+def test_options_of_a_notebook_are_of_their_kind(tmp_path, option, part):
+    with pytest.raises(InputError, match=part): pipeline.create("astronaut", tmp_path / "run", **option)
+    pipeline.check_kinds(seed=np.int64(3), half=np.bool_(True), rounds=None)
+    assert not (tmp_path / "run").exists()
