@@ -13,6 +13,7 @@ import contextvars, csv, functools, glob, html, importlib.resources, io, itertoo
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from configparser import ConfigParser
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 
@@ -184,6 +185,20 @@ def read_sweep(
     return notebook, items
 
 # %% ../nbs/21_batch.ipynb #c015
+def _results(name: str, parameters: dict, out: str|Path) -> Path:
+    "The folder of a run's results: its own `out`, seen from the sweep's folder, or name/run in that."
+    return Path(os.path.abspath(Path(out)/str(parameters.get("out", f"{name}/run"))))
+
+
+def _check_results(items: list[dict], out: str|Path) -> None:
+    "No two runs may write to one folder."
+    owner = {}
+    for item in items:
+        first = owner.setdefault(folder := _results(**item, out=out).resolve(), item["name"])
+        if first != item["name"]:
+            raise InputError(f"{first} and {item['name']} would both write to {folder}; leave `out` out (each run then has its own folder) or give each run another")
+
+
 def _key(notebook: Path, parameters: dict) -> str:
     files = {k: file_hash(v) for k, v in parameters.items() if isinstance(v, str) and os.path.isabs(v) and os.path.isfile(v)}   # as `_placed` writes them
     return make_key({"notebook": file_hash(notebook), "parameters": parameters, "files": files}, {})
@@ -216,7 +231,7 @@ def run_one(
            "parameters": item["parameters"], "metrics": {}}
     try:
         parameters = dict(item["parameters"])
-        if "out" in notebook_parameters(notebook): parameters.setdefault("out", str(folder/"run"))
+        if "out" in notebook_parameters(notebook): parameters["out"] = str(_results(item["name"], parameters, out))
         row["key"] = _key(Path(notebook), parameters)
         kept = _kept(folder/"row.json", row["key"])
         if kept: return {**kept, "status": "kept"}
@@ -261,9 +276,10 @@ def _page(rows: list[dict], head: list[str], out: Path) -> str:
         value = row.get(key, "")
         text = html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
         if key != "name": return f"<td>{text}</td>"
-        links = [(f, t) for f, t in (("notebook.ipynb", "notebook"), ("run/report.html", "report"), ("run/video.mp4", "film"))
-                 if (Path(row["path"]).parent/f).exists()]
-        return f"<td><b>{text}</b> " + " ".join(f'<a href="{html.escape(row["name"])}/{f}">{t}</a>' for f, t in links) + "</td>"
+        results = _results(row["name"], row, out)
+        links = ((Path(row["path"]), "notebook"), (results/"report.html", "report"), (results/"video.mp4", "film"))
+        return f"<td><b>{text}</b> " + " ".join(f'<a href="{html.escape(_link(f))}">{t}</a>' for f, t in links if f.exists()) + "</td>"
+    def _link(f): return quote(f.relative_to(home).as_posix()) if f.is_relative_to(home := Path(os.path.abspath(out))) else f.as_uri()
     body = "\n".join(f'<tr class="{r["status"]}">' + "".join(_cell(r, k) for k in head) + "</tr>" for r in rows)
     return ('<!doctype html><meta charset="utf-8"><title>sweep</title><style>body{font:14px sans-serif}table{border-collapse:'
             'collapse}td,th{border:1px solid #ccc;padding:3px 8px;text-align:left}.failed{background:#fdd}.kept{color:#666}</style>'
@@ -304,14 +320,15 @@ def run_sweep(
     workers: int|None = None,   # notebooks at a time on this machine; one for every two cores by default
 ) -> list[dict]:                # rows in the sweep's order
     "Run a sweep and write its table; what is done and unchanged is kept."
-    notebook, items = read_sweep(path)
+    (notebook, items), out = read_sweep(path), Path(out).absolute()
+    if "out" in notebook_parameters(notebook): _check_results(items, out)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     workers = workers or max(1, cores//2)
-    with explain_os_errors(out): Path(out).mkdir(parents=True, exist_ok=True)
-    jobs = [(str(Path(notebook).absolute()), item, str(Path(out).absolute()), None if dask else max(1, cores//workers)) for item in items]
+    with explain_os_errors(out): out.mkdir(parents=True, exist_ok=True)
+    jobs = [(str(Path(notebook).absolute()), item, str(out), None if dask else max(1, cores//workers)) for item in items]
     rows, order = {}, [i["name"] for i in items]
-    with FolderLock(Path(out)/".lock"):
-        for folder in (Path(out), *(Path(out)/name for name in order)): remove_scraps(folder, below=False)
+    with FolderLock(out/".lock"):
+        for folder in (out, *(out/name for name in order)): remove_scraps(folder, below=False)
         for row in progress(_dask(dask, jobs) if dask else _threads(workers, jobs), len(jobs), "sweep"):
             rows[row["name"]] = row
             write_table([rows[n] for n in order if n in rows], out)

@@ -112,6 +112,23 @@ def test_failures_are_rows_and_the_rest_is_kept(tmp_path, small):
     assert [r["status"] for r in run_sweep(path, out, workers=2)] == ["done", "done"]
 
 
+@pytest.mark.parametrize("text", ["parameters: {out: one}\ngrid: {x: [1, 2]}", "runs: [{x: 1, out: one}, {x: 2, out: ./one}]", "runs: [{name: a}, {name: b, out: a/run}]"])
+def test_runs_that_would_overwrite_each_other(tmp_path, small, text):
+    with pytest.raises(InputError, match="would both write to"): run_sweep(sweep(tmp_path, text), tmp_path/"out")
+    assert not (tmp_path/"out").exists()
+
+
+def test_own_places_of_results(tmp_path, small, monkeypatch):
+    "`out` is seen from the sweep's folder, and linked from its page."
+    monkeypatch.chdir(tmp_path)
+    small.write_text(small.read_text().replace("metrics.json').write", "report.html').write_text('')\\n(pathlib.Path(out)/'metrics.json').write"))
+    rows = run_sweep(sweep(tmp_path, f"runs: [{{x: 1, out: 'my own'}}, {{x: 2, out: {tmp_path/'far'}}}, {{x: 3}}]"), "sweeps", workers=3)
+    assert [r["metrics"].get("x") for r in rows] == [1, 2, 3], rows
+    page = (tmp_path/"sweeps"/"table.html").read_text()
+    assert (tmp_path/"sweeps"/"my own"/"metrics.json").is_file() and 'href="x=3/run/report.html"' in page.replace("%3D", "=")
+    assert 'href="my%20own/report.html"' in page and f'href="{(tmp_path/"far"/"report.html").as_uri()}"' in page
+
+
 def test_changed_input_files_are_noticed(tmp_path, small):
     face = tmp_path/"a.jpg"
     face.write_text("one")
