@@ -1056,6 +1056,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'ophav_nb.motion': { 'ophav_nb.motion._compose': ('motion.html#_compose', 'ophav_nb/motion.py'),
                                  'ophav_nb.motion._cycle': ('motion.html#_cycle', 'ophav_nb/motion.py'),
                                  'ophav_nb.motion._flame': ('motion.html#_flame', 'ophav_nb/motion.py'),
+                                 'ophav_nb.motion._flame_numbers': ('motion.html#_flame_numbers', 'ophav_nb/motion.py'),
+                                 'ophav_nb.motion._from_matrices': ('motion.html#_from_matrices', 'ophav_nb/motion.py'),
                                  'ophav_nb.motion._gaze_ahead': ('motion.html#_gaze_ahead', 'ophav_nb/motion.py'),
                                  'ophav_nb.motion._knots': ('motion.html#_knots', 'ophav_nb/motion.py'),
                                  'ophav_nb.motion._liveportrait_face': ('motion.html#_liveportrait_face', 'ophav_nb/motion.py'),

@@ -502,21 +502,39 @@ def _read_flame(arrays: dict, basis: str, name: str) -> Motion:
 
 # %% ../nbs/07_motion.ipynb #c034
 def flame_motion(
-    arrays: dict,             # expr [T,E], rot [T,3], tra [T,3]; eye_rot, jaw_rot, neck_rot [T,3]; fps
+    arrays: dict,             # expr [T,E], rot [T,3] or [T,3,3], tra [T,3]; jaw_rot, neck_rot as rot, eye_rot too or [T,6], left before right; fps
 ) -> Motion:                  # of FLAME, relative to its first frame's pose and to the face's usual state
     "A FLAME sequence (Li et al., 2017), as CAP4D and others write them."
-    expr = np.asarray(arrays["expr"], np.float64)
+    expr = _flame_numbers(arrays, "expr")
+    if expr.ndim != 2: raise InputError(f"a FLAME sequence wants expr [T,E], a row of numbers for each frame T; got {list(expr.shape)}")
     T = len(expr)
-    def take(key):
-        rows = np.asarray(arrays[key], np.float64).reshape(-1, 3)[:T] if key in arrays else np.zeros((T, 3))
-        if len(rows) != T: raise InputError(f"a FLAME sequence of {T} frames has {len(rows)} of {key}; all its arrays want one row a frame")
+    def take(key, eye=None):
+        rows = _flame_numbers(arrays, key) if key in arrays else np.zeros((T, 3))
+        if rows.shape == (T, 1, 3): rows = rows[:, 0]
+        if rows.shape == (T, 6) and eye is not None: rows = rows[:, eye:eye + 3]
+        if rows.shape == (T, 3, 3) and key != "tra": return _from_matrices(rows, key)
+        if rows.shape != (T, 3):
+            raise InputError(f"a FLAME sequence of {T} frames wants {key} [{T},3]{'' if key == 'tra' else f' (axis-angle) or [{T},3,3] (matrices)'}; got {list(rows.shape)}")
         return rows
-    joints = np.stack([take(key) for key in ("rot", "neck_rot", "jaw_rot", "eye_rot", "eye_rot")], 1)
+    joints = np.stack([take("rot"), take("neck_rot"), take("jaw_rot"), take("eye_rot", 0), take("eye_rot", 3)], 1)
     joints[:, 3:] -= np.median(joints[:, 3:], 0)                     # eyes rest where they mostly look
     shift = take("tra") - take("tra")[0]
-    motion = Motion(expr - np.median(expr, 0), joints, np.zeros((T, 3)), float(np.asarray(arrays.get("fps", 25.))), "flame")
+    motion = Motion(expr - np.median(expr, 0), joints, np.zeros((T, 3)), arrays.get("fps", 25.), "flame")
     first = replace(motion[:1], expression=motion.expression[:1]*0, joints=motion.joints[:1]*[[[1], [0], [0], [0], [0]]])
     return replace(relative(motion, first), translation=shift)
+
+
+def _flame_numbers(arrays: dict, key: str) -> np.ndarray:
+    "One array of a FLAME sequence."
+    try: return np.asarray(arrays[key], np.float64)
+    except (TypeError, ValueError) as cause: raise InputError(f"a FLAME sequence wants numbers in {key}; got {np.asarray(arrays[key]).dtype}") from cause
+
+
+def _from_matrices(rows: np.ndarray, key: str) -> np.ndarray:
+    "Rotation matrices [T,3,3] as axis-angle."
+    if np.abs(rows @ rows.transpose(0, 2, 1) - np.eye(3)).max() > .05 or (np.linalg.det(rows) < .5).any():
+        raise InputError(f"a FLAME sequence's {key} {list(rows.shape)} holds matrices that are no rotations; give rotations, or axis-angle [{len(rows)},3]")
+    return Rotation.from_matrix(rows).as_rotvec()
 
 # %% ../nbs/07_motion.ipynb #c036
 def liveportrait_motion(

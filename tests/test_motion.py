@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from ophav_nb.head import HeadModel, Motion
-from ophav_nb.motion import (NAMES, head_angles, is_absolute, limit, liveportrait_motion, read_motion, relative, rest_frame, retarget,
+from ophav_nb.motion import (NAMES, flame_motion, head_angles, is_absolute, limit, liveportrait_motion, read_motion, relative, rest_frame, retarget,
                              scripted, smooth, speak, visemes)
 from ophav_nb.run import InputError
 
@@ -120,6 +121,31 @@ def test_motions_that_cannot_be_played(tmp_path, kind):
     np.savez(tmp_path/"bad.npz", **good | BAD_MOTIONS[kind])
     for read in (read_motion, Motion.load):
         with pytest.raises(InputError): read(tmp_path/"bad.npz")
+
+
+def flame_arrays(T=4):
+    turns = .3*np.random.default_rng(0).normal(size=(6, T, 3))
+    return dict(expr=np.zeros((T, 100)), rot=turns[0], tra=turns[1], neck_rot=turns[2], jaw_rot=turns[3], eye_rot=turns[4], fps=25.), turns
+
+
+def test_flame_sequences_in_other_layouts():
+    arrays, turns = flame_arrays()
+    told = flame_motion(arrays).joints
+    matrices = {k: Rotation.from_rotvec(arrays[k]).as_matrix() for k in ("rot", "neck_rot", "jaw_rot", "eye_rot")}
+    np.testing.assert_allclose(flame_motion(arrays | matrices).joints, told, atol=1e-5)
+    np.testing.assert_allclose(flame_motion(arrays | {k: arrays[k][:, None] for k in ("rot", "tra")}).joints, told, atol=1e-6)
+    joints = flame_motion(arrays | dict(eye_rot=np.hstack(turns[4:]))).joints
+    for eye in (0, 1): np.testing.assert_allclose(joints[:, 3 + eye], turns[4 + eye] - np.median(turns[4 + eye], 0), atol=1e-6)
+
+
+BAD_FLAME = dict(rot=np.zeros((4, 4)), jaw_rot=np.zeros((4, 1)), tra=np.full((4, 3), "a"), fps=np.array([25., 30.]), expr=np.float64(1), eye_rot=np.zeros((5, 3)),
+                 neck_rot=np.zeros((4, 3, 3)))
+
+
+@pytest.mark.parametrize("key", BAD_FLAME)
+def test_flame_sequences_of_other_shapes(tmp_path, key):
+    np.savez(tmp_path/"a.npz", **flame_arrays()[0] | {key: BAD_FLAME[key]})
+    with pytest.raises(InputError, match="frames a second" if key == "fps" else f"wants {key}|in {key}|'s {key}"): read_motion(tmp_path/"a.npz")
 
 
 def test_damaged_and_uneven_files(tmp_path, monkeypatch):
