@@ -389,8 +389,11 @@ def plain_arrays(
 ) -> dict:            # name -> array
     "The arrays of a file that anyone may have made: at least one frame each, all numbers finite; nothing is unpickled."
     try:
-        with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as cause:
+        z = np.load(path, allow_pickle=False)
+        if not isinstance(z, np.lib.npyio.NpzFile): raise ValueError('a single array')
+        with z: arrays = {k: z[k] for k in z.files}
+        if not all(isinstance(a, np.ndarray) for a in arrays.values()): raise ValueError('files that are no arrays')
+    except (ValueError, OSError, EOFError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error) as cause:
         raise InputError(f'{path}: not a motion file, or damaged; an .npz of plain arrays is wanted, as Motion.save writes it') from cause
     for name, a in arrays.items():
         if a.dtype.kind == 'f' and not np.isfinite(a).all(): raise InputError(f"{path}: '{name}' holds numbers that are not finite (NaN); mend or cut those frames")
@@ -408,14 +411,19 @@ class Motion:
     basis: str = 'open'      # which expression basis: 'open' (52 ARKit names) or 'flame'
 
     def __post_init__(self):
-        self.expression, self.joints, self.translation = (np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x, np.float32)
-                                                         for x in (self.expression, self.joints, self.translation))
-        T = len(self.expression)
+        try: self.expression, self.joints, self.translation = (np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x, np.float32)
+                                                              for x in (self.expression, self.joints, self.translation))
+        except (TypeError, ValueError) as cause: raise InputError(f'a motion wants expression, joints and translation as arrays of numbers ({cause})') from cause
+        T = len(self.expression) if self.expression.ndim else 0
         if self.expression.ndim != 2 or self.joints.shape != (T, len(JOINTS), 3) or self.translation.shape != (T, 3):
             raise InputError(f'a motion wants expression [T, E], joints [T, {len(JOINTS)}, 3] and translation [T, 3]; got '
                              f'{self.expression.shape}, {self.joints.shape}, {self.translation.shape}')
-        if not (np.size(self.fps) == 1 and 0 < float(np.squeeze(self.fps)) <= 1000): raise InputError(f'a motion wants its frames a second as one number above 0; got {self.fps}')
-        self.fps, self.basis = float(np.squeeze(self.fps)), str(self.basis)
+        for name in ('expression', 'joints', 'translation'):
+            if not np.isfinite(getattr(self, name)).all(): raise InputError(f"a motion's {name} holds numbers that are not finite (NaN)")
+        try: fps = float(np.squeeze(self.fps))
+        except (TypeError, ValueError): fps = 0.
+        if not 0 < fps <= 1000: raise InputError(f'a motion wants its frames a second as one number above 0; got {self.fps}')
+        self.fps, self.basis = fps, str(self.basis)
 
     @classmethod
     def still(cls, frames: int, n_expression: int = 52, fps: float = 25., basis: str = 'open') -> 'Motion':

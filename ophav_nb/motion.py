@@ -493,7 +493,8 @@ def _read_npz(path: Path, basis) -> Motion:
 
 def _read_flame(arrays: dict, basis: str, name: str) -> Motion:
     "A FLAME sequence, translated where FLAME's file is here."
-    motion = flame_motion(arrays)
+    try: motion = flame_motion(arrays)
+    except InputError as cause: raise InputError(f"{name}: {cause}") from cause
     if "jaw_rot" not in arrays: log.warning("%s has no jaw_rot: if it was made with a FLAME without a jaw, its expressions mean other shapes", name)
     if find_weight("flame"): return in_basis(motion, basis)
     log.warning("%s: FLAME's expressions need FLAME's own file to be translated (`ophav weights add generic_model.pkl`); pose, eyes and translation are kept, "
@@ -548,21 +549,23 @@ def liveportrait_motion(
                       for k, shape in (("R", (3, 3)), ("exp", (21, 3)), ("t", (3,)), ("scale", ())))
     except (KeyError, TypeError, ValueError, AttributeError) as cause:
         raise InputError(f"{name}: not a LivePortrait motion template ({cause})") from cause
+    if not (s > 0).all(): raise InputError(f"{name}: scale of a frame is {s.min():g}; each frame's wants a number above 0, make the template again")
     if not all(np.isfinite(x).all() for x in (M, d, t, s)) or (np.linalg.det(M) < .5).any(): raise InputError(f"{name}: some frames hold no rotation, or numbers that are not finite (NaN); make the template again")
     flip = np.diag([1., -1, -1])
     R = Rotation.from_matrix(flip @ M.transpose(0, 2, 1) @ flip)
     joints = np.zeros((len(d), 5, 3))
     joints[:, 0] = (R*R[0].inv()).as_rotvec()
-    face = _liveportrait_face(d, template)
+    face = _liveportrait_face(d, _ratios(template, "c_lip_lst", len(d), name), _ratios(template, "c_eyes_lst", len(d), name))
     joints[:, 2, 0] = face[:, JAW]
     gaze = (d[:, 15, 0] - np.median(d[:, 15, 0]))/.015*np.radians(20)
     joints[:, 3:, 1] = np.clip(gaze, -.4, .4)[:, None]
     shift = np.stack([.17*(t[:, 0] - t[0, 0]), -.17*(t[:, 1] - t[0, 1]), .8*(1 - s[0]/s)], 1)      # the canonical face is about 1/.17 metres wide
     log.info("%s: pose is exact; jaw, lids, smile, pout, brows and gaze are estimated from LivePortrait's keypoints", name)
-    return Motion(np.clip(face[:, :JAW], 0, 1), joints, shift, float(template.get("output_fps", 25)))
+    try: return Motion(np.clip(face[:, :JAW], 0, 1), joints, shift, template.get("output_fps", 25))
+    except InputError as cause: raise InputError(f"{name}: {cause}") from cause
 
 
-def _liveportrait_face(d: np.ndarray, template: dict) -> np.ndarray:
+def _liveportrait_face(d: np.ndarray, lips, eyes) -> np.ndarray:
     "Rows of `face_pose` from keypoint offsets [T,21,3]; where the template has the ratios of open lips and eyes, from them."
     low = lambda x, q=10: x - np.percentile(x, q)
     face = np.zeros((len(d), JAW + 2))
@@ -574,12 +577,22 @@ def _liveportrait_face(d: np.ndarray, template: dict) -> np.ndarray:
     put(["eyeBlinkRight"], low(d[:, 11, 1], 50)/.014)
     put(["eyeBlinkLeft"], low(d[:, 15, 1], 50)/.014)
     face[:, JAW] = np.clip(low(d[:, 19, 1]), 0, .12)/.12*np.radians(20)
-    if template.get("c_lip_lst"): face[:, JAW] = np.clip(low(_ratios(template["c_lip_lst"])[:, 0], 5), 0, .7)/.7*np.radians(20)
-    if template.get("c_eyes_lst"):
-        open_ = _ratios(template["c_eyes_lst"])
-        for k, name in enumerate(("eyeBlinkRight", "eyeBlinkLeft")): put([name], 1 - open_[:, k % open_.shape[1]]/np.percentile(open_[:, k % open_.shape[1]], 70))
+    if lips is not None: face[:, JAW] = np.clip(low(lips[:, 0], 5), 0, .7)/.7*np.radians(20)
+    if eyes is not None:
+        for k, name in enumerate(("eyeBlinkRight", "eyeBlinkLeft")):
+            open_ = eyes[:, k % eyes.shape[1]]
+            put([name], 1 - open_/max(np.percentile(open_, 70), 1e-6))
     return face
 
 
-def _ratios(values) -> np.ndarray:
-    return np.stack([np.asarray(v, np.float64).reshape(-1) for v in values])
+def _ratios(template: dict, key: str, frames: int, name: str) -> np.ndarray|None:
+    "What a template tells of open lips or eyes, a row a frame; None where it does not."
+    if template.get(key) is None: return None
+    try:
+        values = list(template[key])
+        if not values: return None
+        rows = np.stack([np.asarray(v, np.float64).reshape(-1) for v in values])
+    except (TypeError, ValueError) as cause: raise InputError(f"{name}: {key} wants a list with a row of numbers for each of the {frames} frames ({cause})") from cause
+    if len(rows) != frames or not rows.size or not np.isfinite(rows).all():
+        raise InputError(f"{name}: {key} wants a row of finite numbers for each of the {frames} frames; got {list(rows.shape)}")
+    return rows

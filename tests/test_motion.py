@@ -1,5 +1,6 @@
 "Tests of motions: scripts within bounds, transfer, files of others."
 import pickle
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,31 @@ def test_motions_that_cannot_be_played(tmp_path, kind):
     np.savez(tmp_path/"bad.npz", **good | BAD_MOTIONS[kind])
     for read in (read_motion, Motion.load):
         with pytest.raises(InputError): read(tmp_path/"bad.npz")
+
+
+def test_files_that_are_no_npz_of_arrays(tmp_path):
+    good = Motion.still(3)
+    with open(tmp_path/"single.npz", "wb") as file: np.save(file, good.expression)
+    good.save(tmp_path/"text.npz")
+    with zipfile.ZipFile(tmp_path/"text.npz", "a") as z: z.writestr("notes.txt", "Dear sir")
+    np.savez(tmp_path/"flat.npz", expression=1., joints=good.joints, translation=good.translation, fps=25., basis="open")
+    for name in ("single", "text", "flat"):
+        with pytest.raises(InputError): read_motion(tmp_path/f"{name}.npz")
+    with pytest.raises(InputError, match="not finite"): replace(good, translation=good.translation + np.nan)
+
+
+BAD_TEMPLATES = dict(output_fps=None, words=dict(output_fps="x"), c_lip_lst=[[.1]]*5, c_eyes_lst=[[.1, .2]]*2 + [[.1, np.nan]], number=dict(c_lip_lst=.5), ragged=dict(c_lip_lst=[[.1], [.1, .2], [.3]]), scale=0.)
+
+
+@pytest.mark.parametrize("key", BAD_TEMPLATES)
+def test_liveportrait_templates_with_mistakes(tmp_path, key):
+    value = BAD_TEMPLATES[key]
+    frame = dict(R=np.eye(3), exp=np.zeros((21, 3)), t=np.zeros(3), scale=1.)
+    good = dict(motion=[frame]*3, output_fps=25, c_lip_lst=[np.float32([[.1]])]*3, c_eyes_lst=[np.float32([[0, 0]])]*3)
+    assert len(liveportrait_motion(good)) == 3
+    bad = good | dict(motion=[frame, frame | dict(scale=0.), frame]) if key == "scale" else good | (value if isinstance(value, dict) else {key: value})
+    (tmp_path/"bad.pkl").write_bytes(pickle.dumps(bad))
+    with pytest.raises(InputError, match="bad.pkl: .*" + ("frames a second" if key in ("output_fps", "words") else dict(number="c_lip_lst", ragged="c_lip_lst").get(key, key))): read_motion(tmp_path/"bad.pkl")
 
 
 def flame_arrays(T=4):
