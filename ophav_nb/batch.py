@@ -137,6 +137,7 @@ def _placed(value, base: Path):
 def _values(key: str, value, base: Path) -> list:
     "The values that a grid's entry stands for."
     found = []
+    if value == []: raise InputError(f"grid: {key} is an empty list; give it a value at least, or leave it out")
     for v in value if isinstance(value, list) else [value]:
         if not (isinstance(v, str) and glob.has_magic(v)) or os.path.isfile(base/v): found.append(v); continue
         files = sorted(glob.glob(str(base/v)))
@@ -155,33 +156,66 @@ def _name(values: dict) -> str:
     return _clean("_".join(parts))
 
 
-def read_sweep(
-    path: str|Path,
-) -> tuple[Path, list[dict]]:   # the template, and one dict a run: name, parameters
-    "Read a sweep file: `notebook`, `parameters`, `grid`, `runs`, each optional."
+_FORM = "a sweep reads, for example, `parameters: {preset: quick}`, `grid: {portrait: [a.png, b.png], seed: [0, 1]}`, `runs: [{name: special, portrait: c.png}]`"
+
+
+@functools.cache
+def _loader():
+    "YAML's safe loader, to which a date is text."
     import yaml
-    path = Path(path)
-    if not path.is_file(): raise InputError(f"{path}: no such file; give a sweep in YAML, `ophav batch --help` shows one")
-    try: sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    class Loader(yaml.SafeLoader):
+        "Dates stay text."
+    Loader.yaml_implicit_resolvers = {k: [r for r in v if r[0] != "tag:yaml.org,2002:timestamp"] for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    return Loader
+
+
+def _load_sweep(path: Path) -> dict:
+    "The file's content, of the right form."
+    import yaml
+    try: sweep = yaml.load(path.read_text(encoding="utf-8"), _loader())
+    except (yaml.YAMLError, ValueError, AttributeError) as error:      # the last two: explicit tags with odd values
         raise InputError(f"{path} is not YAML ({' '.join(str(error).split())[:120]}); `ophav batch --help` shows a sweep") from None
     known = {"notebook", "parameters", "grid", "runs"}
     if not isinstance(sweep, dict) or set(sweep) - known:
         odd = ", ".join(map(str, set(sweep) - known)) if isinstance(sweep, dict) else type(sweep).__name__
         raise InputError(f"{path}: {odd} is not part of a sweep; its keys are {', '.join(sorted(known))}")
+    named = lambda x: isinstance(x, dict) and all(isinstance(k, str) for k in x)
+    for key, fits, wanted in (("parameters", named, "names with values"), ("grid", named, "names with lists of values"),
+                              ("runs", lambda x: isinstance(x, list) and all(map(named, x)), "a list of runs, each of names with values")):
+        if sweep.get(key) is not None and not fits(sweep[key]): raise InputError(f"{path}: {key} wants {wanted}; {_FORM}")
+    return sweep
+
+
+def _check_values(path: Path, parameters: dict, usual: dict) -> None:
+    "Values that were left empty, or that a notebook cannot be given."
+    for name, value in parameters.items():
+        if value is None and usual.get(name) != "None": raise InputError(f"{path}: {name} is left empty; give it a value, or leave it out; {_FORM}")
+        try: json.dumps(value)
+        except (TypeError, ValueError): raise InputError(f"{path}: {name} holds more than text, numbers and lists of them; {_FORM}") from None
+
+
+def read_sweep(
+    path: str|Path,
+) -> tuple[Path, list[dict]]:   # the template, and one dict a run: name, parameters
+    "Read a sweep file: `notebook`, `parameters`, `grid`, `runs`, each optional."
+    path = Path(path)
+    if not path.is_file(): raise InputError(f"{path}: no such file; give a sweep in YAML, `ophav batch --help` shows one")
+    sweep = _load_sweep(path)
     named, base = str(sweep.get("notebook", "create")), path.parent.absolute()
     notebook = template(str(base/named) if named.endswith(".ipynb") else named)
     grid = {k: _values(k, v, base) for k, v in (sweep.get("grid") or {}).items()}
     special = [dict(zip(grid, v)) for v in itertools.product(*grid.values())] if grid else []
     special += [dict(r) for r in sweep.get("runs") or []]
-    items, taken = [], set()
+    items, taken, usual = [], set(), notebook_parameters(notebook)
     for values in special or [{}]:
         name = wanted = _clean(str(values.pop("name"))) if "name" in values else _name(values)
         name = next(n for n in itertools.chain([wanted], (f"{wanted}-{i}" for i in itertools.count(2))) if n not in taken)
         taken.add(name)
         parameters = {**(sweep.get("parameters") or {}), **values}
         items.append({"name": name, "parameters": {k: _placed(v, base) for k, v in parameters.items()}})
-    for item in items: _check_parameters(notebook, item["parameters"])
+    for item in items:
+        _check_parameters(notebook, item["parameters"])
+        _check_values(path, item["parameters"], usual)
     return notebook, items
 
 # %% ../nbs/21_batch.ipynb #c015

@@ -97,6 +97,23 @@ def test_bad_sweeps(tmp_path, small, text, message):
     with pytest.raises(InputError, match="no such file"): read_sweep(tmp_path/"lost.yaml")
 
 
+@pytest.mark.parametrize("text, message", [
+    ("grid: a.png", "grid wants names"), ("grid: [a]", "grid wants names"), ("runs: a.png", "runs wants a list"), ("runs: [a.png]", "runs wants a list"),
+    ("runs: {a: 1}", "runs wants a list"), ("parameters: x", "parameters wants names"), ("parameters: {1: x}", "parameters wants names"),
+    ("runs: [{1: x}]", "runs wants a list"), ("grid: {portrait: []}", "portrait is an empty list"), ("parameters: {portrait: }", "portrait is left empty"),
+    ("grid: {portrait: }", "portrait is left empty"), ("parameters: {x: !!set {a, b}}", "x holds more than text"), ("parameters: {x: !!timestamp a}", "not YAML")])
+def test_sweeps_of_another_form(tmp_path, small, text, message):
+    with pytest.raises(InputError, match=message) as caught: read_sweep(sweep(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_dates_are_text_and_what_may_be_empty(tmp_path, small):
+    _, items = read_sweep(sweep(tmp_path, "runs: [{portrait: 2020-01-01}, {portrait: 2020-99-99}]\ngrid:"))
+    assert [i["parameters"]["portrait"] for i in items] == ["2020-01-01", "2020-99-99"]
+    notebook(small, "x = None\nportrait = ''\nout = '.'")
+    assert read_sweep(sweep(tmp_path, "grid: {x: [null, 1]}"))[1][0]["parameters"] == {"x": None}
+
+
 def test_failures_are_rows_and_the_rest_is_kept(tmp_path, small):
     path, out = sweep(tmp_path, "grid: {x: [1, fail, die]}"), tmp_path/"out"
     rows = run_sweep(path, out, workers=3)
