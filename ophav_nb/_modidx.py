@@ -161,6 +161,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.avatar.Avatar.render_image': ('avatar.html#avatar.render_image', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.Avatar.save': ('avatar.html#avatar.save', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.AvatarConfig': ('avatar.html#avatarconfig', 'ophav_nb/avatar.py'),
+                                 'ophav_nb.avatar.AvatarConfig.__post_init__': ( 'avatar.html#avatarconfig.__post_init__',
+                                                                                 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.AvatarConfig.beside': ('avatar.html#avatarconfig.beside', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.AvatarConfig.preset': ('avatar.html#avatarconfig.preset', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.Batch': ('avatar.html#batch', 'ophav_nb/avatar.py'),

@@ -76,6 +76,13 @@ class AvatarConfig:
     average: float = .98          # of the weights, from step to step; what is rendered
     cache: int = 1200             # megabytes for prepared frames
 
+    def __post_init__(self):
+        share, rate = (lambda x: 0 <= x <= 1, 'a number from 0 to 1'), (lambda x: 0 < x <= 1, 'a number above 0, up to 1')
+        for names, (fits, allowed) in (('focus average mouth_start pose_rate told_rate', share), ('table_rate network_rate code_rate', rate),
+                                       ('occupancy', (lambda n: 0 <= n <= 256, '0 to 256'))):
+            for name in names.split():
+                if not fits(getattr(self, name)): raise InputError(f'{name}={getattr(self, name):g} cannot be; give {name} {allowed}')
+
     @property
     def beside(self) -> str:
         "What in these settings only torch's step does; empty: one pass does them all."

@@ -238,6 +238,15 @@ def test_a_recipe_in_words():
     assert made == replace(AvatarConfig.preset("paper"), mouth_weight=40., occupancy=128, blend=False, field=field_config("paper", condition="mouth", degree=0))
 
 
+@pytest.mark.parametrize("text, said", [
+    ("levels=400", "levels=400 cannot be; give levels 1 to 32"), ("scale=5", "scale=5 with levels=16 and base=16 makes .* give scale 1 to 1.74, or fewer levels"),
+    ("occupancy=4096", "give occupancy 0 to 256"), ("average=2", "give average a number from 0 to 1"), ("focus=7", "give focus a number from 0 to 1"),
+    ("table_rate=1e9", "give table_rate a number above 0, up to 1"), ("network_rate=0", "give network_rate")])
+def test_a_recipe_out_of_bounds(text, said):
+    with pytest.raises(InputError, match=said): read_recipe(text)
+    for fine in ("levels=32, scale=1", "scale=3, levels=4", "levels=1, scale=50", "occupancy=128", "average=0, focus=1"): read_recipe(fine)
+
+
 @pytest.mark.parametrize("text, said", [("mouth_wait=4", "did you mean mouth_weight"), ("rays=0", "from 1 on"), ("rays=1.5", "whole number"), ("decay=nan", "number from 0"),
                                         ("blend=maybe", "true or false"), ("condition=all", "mouth, everywhere, none"), ("backend=torch", "no setting"), ("rays", "whole number"),
                                         ("condition_size=8", "no setting"), ("features=3", "recipe: features=3 .*1, 2, 4 or 8"), ("scale=0", "scale=0.0 .*from 1 on"), ("degree=5", "degree=5 .*0 to 4"),
