@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from scipy.ndimage import gaussian_filter1d
 
-from .run import InputError, check_readable, explain_os_errors, write_atomic
+from .run import MEND, InputError, check_readable, explain_os_errors, write_atomic
 
 # %% ../nbs/01_media.ipynb #c005
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def read_own(
     "A picture that a run wrote; what is wrong with it is nothing that its maker's portrait could mend."
     check_readable(path)
     try: return read_image(path)
-    except InputError as error: raise InputError(f"{path} is missing or damaged; delete it and give the `ophav create` that made this run again") from error
+    except InputError as error: raise InputError(f"{path} is missing or damaged; {MEND}") from error
 
 # %% ../nbs/01_media.ipynb #c011
 def write_image(
