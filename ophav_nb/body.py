@@ -129,7 +129,7 @@ def _on_neck(self, clothes, beneath) -> np.ndarray:
 
 @patch_to(Body)
 def _under_jaw(self, clothes, beneath) -> tuple:
-    "Below the jaw the neck's own pixels begin only where the jaw does not hide them: their opacity, so that a jaw that moves away uncovers no edge (but the model's neck, where that is `beneath`), and where that is; [H, W] both."
+    "Below the jaw the neck's own pixels begin only where the jaw does not hide them: their opacity, so that a jaw that moves away uncovers no edge of theirs, but the model's neck, which must be `beneath`; and where they fade; [H, W] both."
     p, px = self.portrayed, self.portrayed.size/512
     core = ndi.binary_erosion(clothes.core, iterations=max(1, int(3*px)))
     away = ndi.distance_transform_edt(~core)/p.eyes_apart

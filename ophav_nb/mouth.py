@@ -106,7 +106,8 @@ def _teeth_up(self, crowns, reach: float = 9.):
     fill, above = columns & (rows < (top if hidden else end)) & (rows > end - reach*mm), (end - rows)/mm
     self.teeth = np.where(edge | (columns & ~hidden & (rows >= end) & (rows < top)), 1, p.teeth)       # the latter: the gum that is seen
     gum = self.gum*(1 - .3*smoothstep(0, 6, above))[..., None]
-    self.risen = np.where(fill[..., None], tooth + (smoothstep(-.7, .7, above) if hidden else np.ones_like(above))[..., None]*(gum - tooth), self.risen).astype(np.float32)
+    share = smoothstep(-.7, .7, above)[..., None] if hidden else 1
+    self.risen = np.where(fill[..., None], tooth + share*(gum - tooth), self.risen).astype(np.float32)
     inwards = ndi.distance_transform_edt(np.pad(columns, 1))[1:-1]/mm         # the model's own beside them: no upright edge
     self.teeth = np.where(fill, p.teeth.max(0)*smoothstep(0, 2.5, inwards)*(1 - smoothstep(.7*reach, reach, above)), self.teeth)
     self.teeth = (self.teeth*smoothstep(2.5, 4.5, np.median(shown.sum(0)[columns])/mm)).astype(np.float32)

@@ -81,11 +81,10 @@ def _under_the_chin(self) -> np.ndarray:
 def _in_ears(self, hair) -> np.ndarray:
     "Little light falls into an ear's hollows, and what does is red; a factor, float32 [V, 3]. Without it an ear that stands in view and that nobody saw is a flat shape."
     p = self.portrayed
-    ear = np.isin(np.arange(len(p.rest)), p.part('left_ear', 'right_ear'))
-    if not ear.any(): return np.ones((len(p.rest), 3), np.float32)
-    N = vertex_normals(p.rest, p.faces)
+    if not hair.ears_copied.any(): return np.ones((len(p.rest), 3), np.float32)
+    ear, N = np.isin(np.arange(len(p.rest)), p.part('left_ear', 'right_ear')), vertex_normals(p.rest, p.faces)
     high = 1e3*((p.rest - p.over_skin(p.rest, np.where(ear, .03, 1.)))*N).sum(1)         # millimetres above an ear without relief
-    deep = np.minimum(smoothstep(.5, -2.5, high) + .35*smoothstep(.1, -.6, N[:, 1]), 1)*ear*hair.ears_copied
+    deep = np.minimum(smoothstep(.5, -2.5, high) + .35*smoothstep(.1, -.6, N[:, 1]), 1)*hair.ears_copied
     deep *= smoothstep(.002, .006, cKDTree(p.rest[~ear]).query(p.rest)[0])               # not around it
     deep = p.evened(deep, .3)
     return (1 - np.outer(deep, np.array([.42, .55, .6])*(1 - p.colourless) + .53*p.colourless)).astype(np.float32)
