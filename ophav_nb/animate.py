@@ -59,7 +59,7 @@ class MeshAnimator:
         m, u = self.mouth, self.unseen
         self.seen, self.openings = np.where(m.inside, 0, u.seen).astype(np.float32), p.openings()
         self.fixed = fixed_columns(p.T0, self.eyes.shut_at, self.seen, m.numbers, u.mirror, np.where(m.inside, 0, u.mirror_seen), np.where(m.inside, m.from_edge, u.twin_light),
-                                   np.zeros(len(p.V0)), u.relit)
+                                   np.zeros(len(p.V0)), u.relit, u.grain_at)
         self.state = p.unmoved                          # mesh, pose and jaw of the last frame
 
     def person_offset(self) -> np.ndarray:   # metres, float32 [V, 3]
@@ -98,7 +98,7 @@ def _render(self, V, A, jaw: float, size: int, layers: int = 4) -> np.ndarray:
     keep, yields = sheet.left(screen, shown, size*s)
     if layers > 1: paint_sheet(r.face, r.bary, sheet.faces, sheet.source, self.flesh, self.clothes.alpha, keep, yields, fine)   # no edge of a collar
     mesh = rasterize(camera.project(V) - offset, p.faces, h, w)
-    if layers > 2: paint_mesh(mesh.face, mesh.bary, p.faces, p.kind, self.fixed, self._moving(V, N, camera, shown), self.skin, eyes.lids, eyes.eyes, eyes.whites, eyes.lashes, self.clothes.alpha, fine)
+    if layers > 2: paint_mesh(mesh.face, mesh.bary, p.faces, p.kind, self.fixed, self._moving(V, N, camera, shown), self.skin, eyes.lids, eyes.eyes, eyes.whites, eyes.lashes, self.clothes.alpha, self.unseen.grain, fine)
     if layers > 3:
         self.mouth.paint_teeth(V, camera, offset, mesh, fine)
         self.mouth.meet_lips(V, camera, offset, mesh, fine)

@@ -118,6 +118,7 @@ def _told_by_colour(self) -> tuple:
     deep = ndi.distance_transform_edt(np.pad(p.matte > .5, 1, mode='edge'))[1:-1, 1:-1]
     crown, face = around & (level > .5) & (deep < .3*unit), (p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices
     away, width = unlikeness(logs, sampled(logs, p.T0[face]))                     # from the face's skin
+    self.unlike_skin = ndi.gaussian_filter(away, p.size/512) > 2.5
     outline = (p.matte > .5) & (level > .5) & (deep < .1*unit)
     cut = bool(outline.any()) and p.certain[outline].mean() < .5                  # a crown that the picture cuts off tells nothing
     if not cut and crown.sum() < 30: return False, around, np.zeros_like(around)
@@ -191,11 +192,11 @@ def combed(
     half = .5*np.arctan2(field[..., 1], field[..., 0]) + .5*np.pi                   # across the gradient
     way = np.stack([np.cos(half), np.sin(half)], -1).astype(np.float32)
     noise = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
-    noise = sum(f/f.std() for f in (ndi.gaussian_filter(noise, .7*px), ndi.gaussian_filter(noise[::-1], 1.6*px)))[..., None]
+    noise = sum(share*f/f.std() for share, f in ((1, ndi.gaussian_filter(noise, .6*px)), (1, ndi.gaussian_filter(noise[::-1], 1.2*px)), (.8, ndi.gaussian_filter(noise[:, ::-1], 4*px))))[..., None]
     total = noise.copy()
     for sign in (-1, 1):
         at, last = pixel_centres(size, size).astype(np.float32), sign*way.reshape(-1, 2)
-        for _ in range(int(2 + 22*smoothstep(.35, .65, one))):                      # short hair is grain
+        for _ in range(int(2 + 9*smoothstep(.35, .65, one))):                      # short hair is grain
             step = way[tuple(np.clip(at[:, ::-1].astype(int), 0, size - 1).T)]
             last = step*np.where((step*last).sum(1) < 0, -1, 1)[:, None]
             at = at + px*last
@@ -216,6 +217,8 @@ def _mane(self, alpha) -> np.ndarray:
     if not hair.any(): return p.skin if p.shown.all() or self.bald else np.full(p.image.shape, self._brows(), np.float32)
     deep = ndi.distance_transform_edt(hair)
     core = deep > min(r, .7*deep.max())
+    sure = (deep > 3*p.size/512) & self.unlike_skin
+    if (core & ~sure).sum() > .5*core.sum() and sure.sum() > 30: core = sure & (p.light < 1.2*np.median(p.light[sure]))         # where a forehead was taken for thin hair it would tint all that is made up
     smooth = lambda known: blurred(p.bled*known[..., None], soft)/np.maximum(blurred(known[..., None]*1., soft), .02)
     away, (i, j) = ndi.distance_transform_edt(~core, return_indices=True)
     colour = smooth(core)[i, j]

@@ -96,10 +96,11 @@ def fixed_columns(
     light,      # of the twin (sum of three colours); of teeth: from their biting edge, millimetres, [V]
     copied,     # how much of the twin's very colours is taken (hair, an ear), [V]
     relit,      # light here relative to the twin's, [V]
-) -> np.ndarray:  # float32 [V, 12]
+    grain_at=None,  # its place in the grain that skin has where it is made up, pixels, [V, 2]
+) -> np.ndarray:  # float32 [V, 14]
     "What `paint_mesh` is told of each vertex once and for all."
     column = lambda x: np.asarray(x)[:, None]
-    return np.concatenate([place, shut, column(seen), column(tooth), twin, column(twin_seen), column(light), column(copied), column(relit)], 1).astype(np.float32)
+    return np.concatenate([place, shut, column(seen), column(tooth), twin, column(twin_seen), column(light), column(copied), column(relit), np.zeros_like(place, np.float32) if grain_at is None else grain_at], 1).astype(np.float32)
 
 @kernel(inline=True)
 def _eye(eyes, whites, lashes, x, y, wide, lit, lash_x, lash_y):
@@ -119,15 +120,25 @@ def _tooth(number, up):
     side, gap = np.float32(1) - 2*u, u*np.float32(11)*(np.float32(1) - np.float32(.55)*edge)
     return (np.float32(1) - (np.float32(.13) + np.float32(.15)*edge)*np.exp(-gap*gap))*(np.float32(1) - np.float32(.10)*side*side)*(np.float32(1) - np.float32(.13)*edge)
 
+@kernel(inline=True)
+def _hairline(seen, hairy):
+    "How much of a picture is shown, and how much of that is hair: where hair meets skin its edge takes a third of the way from vertex to vertex, or it would be a smudge."
+    hair = seen*hairy
+    edge = min(max(np.float32(3)*hair - np.float32(.25), np.float32(0)), np.float32(1))
+    edge *= edge*(3 - 2*edge)
+    seen = edge + (seen - hair)*(1 - edge)/max(1 - hair, np.float32(.01))
+    return seen, edge/max(seen, np.float32(.01))
+
 @kernel(parallel=True)
 def paint_mesh(
     face, bary, faces,             # as in `paint_sheet`
     kind,                          # of each triangle, int8 [F]
-    fixed,                         # of each vertex, what stays (see `fixed_columns`), [V, 12]
+    fixed,                         # of each vertex, what stays (see `fixed_columns`), [V, 14]
     moving,                        # of each vertex, what a frame decides: weight of lids, own colour (3), opacity (of an eye: of its whites, light, place under the lid (2)), [V, 5]
     skin, lids,                    # the portrait with lips shut, and with lids shut, too, [H, W, 3]
     eyes, whites, lashes,          # its eyes made whole, opened wide, and what lids and lashes leave of their light, [H, W, 3]
     alpha,                         # of the head, [H, W]
+    grain,                         # light of made-up skin relative to around, [h', w']
     out,                           # painted over: premultiplied RGBA, [h, w, 4]
 ):
     "The face over the sheet; the back and the neck are painted by the same rules."
@@ -148,6 +159,9 @@ def paint_mesh(
             if kind[f] == OF_EYE: cr, cg, cb = _eye(eyes, whites, lashes, sx, sy, a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0], cr, cg, cb)
             else:
                 seen = a*fixed[p, 4] + b*fixed[q, 4] + c*fixed[r, 4]
+                if kind[f] <= OF_SKIN and seen < 1:
+                    light = _look1(grain, a*fixed[p, 12] + b*fixed[q, 12] + c*fixed[r, 12], a*fixed[p, 13] + b*fixed[q, 13] + c*fixed[r, 13])
+                    cr, cg, cb = cr*light, cg*light, cb*light
                 twin = a*fixed[p, 8] + b*fixed[q, 8] + c*fixed[r, 8]
                 copied = a*fixed[p, 10] + b*fixed[q, 10] + c*fixed[r, 10]
                 if seen < 1 and twin + copied > 0:
@@ -158,12 +172,7 @@ def paint_mesh(
                     light = a*fixed[p, 11] + b*fixed[q, 11] + c*fixed[r, 11]
                     cr, cg, cb = cr + copied*(kr*light - cr), cg + copied*(kg*light - cg), cb + copied*(kb*light - cb)
                 shut = a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0]
-                if kind[f] == OF_HULL and shut > 0:                    # hair on skin: its edge takes a third of the way from vertex to vertex, or it would be a smudge
-                    hair = seen*shut
-                    edge = min(max(np.float32(3)*hair - np.float32(.25), np.float32(0)), np.float32(1))
-                    edge *= edge*(3 - 2*edge)
-                    seen = edge + (seen - hair)*(1 - edge)/max(1 - hair, np.float32(.01))
-                    shut = edge/max(seen, np.float32(.01))
+                if kind[f] == OF_HULL and shut > 0: seen, shut = _hairline(seen, shut)
                 if seen > 0:
                     kr, kg, kb = _look(skin, sx, sy)
                     if shut > 0:

@@ -363,10 +363,20 @@ def _read_colours(self):
     self.unlike = np.sqrt((((chroma(self.image) - middle)/spread)**2).sum(-1))                 # of a hue; 1: as far from the face's as the face's own pixels from each other
     self.light = self.image.sum(-1)/np.median(face.sum(-1))                                   # relative to the face's
     self.colourless = float(1 - smoothstep(.004, .01, chroma(face).std(0).sum()))             # a black-and-white or sepia portrait
-    self.face_colour = np.median(face, axis=0)
+    self.face_colour, self.rim_light = np.median(face, axis=0), self._rim_light()
     self.bled = bleed(self.image, self.matte*self.certain)                                    # the picture, the person's colours carried outwards
     self.skin = crisp(without_mouth(self.bled, self.landmarks))                               # and with lips shut
     self.skin_colour = np.median(sampled(self.skin, self.landmarks[CHEEKS]), axis=0)
+
+@patch_to(Portrayed)
+def _rim_light(self) -> np.ndarray:
+    "The rim of light that a window or lamp behind the head makes along cheek, jaw and neck: much lighter than the face and of another hue, 0..1 [H, W]. It stays at the outline when the head turns, the skin that had it does not."
+    px = self.size/512
+    rim = smoothstep(1.15, 1.45, self.light)*smoothstep(1.2, 2.2, self.unlike)*ndi.binary_erosion(self.matte > .9, iterations=max(1, int(2*px)))
+    pieces = ndi.label(rim > .1)[0]
+    long = [k for k, box in enumerate(ndi.find_objects(pieces), 1) if np.hypot(*(s.stop - s.start for s in box)) > .4*self.eyes_apart]
+    rim *= np.isin(pieces, long)                                                               # others are a skin's or a lip's shine
+    return ndi.gaussian_filter(ndi.maximum_filter(rim, 2*round(3*px) + 1), 1.5*px).astype(np.float32)          # with its glow
 
 @patch_to(Portrayed)
 def skinlike(self,

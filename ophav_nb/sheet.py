@@ -153,10 +153,12 @@ def _find_rim(self, hair):
     part, at = lambda weight: binding @ np.asarray(weight, np.float32), lambda image: sampled(image.astype(np.float32), self.source)
     low = np.maximum(1 - smoothstep(-.01, .01, p.rest[:, 1] - p.joints3[3:, 1].mean()), p.away)      # temples end in hair, but a side behind the face does not end
     grown = smoothstep(.2, .8, part(hair.grown))*(1 - smoothstep(.008, .02, away))*smoothstep(.1, .5, at(hair.near))*(1 - at(hangs))      # what hangs beside the head has no hull under it
-    if hair.bald: grown = np.maximum(grown, (1 - smoothstep(.008, .02, away))*(1 - at(hangs))*smoothstep(0, .02, part(p.rest[:, 1] - p.joints3[3:, 1].mean())))
     facing, skin = part(p.facing0), part(low)*smoothstep(0, .3, part(p.is_face))*(1 - at(hair.likely))
+    if hair.bald: skin = np.maximum(skin, (1 - smoothstep(.008, .02, away))*(1 - at(hangs))*smoothstep(0, .02, part(p.rest[:, 1] - p.joints3[3:, 1].mean())))
     for _ in range(round(8*(p.size/512)**2)): skin, grown = self.neighbours @ skin, self.neighbours @ grown                         # evenly, or single strands of what gave way stay behind
     skin, grown = (a*(1 - smoothstep(*ends, facing))*(1 - smoothstep(0, .3, part(ears))) for a, ends in ((skin, (.25, .6)), (grown, (.1, .35))))
+    lit = at(p.rim_light)*part(~p.scalp)*(1 - smoothstep(.5, .7, facing))*(1 - smoothstep(0, .3, part(ears)))*(away < .02)
+    skin = np.maximum(skin, lit)
     outline = np.maximum(skin, grown)
     self.rim_points = np.flatnonzero(outline > .02)
     self.rim, self.rim_binding = outline[self.rim_points].astype(np.float32), binding[self.rim_points].astype(np.float32)

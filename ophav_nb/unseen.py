@@ -9,6 +9,7 @@ __all__ = ['AT_OUTLINE', 'Unseen', 'Back']
 import numpy as np
 from scipy import ndimage as ndi
 from scipy import sparse
+from scipy.signal import fftconvolve
 from scipy.spatial import cKDTree
 
 # %% ../nbs/07h_unseen.ipynb #c004
@@ -16,7 +17,7 @@ from .clothes import Clothes
 from .detect import INNER_LIPS, OUTER_LIPS
 from .geometry import rasterize, smoothstep, spread_over, vertex_normals
 from .hair import Hair
-from .layers import polygon_mask
+from .layers import CHEEKS, polygon_mask
 from .paint import OF_HULL, fixed_columns, paint_mesh
 from .portrayed import Portrayed, facing, sampled
 from .run import patch_to
@@ -37,7 +38,7 @@ class Unseen:
         colour = sampled(p.skin, P)
         hangs = smoothstep(.2, .6, sampled(hair.beside, P))*p.is_face*(1 - smoothstep(.5, .75, p.facing0))     # hair hangs beside a slope, it is not its skin
         seen = p.seen.copy()
-        seen *= 1 - hangs
+        seen *= (1 - hangs)*(1 - sampled(p.rim_light, P)*(1 - smoothstep(.5, .7, p.facing0))*~p.scalp)
         w = seen*(sampled(p.matte, P) > .9)
         inner = sampled(ndi.minimum_filter(p.matte, 2*max(1, round(3*p.size/512)) + 1), P)          # the rim's pixels hold something of the background
         self.sure = w*smoothstep(.3, .55, p.facing0)*(inner > .9)
@@ -60,6 +61,25 @@ class Unseen:
         self.mirror_seen *= 1 - smoothstep(1.2, 1.6, self.relit)                    # what lies in shadow there shows its noise, made as light as here
         seen[p.eye_vertices] = 1
         self.seen = seen
+        self.grain, self.grain_at = self._skins_grain()
+
+@patch_to(Unseen)
+def _skins_grain(self) -> tuple:
+    "Pores and stubble for skin that is made up: light relative to around, unrolled around the head, float32 [H', W'], and each vertex's place in it, [V, 2]. Noise with the spectrum of a patch of the face (a random phase texture: Galerne, Gousseau and Morel 2011)."
+    p, (h, w) = self.portrayed, self.portrayed.matte.shape
+    V, half = p.rest, max(4, round(.12*p.eyes_apart))
+    metre = p.camera0.focal/np.median(p.P0[p.is_face, 2])                         # pixels
+    at = np.stack([np.arctan2(V[:, 0], V[:, 2] - V[p.is_face, 2].mean() + .03)*.075, V[:, 1].max() - V[:, 1]], 1)*metre
+    at = at - at.min(0) + 1
+    light = np.log(np.maximum(p.skin.sum(-1), 0) + .05)
+    fine = light - ndi.gaussian_filter(light, .04*p.eyes_apart)
+    x, y = np.clip(p.landmarks[CHEEKS, :2].astype(int), half, np.array([w, h]) - half - 1).T
+    patches = [fine[j - half:j + half + 1, i - half:i + half + 1] for i, j in zip(x, y)]
+    patch = sorted(patches, key=np.std)[len(patches)//2]
+    window = np.outer(*[np.hanning(2*half + 3)[1:-1]]*2)
+    noise = np.random.default_rng(0).standard_normal(np.ceil(at.max(0)[::-1]).astype(int) + 2 + 2*half)
+    grain = fftconvolve(noise, patch*window/np.sqrt((window**2).sum()), mode='valid')
+    return np.exp(np.clip(grain, -.25, .25)).astype(np.float32), at
 
 @patch_to(Unseen)
 def _lit_by_ground(self) -> np.ndarray:
@@ -120,12 +140,13 @@ class Back:
         self.thick[:, 0] += self._slimmer(bared, (below > 0) & ~(scalp & (p.rest[:, 1] > p.joints3[3, 1] - .045)))
         Q = p.camera0.project((p.V0 + self.thick).astype(np.float64))
         solid = smoothstep(.45, .9, p.evened(sampled(ndi.minimum_filter(p.matte, 3), Q), .05))
-        bare = unseen.sure*~scalp*(sampled(clothes.alpha, p.P0) > .9)*(sampled(ndi.maximum_filter(np.maximum(clothes.cloth, clothes.hanging), 5), p.P0) < .1)
+        skin = ~scalp | (sampled(ndi.maximum_filter(hair.seen.astype(np.float32), 5), Q) < .1) if hair.bald else ~scalp      # a bald head's crown goes on as it is
+        bare = unseen.sure*skin*(sampled(clothes.alpha, p.P0) > .9)*(sampled(ndi.maximum_filter(np.maximum(clothes.cloth, clothes.hanging), 5), p.P0) < .1)
         hairy = smoothstep(.2, .8, p.evened(scalp*1., .01))
         certain = sampled(p.certain, Q)
         hairline = 1 - smoothstep(.006, .022, cKDTree(p.rest[p.is_face]).query(p.rest)[0])         # soft, where it is made up
         strands = self._strands_at(Q)
-        shown = np.where(scalp, smoothstep(.2, .45, p.facing0)*smoothstep(.5, .9, certain), unseen.seen)       # what faces the camera is as it is
+        shown = np.where(scalp, smoothstep(*((.4, .65) if hair.bald else (.2, .45)), p.facing0)*smoothstep(.5, .9, certain), unseen.seen)       # what faces the camera is as it is
         hairy = np.where(scalp, hairy*hair.grown*(1 - hairline*(1 - certain)), np.maximum(smoothstep(.25, .85, hairy), hair.grown))
         alike = 1 - smoothstep(.1, .25, np.abs(sampled(hair.over_colour, p.T0) - sampled(self.mane, strands)).max(-1))      # a hood is no hair
         hairy = smoothstep(.1, .7, p.evened(np.maximum(hairy, smoothstep(.3, .7, unseen.covered)*alike*~p.neck), .05))*(1 - shown*(scalp | (hair.grown < .5)))
@@ -136,6 +157,7 @@ class Back:
         neck = solid*(1 - smoothstep(-.05, -.02, p.level))*(1 - unseen.covered)
         fixed = self._dressed(unseen, hair, Q, strands, seen)
         self._cut_in_four()
+        self.grain = unseen.grain
         finer = lambda x: np.concatenate([x, x[self.edges].mean(1)]).astype(np.float32)
         moving = lambda opacity: np.concatenate([(hairy/np.maximum(seen, .01))[:, None], np.clip(bald, 0, 1), opacity[:, None]], 1).astype(np.float32)
         self.fixed, self.back, self.neck, self.attached = (finer(x) for x in (fixed, moving(back), moving(neck), self.attached))
@@ -143,11 +165,11 @@ class Back:
 
 @patch_to(Back)
 def _dressed(self, unseen, hair, Q, strands, seen) -> np.ndarray:
-    "What is painted on it, [V, 12]: skin as everywhere; the scalp, which shows its own place and nothing of a twin; hair, by its strands' places in the mane."
+    "What is painted on it, [V, 14]: skin as everywhere; the scalp, which shows its own place and nothing of a twin; hair, by its strands' places in the mane."
     p, s = self.portrayed, self.portrayed.scalp
     of = lambda skin, scalp=0.: np.where(s.reshape(-1, *[1]*(np.ndim(skin) - 1)), scalp, skin)
     return fixed_columns(of(p.T0, Q[:, :2]), strands, seen, np.zeros(len(s)), of(unseen.mirror), of(unseen.mirror_seen),
-                         of(unseen.twin_light), of(hair.ears_copied*unseen.mirror_seen), of(unseen.relit))
+                         of(unseen.twin_light), of(hair.ears_copied*unseen.mirror_seen), of(unseen.relit), unseen.grain_at)
 
 @patch_to(Back)
 def _gives_way(self, clothes, hair) -> np.ndarray:
@@ -221,4 +243,4 @@ def paint(self,
 ):
     "Sides and back of the head, or the neck, as far out as the hair."
     r = rasterize(screen, self.faces, *out.shape[:2])
-    paint_mesh(r.face, r.bary, self.faces, self.kind, self.fixed, self.neck if neck else self.back, skin, self.mane, *[skin]*3, self.full, out)
+    paint_mesh(r.face, r.bary, self.faces, self.kind, self.fixed, self.neck if neck else self.back, skin, self.mane, *[skin]*3, self.full, self.grain, out)

@@ -653,7 +653,7 @@ def test_a_hairline_is_sharper_than_its_triangles():
     grey = []
     for kind in (OF_SKIN, OF_HULL):
         out = np.zeros((64, 64, 4), np.float32)
-        paint_mesh(r.face, r.bary, faces, np.full(2, kind, np.int8), fixed, moving, skin, hair, skin, skin, skin, full, out)
+        paint_mesh(r.face, r.bary, faces, np.full(2, kind, np.int8), fixed, moving, skin, hair, skin, skin, skin, full, full, out)
         row = out[32, :, 0]
         assert row[0] > .95 and row[-1] < .05 and (np.diff(row) < 1e-6).all()
         grey.append(((row > .1) & (row < .9)).mean())
@@ -808,6 +808,57 @@ def test_a_walls_light_on_a_cheek_is_no_skin(portrait, head):
     slope = (plain.unseen._lit_by_ground() < .05) & (lit.unseen._lit_by_ground() > .8)
     assert slope.sum() > 30 and lit.unseen.seen[slope].max() < .25
     assert np.abs(lit.unseen.seen - plain.unseen.seen)[plain.portrayed.facing0 > .8].max() < .05
+
+
+def test_a_rim_of_light_stays_at_the_outline(portrait, head):
+    "A lamp behind the head draws a light line along cheek and jaw: there at rest, it does not come along to the front; a small shine on a cheek does."
+    image, track, matte = portrait
+    left = (np.arange(SIZE) < track.landmarks[0, 152, 0]) & (np.arange(SIZE)[:, None] > track.landmarks[0, 4, 1] - .1*SIZE)
+    edge = (matte > .5) & ~ndi.binary_erosion(matte > .5, iterations=8) & left & (np.arange(SIZE)[:, None] < track.landmarks[0, 152, 1])
+    white = np.uint8([225, 238, 255])
+    lit, plain = (MeshAnimator(np.where(where[..., None], white, image).astype(np.uint8), track, head, matte, supersample=1) for where in (edge, edge & False))
+    assert lit.portrayed.rim_light[ndi.binary_erosion(edge, iterations=2)].mean() > .6 and not plain.portrayed.rim_light.any()
+    looks = lambda a, yaw: a.composite(a.frame(*state(track, head, yaw)), *state(track, head, yaw))
+    pale = lambda yaw: ((looks(lit, yaw) - looks(plain, yaw)).mean(-1)*matte > .15).sum()
+    assert np.abs(looks(lit, 0) - np.where(edge[..., None], white/255, image/255))[edge].mean() < .05
+    assert min(pale(25), pale(-25)) < .3*pale(0)
+    spot = np.hypot(*(np.mgrid[:SIZE, :SIZE] - track.landmarks[0, 50, [1, 0]][:, None, None])) < .02*SIZE
+    assert not MeshAnimator(np.where(spot[..., None], white, image).astype(np.uint8), track, head, matte).portrayed.rim_light.any()
+
+
+def test_made_up_skin_has_the_faces_grain(portrait, head):
+    "Pores and stubble go on where nothing of a skin is shown, as strong as they are; a smooth face stays smooth."
+    image, track, matte = portrait
+    noise = np.random.default_rng(0).standard_normal((SIZE, SIZE, 1))
+    grainy, smooth = (MeshAnimator(np.clip(image*np.exp(by*noise), 0, 255).astype(np.uint8), track, head, matte, supersample=1).unseen for by in (.06, 0))
+    assert .03 < np.log(grainy.grain).std() < .08 and np.log(smooth.grain).std() < .015
+    at, (h, w) = grainy.grain_at[grainy.portrayed.skin_vertices], grainy.grain.shape
+    assert at.min() >= 0 and (at < [w, h]).all()
+
+
+def test_a_smooth_chin_in_shadow_is_no_beard(portrait, head):
+    "Half as light as the cheeks: smooth it is bare, with the texture of hair it is bearded."
+    image, track, matte = portrait
+    L, (y, x) = track.landmarks[0], np.mgrid[:SIZE, :SIZE]
+    low = (matte > .5) & (y > L[17, 1] + .01*SIZE)
+    noise = np.random.default_rng(0).standard_normal((SIZE, SIZE, 1))
+    cheeks = np.median(image[(np.abs(y - L[50, 1]) < 4) & (matte > .5)], axis=0)
+    hangs = lambda by: MeshAnimator(np.where(low[..., None], np.clip(.51*cheeks*np.exp(by*noise), 0, 255), image).astype(np.uint8), track, head, matte, supersample=1).clothes.hanging[low & (y > L[152, 1] + 2)]
+    assert hangs(0).mean() < .1 and hangs(.2).mean() > .3
+
+
+def test_a_bald_crown_goes_on_as_it_is(portrait, head):
+    "Where a bald head that looks down shows what the portrait did not, that is of the crown's colour, not of the cheeks'."
+    image, track, matte = portrait
+    y = np.arange(SIZE)[:, None]
+    tanned = np.where((y < track.landmarks[0, 10, 1] + .03*SIZE)[..., None] & (matte > .5)[..., None], image*np.array([.8, .86, .92]), image).astype(np.uint8)
+    p, back = (a := MeshAnimator(tanned, track, head, matte, supersample=1)).portrayed, a.back
+    assert a.hair.bald
+    top = p.scalp & (p.facing0 < .1) & (p.level > .06)
+    crown = p.scalp & (p.facing0 > .6)
+    own, shown = back.back[:len(p.rest)][top, 1:4].mean(0), np.array([tanned[int(v), int(u)]/255 for u, v in p.P0[crown, :2]]).mean(0)
+    hue = lambda colour: colour/colour.sum()
+    assert np.abs(hue(own) - hue(shown)).max() < .6*np.abs(hue(shown) - hue(p.face_colour)).max()
 
 
 def test_a_bald_head_is_told(head, portrait):
