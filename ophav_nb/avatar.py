@@ -78,8 +78,8 @@ class AvatarConfig:
 
     def __post_init__(self):
         share, rate = (lambda x: 0 <= x <= 1, 'a number from 0 to 1'), (lambda x: 0 < x <= 1, 'a number above 0, up to 1')
-        for names, (fits, allowed) in (('focus average mouth_start pose_rate told_rate', share), ('table_rate network_rate code_rate', rate),
-                                       ('occupancy', (lambda n: 0 <= n <= 256, '0 to 256'))):
+        for names, (fits, allowed) in (('focus mouth_start pose_rate told_rate', share), ('average', (lambda x: 0 <= x < 1, 'a number from 0 on, below 1')), ('table_rate network_rate code_rate', rate),
+                                       ('occupancy', (lambda n: 0 <= n <= 256, '0 to 256')), ('rays', (lambda n: n <= 2**20, 'at most 1048576')), ('samples', (lambda n: n <= 1024, 'at most 1024'))):
             for name in names.split():
                 if not fits(getattr(self, name)): raise InputError(f'{name}={getattr(self, name):g} cannot be; give {name} {allowed}')
 

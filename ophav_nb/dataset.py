@@ -13,6 +13,8 @@ import logging
 import math
 import os
 import tempfile
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +30,8 @@ from .layers import NeckCut, bleed, head_alpha
 from .geometry import Camera, kernel, rasterize
 from .flame import flame_head, load_head, read_tracker
 from .head import HeadModel, Motion
-from .media import read_image, resize, to_float, to_uint8
-from .run import InputError, make_key, progress, write_atomic
+from .media import read_array, read_image, resize, to_float, to_uint8
+from .run import MEND, InputError, make_key, progress, write_atomic
 
 # %% ../nbs/09_dataset.ipynb #c005
 logger = logging.getLogger(__name__)
@@ -425,9 +427,11 @@ class _Store:
 
     def load(self, cls):
         "A dataset that `finish` closed, memory-mapped."
-        with np.load(self.folder/'small.npz', allow_pickle=False) as z: s = {k: z[k] for k in z.files}
+        try:
+            with np.load(self.folder/'small.npz', allow_pickle=False) as z: s = {k: z[k] for k in z.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error: raise InputError(f"{self.folder/'small.npz'} is missing or damaged ({error}); {MEND}") from error
         motion = Motion(s.pop('motion_expression'), s.pop('motion_joints'), s.pop('translation'), float(s.pop('fps')), str(s.pop('basis')))
-        big = {k: np.load(self.folder/f'{k}.npy', mmap_mode='r') for k in ARRAYS}
+        big = {k: read_array(self.folder/f'{k}.npy', mmap=True) for k in ARRAYS}
         return cls(**big, **s, motion=motion)
 
 # %% ../nbs/09_dataset.ipynb #c017

@@ -31,7 +31,7 @@ from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Det
 from .geometry import Camera
 from .flame import load_head
 from .head import HeadModel, Motion
-from .media import Film, VideoWriter, iter_video, on_background, read_image, resize, to_float, to_uint8, write_image
+from .media import Film, VideoWriter, iter_video, on_background, read_array, read_image, resize, to_float, to_uint8, write_image
 from .metrics import (Truth, correlation, flicker, head_mask, identity_distance, identity_embedding, inter_ocular, interior_mask, landmark_distance,
                               known_mean, lid_gap, measures_json, missing_metrics, mouth_gap, network_metrics, present_networks, psnr, sharpness, sharpness_mask,
                               worst_over_median)
@@ -111,7 +111,7 @@ def add_clip(
         track.save(folder/'track.npz')
 
     folder = run.make('clip', build, params=dict(clip=file_hash(clip), crop=preset.crop, frames=preset.frames) | unusual(matte=matte, detector=finder) | head_key(head))
-    return SimpleNamespace(frames=np.load(folder/'frames.npy', mmap_mode='r'), matte=np.load(folder/'matte.npy', mmap_mode='r'),
+    return SimpleNamespace(frames=read_array(folder/'frames.npy', mmap=True), matte=read_array(folder/'matte.npy', mmap=True),
                            track=Track.load(folder/'track.npz'))
 
 

@@ -54,7 +54,9 @@ class FieldConfig:
     def __post_init__(self):
         for name, fits, allowed in (('features', self.features in (1, 2, 4, 8), '1, 2, 4 or 8'), ('log2_size', 1 <= self.log2_size <= 24, '1 to 24'),
                                     ('levels', 1 <= self.levels <= 32, '1 to 32'), ('base', 1 <= self.base <= FINEST, f'1 to {FINEST}'),
-                                    ('scale', self.scale >= 1, 'a number from 1 on'), ('degree', 0 <= self.degree <= 4, '0 to 4')):
+                                    ('scale', self.scale >= 1, 'a number from 1 on'), ('degree', 0 <= self.degree <= 4, '0 to 4'),
+                                    ('width', 1 <= self.width <= 1024, '1 to 1024'), ('outputs', 1 <= self.outputs <= 256, '1 to 256'),
+                                    ('appearance', 0 <= self.appearance <= 256, '0 to 256'), ('offset', 0 <= self.offset <= 1024, '0 to 1024')):
             if not fits: raise InputError(f'{name}={getattr(self, name)} cannot be; give {name} {allowed}')
         if math.log(self.base) + (self.levels - 1)*math.log(self.scale) > math.log(FINEST) + 1e-9:
             raise InputError(f'scale={self.scale:g} with levels={self.levels} and base={self.base} makes more than {FINEST} cells along an axis; '

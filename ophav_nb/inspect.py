@@ -28,7 +28,7 @@ from PIL import Image
 from .geometry import axis_angle_to_matrix, interpolate, matrix_to_axis_angle, rasterize, vertex_normals
 from .flame import load_head
 from .head import HeadModel, Motion
-from .media import on_background, read_image, read_own, resize, show_images, strip, to_float, to_uint8, write_image
+from .media import on_background, read_array, read_image, read_own, resize, show_images, strip, to_float, to_uint8, write_image
 from .rounds import check_numbers, read_log
 from .run import InputError, Run, read_json, shown_name, write_atomic
 from .track import Track
@@ -112,7 +112,7 @@ class RunView:
     def checked(self) -> np.ndarray:
         "Numbers of the coarse frames that the checks of the rounds show; empty where that is not known."
         path = self.path('rounds', 0, 'check', 'numbers.npy')
-        return np.load(path, allow_pickle=False) if path.is_file() else np.zeros(0, int)
+        return read_array(path) if path.is_file() else np.zeros(0, int)
 
 # %% ../nbs/18_inspect.ipynb #c009
 def rgb(
@@ -261,7 +261,7 @@ def _example_portrait(folder, size, fit):
     np.save(folder/'landmarks.npy', landmarks)
 
 def _example_track(run, size, fit):
-    head, landmarks = HeadModel.load(), np.load(run.path('portrait', 'landmarks.npy'))
+    head, landmarks = HeadModel.load(), read_array(run.path('portrait', 'landmarks.npy'))
     if fit:
         from ophav_nb.track import fit_portrait
         return fit_portrait(read_own(run.path('portrait', 'crop.png')), landmarks, head)

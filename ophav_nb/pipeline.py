@@ -40,7 +40,7 @@ from .flame import load_head
 from .geometry import axis_angle_to_matrix, matrix_to_axis_angle
 from .head import HeadModel, Motion
 from .layers import head_alpha
-from .media import (Film, VideoWriter, clip_info, iter_video, on_background, read_image, read_own, resize, to_float, to_uint8, whole_png, write_image)
+from .media import (Film, VideoWriter, clip_info, iter_video, on_background, read_array, read_image, read_own, resize, to_float, to_uint8, whole_png, write_image)
 from .metrics import identity_distance, identity_embedding, landmark_distance
 from .motion import VIDEO, head_angles, limit, read_motion, relative, retarget, scripted
 from .nets.blocks import at_half_precision, half_precision
@@ -142,7 +142,7 @@ def add_track(
 ) -> None:
     "Artifact `track`: the head model fitted to the portrait."
     def build(folder: Path) -> None:
-        image, landmarks = read_own(run.path("portrait", "crop.png")), np.load(run.path("portrait", "landmarks.npy"))
+        image, landmarks = read_own(run.path("portrait", "crop.png")), read_array(run.path("portrait", "landmarks.npy"))
         shown = read_json(run.path("portrait", "crop.json"), MEND).get("shown", [0, 0, *image.shape[1::-1]])
         replace(fit_portrait(image, landmarks, head, focal=focal), picture=np.array(shown, np.float32)).save(folder / "track.npz")
 
@@ -430,7 +430,7 @@ def add_dataset(
         filmed = motion is track.motion                     # a portrait's track says nothing of a script's frames
         HeadDataset.from_frames(heads, motion, track.shape, track.camera, head, folder=folder, size=size,
                                 known=track.known(size) if filmed else None, ok=track.ok if filmed else None,
-                                offset=np.load(offset) if offset.exists() else None)
+                                offset=read_array(offset) if offset.exists() else None)
 
     run.make("rounds/0/dataset", build, needs=["coarse", "track"], params=dict(size=size, parser=parser) | halved(parser))
 

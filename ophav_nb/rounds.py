@@ -28,7 +28,7 @@ from .dataset import HeadDataset
 from .detect import Detector, detect_like
 from .geometry import Camera, push_pull
 from .head import HeadModel, Motion
-from .media import on_background, resize, to_float, to_uint8, whole_png, write_image
+from .media import on_background, read_array, resize, to_float, to_uint8, whole_png, write_image
 from .metrics import (flicker, head_mask, identity_distance, identity_embedding, known_mean, landmark_distance, measures_json, psnr,
                               sharpness, sharpness_mask)
 from .restore import frame_context, make_restorer
@@ -425,7 +425,7 @@ class Rounds:
             render_plan(folder, self.load_avatar(k), self.motion[check.frames], self.camera, self.config.samples, f'round {k}: check')
             shown = on_background(to_float(read_frames(folder)))
             before = self.run.path(self.name(k - 1, 'check'))
-            before = (on_background(to_float(read_frames(before))), np.load(before/'faces.npy')) if k else None
+            before = (on_background(to_float(read_frames(before))), read_array(before/'faces.npy')) if k else None
             row, faces = measure_round(check, shown, self.detector, before)
             row = dict(round=k, **row, psnr_input=self.psnr_to_input(k))
             np.save(folder/'faces.npy', faces)

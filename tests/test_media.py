@@ -305,3 +305,13 @@ def test_what_may_not_be_read_is_not_told_as_damaged(tmp_path, monkeypatch):
     for use, path in ((clip_info, film), (read_video, film), (read_image, picture), (read_own, picture)):
         with pytest.raises(InputError, match=f"{path.name} may not be read; change its permissions"): use(path)
     with pytest.raises(InputError, match="no such file"): read_image(tmp_path/"b.png")
+
+
+def test_an_array_of_a_run_that_is_damaged(tmp_path):
+    "It says whose the file is and what to do, whether it is cut, overwritten, of pickled things or not there."
+    path = tmp_path / "landmarks.npy"
+    np.save(path, np.arange(6.))
+    assert (media.read_array(path) == np.arange(6)).all() and (media.read_array(path, mmap=True) == np.arange(6)).all()
+    for spoil in (lambda: path.write_bytes(path.read_bytes()[:-8]), lambda: path.write_bytes(b"\0"*128), lambda: np.save(path, np.array([{}]), allow_pickle=True), path.unlink):
+        spoil()
+        with pytest.raises(InputError, match="landmarks.npy is missing or damaged .*ophav create"): media.read_array(path)

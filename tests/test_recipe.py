@@ -239,8 +239,8 @@ def test_a_recipe_in_words():
 
 
 @pytest.mark.parametrize("text, said", [
-    ("levels=400", "levels=400 cannot be; give levels 1 to 32"), ("scale=5", "scale=5 with levels=16 and base=16 makes .* give scale 1 to 1.74, or fewer levels"),
-    ("occupancy=4096", "give occupancy 0 to 256"), ("average=2", "give average a number from 0 to 1"), ("focus=7", "give focus a number from 0 to 1"),
+    ("levels=400", "levels=400 cannot be; give levels 1 to 32"), ("width=9999", "give width 1 to 1024"), ("appearance=9999", "give appearance 0 to 256"), ("rays=99999999", "give rays at most 1048576"), ("average=1", "below 1"), ("scale=5", "scale=5 with levels=16 and base=16 makes .* give scale 1 to 1.74, or fewer levels"),
+    ("occupancy=4096", "give occupancy 0 to 256"), ("average=2", "give average a number from 0 on, below 1"), ("focus=7", "give focus a number from 0 to 1"),
     ("table_rate=1e9", "give table_rate a number above 0, up to 1"), ("network_rate=0", "give network_rate")])
 def test_a_recipe_out_of_bounds(text, said):
     with pytest.raises(InputError, match=said): read_recipe(text)
