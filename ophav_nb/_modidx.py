@@ -2048,6 +2048,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.rounds.RoundsConfig.restorer_name': ( 'rounds.html#roundsconfig.restorer_name',
                                                                                  'ophav_nb/rounds.py'),
                                  'ophav_nb.rounds.append_row': ('rounds.html#append_row', 'ophav_nb/rounds.py'),
+                                 'ophav_nb.rounds.as_render': ('rounds.html#as_render', 'ophav_nb/rounds.py'),
                                  'ophav_nb.rounds.check_numbers': ('rounds.html#check_numbers', 'ophav_nb/rounds.py'),
                                  'ophav_nb.rounds.choose_round': ('rounds.html#choose_round', 'ophav_nb/rounds.py'),
                                  'ophav_nb.rounds.film_camera': ('rounds.html#film_camera', 'ophav_nb/rounds.py'),

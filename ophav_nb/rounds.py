@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'RoundsConfig', 'Plan', 'film_camera', 'plan_round', 'write_frames', 'read_frames', 'render_plan',
-           'finish_alpha', 'mesh_landmarks', 'Check', 'check_numbers', 'shown_portrait', 'make_check', 'measure_round',
-           'choose_round', 'RoundResult', 'Rounds', 'append_row', 'read_log', 'run_rounds']
+           'finish_alpha', 'as_render', 'mesh_landmarks', 'Check', 'check_numbers', 'shown_portrait', 'make_check',
+           'measure_round', 'choose_round', 'RoundResult', 'Rounds', 'append_row', 'read_log', 'run_rounds']
 
 # %% ../nbs/17_rounds.ipynb #c003
 import json
@@ -146,6 +146,20 @@ def finish_alpha(
     if (new > own + .02).any():
         image[..., :3] = np.where(own[..., None] > .3, image[..., :3], push_pull(image[..., :3], np.clip((own - .3)/.3, 0, 1)))
     return to_uint8(np.concatenate([image[..., :3], new[..., None]], -1))
+
+def as_render(
+    image: np.ndarray,             # what a restorer made
+    render: np.ndarray,            # of this, straight RGBA, uint8 [H, W, 4]
+    name: str,                     # the restorer's
+) -> np.ndarray:                   # straight RGBA, uint8 [H, W, 4]
+    "A restored picture, with its render's opacity where the restorer gave none back."
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[:2] != render.shape[:2] or image.shape[2] not in (3, 4):
+        raise InputError(f"the restorer {name} made a picture of shape {image.shape} of one of {render.shape}; give back as many pixels, with 3 or 4 channels")
+    if image.dtype != np.uint8 and (image.dtype.kind != 'f' or not np.isfinite(image).all()):
+        raise InputError(f"the restorer {name} made a picture of {image.dtype}, or one with values that are no numbers; give back uint8, or floats from 0 to 1")
+    image = to_uint8(image)
+    return image if image.shape[2] == 4 else np.concatenate([image, render[..., 3:]], -1)
 
 # %% ../nbs/17_rounds.ipynb #c012
 def mesh_landmarks(
@@ -380,7 +394,8 @@ class Rounds:
             restore = self.restorer(np.asarray(Image.open(source/'portrait.png')))
             def frames(missing):
                 for i in missing:
-                    image = restore(np.asarray(Image.open(source/f'{i:05d}.png')), self.context(plan.motion, i, self.camera))
+                    render = np.asarray(Image.open(source/f'{i:05d}.png'))
+                    image = as_render(restore(render, self.context(plan.motion, i, self.camera)), render, self.config.restorer_name)
                     yield finish_alpha(image, self.dataset.alpha[plan.source[i]]) if plan.known[i] else image      # made crisper, a new pose's rim cost .06 dB; by itself it does not soften (measured)
             write_frames(folder, len(plan.source), frames, f'round {k}: restore')
         return self.make(k, 'restored', build)

@@ -15,7 +15,7 @@ from ophav_nb.dataset import UNKNOWN, HeadDataset
 from ophav_nb.geometry import facing_camera, interpolate, rasterize
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import to_uint8
-from ophav_nb.rounds import RoundsConfig, check_numbers, choose_round, film_camera, finish_alpha, plan_round, read_frames, read_log, run_rounds
+from ophav_nb.rounds import RoundsConfig, as_render, check_numbers, choose_round, film_camera, finish_alpha, plan_round, read_frames, read_log, run_rounds
 from ophav_nb.run import InputError, Run
 from ophav_nb.track import Track
 
@@ -303,3 +303,12 @@ def test_defaults_are_those_of_quick():
     from ophav_nb.pipeline import PRESETS
     quick, config = PRESETS['quick'], RoundsConfig()
     assert (config.steps0, config.steps) == (quick.steps, quick.round_steps)
+
+
+def test_a_restorer_of_ones_own_may_leave_opacity_alone():
+    "Colours alone keep the render's opacity; floats are floats; what is no picture of this size is told, by the restorer's name."
+    render = np.random.default_rng(0).integers(0, 255, (6, 5, 4)).astype(np.uint8)
+    assert (as_render(render[..., :3], render, "mine") == render).all() and (as_render(render, render, "mine") == render).all()
+    assert np.abs(as_render(render[..., :3]/np.float32(255), render, "mine").astype(int) - render).max() <= 1
+    for wrong in (render[:3], render[..., 0], render[..., :2], np.full((6, 5, 3), np.nan), render.astype(object)):
+        with pytest.raises(InputError, match="restorer mine made"): as_render(wrong, render, "mine")
