@@ -379,6 +379,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ophav_nb.clothes.Clothes._background_above': ( 'clothes.html#clothes._background_above',
                                                                                   'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._beard': ('clothes.html#clothes._beard', 'ophav_nb/clothes.py'),
+                                  'ophav_nb.clothes.Clothes._closed': ('clothes.html#clothes._closed', 'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._coloured': ('clothes.html#clothes._coloured', 'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._cut_off': ('clothes.html#clothes._cut_off', 'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._dilated': ('clothes.html#clothes._dilated', 'ophav_nb/clothes.py'),

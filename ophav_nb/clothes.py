@@ -34,6 +34,7 @@ class Clothes:
         low = self._with_thickness(ndi.grey_closing(ndi.median_filter((cloth*self.area).astype(np.float32), 3), 5), stray)
         self.cloth = self._tidied(np.maximum(low, self._shoulders_above_mouth(cloth, hanging)))
         self.cloth[self._as_it_goes_on()] = 1
+        self.cloth[self._closed(self.cloth)] = 1
         self.cloth[self._cut_off()] = 1
         self.alpha = self._head_alone(stray)
         self.person = np.maximum(p.matte*p.certain, self.alpha)
@@ -51,6 +52,10 @@ class Clothes:
     def _coloured(self, cloth) -> np.ndarray:
         "Pixels around the head that are in some way unlike skin, bool [H, W]."
         return self.around & ((self.portrayed.unlike > 2) | (cloth > .5))
+
+    def _closed(self, cloth) -> np.ndarray:
+        "Cloth below the chin without its narrow gaps, bool [H, W]."
+        return ndi.binary_closing(cloth > .5, iterations=max(1, int(.06*self.unit))) & (self.rows > self.portrayed.landmarks[152, 1] + .1*self.unit)
 
 @patch_to(Clothes)
 def _look_around(self):
@@ -149,7 +154,7 @@ def _tidied(self, cloth) -> np.ndarray:
     small = lambda some, most: np.isin(label := ndi.label(some)[0], 1 + np.flatnonzero(np.bincount(label.ravel())[1:] < most*unit**2))
     sure = (cloth > .5) & (p.matte > .4)
     cloth[(p.matte > .4) & ~ndi.binary_propagation(sure & ~small(sure, .06), mask=cloth > .02)] = 0
-    cloth[ndi.binary_closing(cloth > .5, iterations=max(1, int(.06*unit))) & (self.rows > p.landmarks[152, 1] + .1*unit)] = 1
+    cloth[self._closed(cloth)] = 1
     cloth[small(ndi.binary_fill_holes(cloth > .5) & (cloth <= .5), .25)] = 1
     return cloth
 
@@ -162,9 +167,15 @@ def _as_it_goes_on(self) -> np.ndarray:
     if sure.sum() < .3*self.unit**2: return np.zeros_like(sure)
     logs = np.log(blurred(p.image, 1.5*self.px) + .04)
     face = sampled(logs, p.T0[(p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices])
-    (skin, wide), (cloth, spread) = (unlikeness(logs, some) for some in (np.concatenate([face, face - .4, face - .8]), logs[sure]))
-    rather = np.where(cloth < 9, np.clip(skin - cloth + np.minimum(wide - spread, 1), -9, 9), -9)
-    like = self.area & person & ~self.hanging & (ndi.gaussian_filter(rather, 1.5*self.px) > 2)
+    skin, wide = unlikeness(logs, np.concatenate([face, face - .4, face - .8]))
+    light = logs.sum(-1)
+    middle = np.percentile(light[sure], [5, 95]).mean()
+    rather = np.full(sure.shape, -9.)
+    for some in (sure, sure & (light < middle), sure & (light >= middle)):       # all together, a dark coat, a white shirt
+        if some.sum() < .1*sure.sum(): continue
+        cloth, spread = unlikeness(logs, logs[some])
+        rather = np.maximum(rather, np.where(cloth < 9, np.clip(skin - cloth + np.minimum(wide - spread, 1), -9, 9), -9))
+    like = self.area & person & ~self.hanging & (p.rim_light < .3) & (ndi.gaussian_filter(rather, 1.5*self.px) > 2)
     return ndi.binary_propagation(sure, mask=like | sure)
 
 @patch_to(Clothes)

@@ -533,8 +533,9 @@ def test_a_neck_fades_in_under_the_jaw(portrait, head):
     assert np.abs(animator.composite(animator.frame(*s), *s) - image/255.)[there].mean() < .03
 
 
-def test_a_collar_before_a_neck_is_told_by_the_cloth_it_goes_on_from(portrait, head):
-    "Where its hue alone does not tell it from skin."
+@pytest.mark.parametrize('coat', [False, True])
+def test_a_collar_before_a_neck_is_told_by_the_cloth_it_goes_on_from(portrait, head, coat):
+    "Where its hue alone does not tell it from skin; with a dark coat over it, too."
     image, track, matte = portrait
     (y, x), L = np.mgrid[:SIZE, :SIZE], track.landmarks[0]
     low, plain = L[152, 1] + .06*SIZE, MeshAnimator(image, track, head, matte, supersample=1).portrayed
@@ -543,6 +544,7 @@ def test_a_collar_before_a_neck_is_told_by_the_cloth_it_goes_on_from(portrait, h
     for grey in np.linspace(.02, .6, 30):                                     # the first of which hue says that it may be either
         picture = image.copy()
         picture[neck | shoulders] = np.clip(skin + grey*(skin.mean() - skin) + np.random.default_rng(0).normal(0, 2, (int((neck | shoulders).sum()), 3)), 0, 255)
+        if coat: picture[shoulders & (np.abs(x - L[152, 0]) > .2*SIZE)] = [14, 16, 30]
         clothes = Clothes(Portrayed(picture, track, head, np.maximum(matte, shoulders).astype(np.float32)))
         if np.median(clothes.portrayed.unlike[inner]) > 2.2: break
     assert inner.sum() > 100 and np.maximum(clothes._other_than_skin(), clothes._light_collars())[inner].mean() < .5
