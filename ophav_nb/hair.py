@@ -226,6 +226,10 @@ def _mane(self, alpha) -> np.ndarray:
     colour = blurred(colour, 2*soft)
     strands = np.where(hair, (p.bled - smooth(hair)).mean(-1), 0)
     most = np.quantile(np.abs(strands[core]), .7)
-    made = colour*(1 + .6*most/max(colour[core].mean(), .02)*combed(strands, hair, p.size))[..., None]
+    if not self.bald and hair.sum() < .5*p.eyes_apart**2:                                          # too little of it to tell its strands: they hang down
+        noise = np.random.default_rng(0).standard_normal(hair.shape)
+        lines = sum(by*f/f.std() for by, f in ((by, ndi.gaussian_filter(noise, (along*p.size/512, across*p.size/512))) for by, along, across in ((.1, 8, .7), (.07, 12, 2))))
+    else: lines = .6*most/max(colour[core].mean(), .02)*combed(strands, hair, p.size)
+    made = colour*(1 + lines[..., None])
     share = ndi.gaussian_filter(hair.astype(np.float32), p.size/512)[..., None]
     return crisp(p.bled*share + np.clip(made, 0, 1)*(1 - share))

@@ -121,10 +121,11 @@ def _tooth(number, up):
     return (np.float32(1) - (np.float32(.13) + np.float32(.15)*edge)*np.exp(-gap*gap))*(np.float32(1) - np.float32(.10)*side*side)*(np.float32(1) - np.float32(.13)*edge)
 
 @kernel(inline=True)
-def _hairline(seen, hairy):
-    "How much of a picture is shown, and how much of that is hair: where hair meets skin its edge takes a third of the way from vertex to vertex, or it would be a smudge."
+def _hairline(seen, hairy, grain):
+    "How much of a picture is shown, and how much of that is hair: where hair meets skin its edge takes a third of the way from vertex to vertex, or it would be a smudge, and is ragged, or it would be a cap's."
     hair = seen*hairy
-    edge = min(max(np.float32(3)*hair - np.float32(.25), np.float32(0)), np.float32(1))
+    ragged = min(max(2*grain - 2, np.float32(-.06)), np.float32(.06))*hair*max(1 - hair, np.float32(0))
+    edge = min(max(np.float32(3)*hair - np.float32(.25) + np.float32(12)*ragged, np.float32(0)), np.float32(1))
     edge *= edge*(3 - 2*edge)
     seen = edge + (seen - hair)*(1 - edge)/max(1 - hair, np.float32(.01))
     return seen, edge/max(seen, np.float32(.01))
@@ -159,8 +160,9 @@ def paint_mesh(
             if kind[f] == OF_EYE: cr, cg, cb = _eye(eyes, whites, lashes, sx, sy, a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0], cr, cg, cb)
             else:
                 seen = a*fixed[p, 4] + b*fixed[q, 4] + c*fixed[r, 4]
+                gx, gy = a*fixed[p, 12] + b*fixed[q, 12] + c*fixed[r, 12], a*fixed[p, 13] + b*fixed[q, 13] + c*fixed[r, 13]
                 if kind[f] <= OF_SKIN and seen < 1:
-                    light = _look1(grain, a*fixed[p, 12] + b*fixed[q, 12] + c*fixed[r, 12], a*fixed[p, 13] + b*fixed[q, 13] + c*fixed[r, 13])
+                    light = _look1(grain, gx, gy)
                     cr, cg, cb = cr*light, cg*light, cb*light
                 twin = a*fixed[p, 8] + b*fixed[q, 8] + c*fixed[r, 8]
                 copied = a*fixed[p, 10] + b*fixed[q, 10] + c*fixed[r, 10]
@@ -172,7 +174,7 @@ def paint_mesh(
                     light = a*fixed[p, 11] + b*fixed[q, 11] + c*fixed[r, 11]
                     cr, cg, cb = cr + copied*(kr*light - cr), cg + copied*(kg*light - cg), cb + copied*(kb*light - cb)
                 shut = a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0]
-                if kind[f] == OF_HULL and shut > 0: seen, shut = _hairline(seen, shut)
+                if kind[f] == OF_HULL and shut > 0: seen, shut = _hairline(seen, shut, _look1(grain, np.float32(.6)*gx, np.float32(.25)*gy))       # drawn out downwards, as strands are
                 if seen > 0:
                     kr, kg, kb = _look(skin, sx, sy)
                     if shut > 0:

@@ -660,6 +660,13 @@ def test_a_hairline_is_sharper_than_its_triangles():
         assert row[0] > .95 and row[-1] < .05 and (np.diff(row) < 1e-6).all()
         grey.append(((row > .1) & (row < .9)).mean())
     assert grey[0] > .7 and grey[1] < .3
+    grain, edges = np.exp(.05*np.random.default_rng(0).standard_normal((64, 64))).astype(np.float32), {}
+    for name, noise in (('plain', full), ('ragged', grain)):
+        out = np.zeros((64, 64, 4), np.float32)
+        at = fixed_columns(corners[:, :2], corners[:, :2], np.float32([0, 1, 1, 0]), n, corners[:, :2], n, n, n, n, corners[:, :2])
+        paint_mesh(r.face, r.bary, faces, np.full(2, OF_HULL, np.int8), at, np.float32([[1, 1, 1, 1, 1]]*4), skin, hair, skin, skin, skin, full, noise, out)
+        edges[name] = (out[4:60, :, 0] > .5).sum(1)
+    assert np.ptp(edges['plain']) <= 1 and 1 <= edges['ragged'].std() < 5 and abs(edges['ragged'].mean() - edges['plain'].mean()) < 1.5
 
 
 def test_edges_have_no_teeth(animator):
@@ -737,6 +744,19 @@ def test_a_head_that_the_picture_cuts_off_goes_on(head, portrait):
     assert np.abs(a.composite(shown) - cut/255)[top + 8:].mean() < .02                          # what the picture does show is as it was
     turned = a.frame(*state(track, head, yaw=20))
     assert turned[..., 3].max(1)[top - 12:top + 12].min() > .99                                # and there is no gap where the two meet
+
+
+def test_a_crown_that_the_picture_cuts_off_has_strands(head, portrait):
+    "Of whose hair too little is shown to tell how it runs."
+    image, track, matte = portrait
+    top = int(track.landmarks[0, 10, 1] + .02*SIZE)
+    cut = replace(track, picture=np.float32([0, top, SIZE, SIZE]))
+    beside = (matte > .5) & (np.abs(np.arange(SIZE) - track.landmarks[0, 4, 0]) > .27*SIZE) & (np.arange(SIZE)[:, None] < top + .12*SIZE)
+    picture = np.where(beside[..., None], np.uint8([60, 42, 30]), image)
+    hair = MeshAnimator(picture, cut, head, matte, supersample=1).hair
+    assert not hair.bald and hair.seen.any() and hair.seen.sum() < .5*hair.portrayed.eyes_apart**2
+    made = np.log(hair.mane[:top - 4].mean(-1) + .01)
+    assert .05 < made.std() < .4 and np.abs(np.diff(made, axis=1)).mean() > 2*np.abs(np.diff(made, axis=0)).mean()          # they hang down
 
 
 def test_a_piece_that_cloth_cuts_off_is_cloth(head, portrait):
