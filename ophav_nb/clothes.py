@@ -115,8 +115,8 @@ def _beard(self) -> np.ndarray:
     chin = (polygon_mask(L[OVAL, :2], side, side, grow=-.05*unit) > .5) & (polygon_mask(L[OUTER_LIPS, :2], side, side, grow=.1*unit) < .5) & (low > .15)
     cheeks = np.median(sampled(blurred(p.light[..., None], .05*unit), L[CHEEKS]))
     if not chin.any(): return np.zeros((side, side), bool)
-    light, logs = np.median(p.light[chin])/cheeks, np.log(p.image.sum(-1) + .12)
-    rough = np.median(np.abs(logs - ndi.gaussian_filter(logs, .03*unit))[chin])
+    light, fine = np.median(p.light[chin])/cheeks, np.log(p.light + .04)
+    rough = np.median(np.abs(fine - ndi.gaussian_filter(fine, .03*unit))[chin])
     if light > .58 or light > .47 and rough < .045: return np.zeros((side, side), bool)     # in shadow a bare chin has .7 of the cheeks' light, at worst .5, and is smooth (.01 to .03); a brown beard has .43, and .08
     logs = np.log(blurred(p.image, .02*unit) + .04)
     person = self.around & (p.matte > .3) & (low < 2)

@@ -31,7 +31,7 @@ from .geometry import Camera, kernel, rasterize
 from .flame import flame_head, load_head, read_tracker
 from .head import HeadModel, Motion
 from .media import read_array, read_image, resize, to_float, to_uint8
-from .run import MEND, InputError, make_key, progress, write_atomic
+from .run import MEND, InputError, check_readable, make_key, progress, write_atomic
 
 # %% ../nbs/09_dataset.ipynb #c005
 logger = logging.getLogger(__name__)
@@ -427,12 +427,14 @@ class _Store:
 
     def load(self, cls):
         "A dataset that `finish` closed, memory-mapped."
-        try:
-            with np.load(self.folder/'small.npz', allow_pickle=False) as z: s = {k: z[k] for k in z.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error: raise InputError(f"{self.folder/'small.npz'} is missing or damaged ({error}); {MEND}") from error
-        motion = Motion(s.pop('motion_expression'), s.pop('motion_joints'), s.pop('translation'), float(s.pop('fps')), str(s.pop('basis')))
+        path = self.folder/'small.npz'
+        check_readable(path)
         big = {k: read_array(self.folder/f'{k}.npy', mmap=True) for k in ARRAYS}
-        return cls(**big, **s, motion=motion)
+        try:
+            with np.load(path, allow_pickle=False) as z: s = {k: z[k] for k in z.files}
+            motion = Motion(s.pop('motion_expression'), s.pop('motion_joints'), s.pop('translation'), float(s.pop('fps')), str(s.pop('basis')))
+            return cls(**big, **s, motion=motion)
+        except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error: raise InputError(f"{path} is missing or damaged ({error}); {MEND}") from error
 
 # %% ../nbs/09_dataset.ipynb #c017
 def film_dataset(

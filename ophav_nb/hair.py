@@ -226,7 +226,7 @@ def _mane(self, alpha) -> np.ndarray:
     deep = ndi.distance_transform_edt(hair)
     core = deep > min(r, .7*deep.max())
     sure = (deep > 3*p.size/512) & self.unlike_skin
-    if (core & ~sure).sum() > .5*core.sum() and sure.sum() > 30: core = sure & (p.light < 1.2*np.median(p.light[sure]))         # where a forehead was taken for thin hair it would tint all that is made up
+    if (core & ~sure).sum() > .5*core.sum() and sure.sum() > 30: core = sure & (p.light <= 1.2*np.median(p.light[sure]))         # where a forehead was taken for thin hair it would tint all that is made up
     smooth = lambda known: blurred(p.bled*known[..., None], soft)/np.maximum(blurred(known[..., None]*1., soft), .02)
     away, (i, j) = ndi.distance_transform_edt(~core, return_indices=True)
     colour = smooth(core)[i, j]

@@ -8,7 +8,7 @@ __all__ = ['log', 'LONGEST', 'to_uint8', 'to_float', 'on_background', 'read_imag
            'read_video', 'Film', 'VideoWriter', 'write_video']
 
 # %% ../nbs/01_media.ipynb #c002
-import contextlib, io, logging, os, warnings
+import contextlib, io, logging, os, tokenize, warnings, zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -125,7 +125,7 @@ def read_array(
     "An array that a run wrote; nothing is unpickled."
     check_readable(path)
     try: return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error: raise InputError(f"{path} is missing or damaged ({error}); {MEND}") from error
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile) as error: raise InputError(f"{path} is missing or damaged ({error}); {MEND}") from error
 
 # %% ../nbs/01_media.ipynb #c011
 def write_image(

@@ -96,11 +96,11 @@ def fixed_columns(
     light,      # of the twin (sum of three colours); of teeth: from their biting edge, millimetres, [V]
     copied,     # how much of the twin's very colours is taken (hair, an ear), [V]
     relit,      # light here relative to the twin's, [V]
-    grain_at=None,  # its place in the grain that skin has where it is made up, pixels, [V, 2]
+    grain_at,   # its place in the grain that skin has where it is made up, pixels, [V, 2]
 ) -> np.ndarray:  # float32 [V, 14]
     "What `paint_mesh` is told of each vertex once and for all."
     column = lambda x: np.asarray(x)[:, None]
-    return np.concatenate([place, shut, column(seen), column(tooth), twin, column(twin_seen), column(light), column(copied), column(relit), np.zeros_like(place, np.float32) if grain_at is None else grain_at], 1).astype(np.float32)
+    return np.concatenate([place, shut, column(seen), column(tooth), twin, column(twin_seen), column(light), column(copied), column(relit), grain_at], 1).astype(np.float32)
 
 @kernel(inline=True)
 def _eye(eyes, whites, lashes, x, y, wide, lit, lash_x, lash_y):
@@ -121,10 +121,10 @@ def _tooth(number, up):
     return (np.float32(1) - (np.float32(.13) + np.float32(.15)*edge)*np.exp(-gap*gap))*(np.float32(1) - np.float32(.10)*side*side)*(np.float32(1) - np.float32(.13)*edge)
 
 @kernel(inline=True)
-def _hairline(seen, hairy, grain):
+def _hairline(seen, hairy, noise):
     "How much of a picture is shown, and how much of that is hair: where hair meets skin its edge takes a third of the way from vertex to vertex, or it would be a smudge, and is ragged, or it would be a cap's."
     hair = seen*hairy
-    ragged = min(max(2*grain - 2, np.float32(-.06)), np.float32(.06))*hair*max(1 - hair, np.float32(0))
+    ragged = min(max(np.float32(.04)*noise, np.float32(-.06)), np.float32(.06))*hair*max(1 - hair, np.float32(0))
     edge = min(max(np.float32(3)*hair - np.float32(.25) + np.float32(12)*ragged, np.float32(0)), np.float32(1))
     edge *= edge*(3 - 2*edge)
     seen = edge + (seen - hair)*(1 - edge)/max(1 - hair, np.float32(.01))
@@ -139,7 +139,7 @@ def paint_mesh(
     skin, lids,                    # the portrait with lips shut, and with lids shut, too, [H, W, 3]
     eyes, whites, lashes,          # its eyes made whole, opened wide, and what lids and lashes leave of their light, [H, W, 3]
     alpha,                         # of the head, [H, W]
-    grain,                         # light of made-up skin relative to around, [h', w']
+    grain,                         # light of made-up skin relative to around; and noise of deviation 1, [2, h', w']
     out,                           # painted over: premultiplied RGBA, [h, w, 4]
 ):
     "The face over the sheet; the back and the neck are painted by the same rules."
@@ -161,10 +161,10 @@ def paint_mesh(
             else:
                 seen = a*fixed[p, 4] + b*fixed[q, 4] + c*fixed[r, 4]
                 gx, gy = a*fixed[p, 12] + b*fixed[q, 12] + c*fixed[r, 12], a*fixed[p, 13] + b*fixed[q, 13] + c*fixed[r, 13]
-                if kind[f] <= OF_SKIN and seen < 1:
-                    light = _look1(grain, gx, gy)
-                    cr, cg, cb = cr*light, cg*light, cb*light
                 twin = a*fixed[p, 8] + b*fixed[q, 8] + c*fixed[r, 8]
+                if kind[f] <= OF_SKIN and seen < 1:                    # a twin brings its own
+                    light = 1 + (_look1(grain[0], gx, gy) - 1)*max(1 - twin, np.float32(0))
+                    cr, cg, cb = cr*light, cg*light, cb*light
                 copied = a*fixed[p, 10] + b*fixed[q, 10] + c*fixed[r, 10]
                 if seen < 1 and twin + copied > 0:
                     kr, kg, kb = _look(skin, a*fixed[p, 6] + b*fixed[q, 6] + c*fixed[r, 6], a*fixed[p, 7] + b*fixed[q, 7] + c*fixed[r, 7])
@@ -174,7 +174,7 @@ def paint_mesh(
                     light = a*fixed[p, 11] + b*fixed[q, 11] + c*fixed[r, 11]
                     cr, cg, cb = cr + copied*(kr*light - cr), cg + copied*(kg*light - cg), cb + copied*(kb*light - cb)
                 shut = a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0]
-                if kind[f] == OF_HULL and shut > 0: seen, shut = _hairline(seen, shut, _look1(grain, np.float32(.6)*gx, np.float32(.25)*gy))       # drawn out downwards, as strands are
+                if kind[f] == OF_HULL and shut > 0: seen, shut = _hairline(seen, shut, _look1(grain[1], np.float32(.6)*gx, np.float32(.25)*gy))       # drawn out downwards, as strands are
                 if seen > 0:
                     kr, kg, kb = _look(skin, sx, sy)
                     if shut > 0:

@@ -358,6 +358,7 @@ def _read_colours(self):
     chroma = lambda c: c[..., :2]/np.maximum(c.sum(-1, keepdims=True), .05)
     face = sampled(self.image, self.T0[(self.face_mask > .9) & (self.seen > .9) & ~self.eye_vertices])
     if len(face) < 30 and not self.shown.all(): raise InputError('the picture shows too little of this face; use one that shows all of it')
+    if np.median(face.sum(-1)) < .02: raise InputError('the face in this picture is black; use one in more light')
     middle = np.median(chroma(face), axis=0)
     spread = 1.48*np.median(np.abs(chroma(face) - middle), axis=0) + .012
     self.unlike = np.sqrt((((chroma(self.image) - middle)/spread)**2).sum(-1))                 # of a hue; 1: as far from the face's as the face's own pixels from each other
@@ -370,9 +371,10 @@ def _read_colours(self):
 
 @patch_to(Portrayed)
 def _rim_light(self) -> np.ndarray:
-    "The rim of light that a window or lamp behind the head makes along cheek, jaw and neck: much lighter than the face and of another hue, 0..1 [H, W]. It stays at the outline when the head turns, the skin that had it does not."
+    "The rim of light that a window or lamp behind the head makes along cheek, jaw and neck: narrow, long, much lighter than the face and of another hue, 0..1 [H, W]. It stays at the outline when the head turns, the skin that had it does not."
     px = self.size/512
     rim = smoothstep(1.15, 1.45, self.light)*smoothstep(1.2, 2.2, self.unlike)*ndi.binary_erosion(self.matte > .9, iterations=max(1, int(2*px)))
+    rim *= ~ndi.binary_opening(rim > .1, iterations=max(1, int(.12*self.eyes_apart)))          # what is broad is white hair or a shirt
     pieces = ndi.label(rim > .1)[0]
     long = [k for k, box in enumerate(ndi.find_objects(pieces), 1) if np.hypot(*(s.stop - s.start for s in box)) > .4*self.eyes_apart]
     rim *= np.isin(pieces, long)                                                               # others are a skin's or a lip's shine

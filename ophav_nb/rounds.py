@@ -156,8 +156,8 @@ def as_render(
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[:2] != render.shape[:2] or image.shape[2] not in (3, 4):
         raise InputError(f"the restorer {name} made a picture of shape {image.shape} of one of {render.shape}; give back as many pixels, with 3 or 4 channels")
-    if image.dtype != np.uint8 and (image.dtype.kind != 'f' or not np.isfinite(image).all()):
-        raise InputError(f"the restorer {name} made a picture of {image.dtype}, or one with values that are no numbers; give back uint8, or floats from 0 to 1")
+    if image.dtype != np.uint8 and (image.dtype.kind != 'f' or not np.isfinite(image).all() or image.min() < -.5 or image.max() > 1.5):
+        raise InputError(f"the restorer {name} made a picture of {image.dtype} whose values are no colours; give back uint8, or floats from 0 to 1")
     image = to_uint8(image)
     return image if image.shape[2] == 4 else np.concatenate([image, render[..., 3:]], -1)
 

@@ -38,7 +38,7 @@ class Unseen:
         colour = sampled(p.skin, P)
         hangs = smoothstep(.2, .6, sampled(hair.beside, P))*p.is_face*(1 - smoothstep(.5, .75, p.facing0))     # hair hangs beside a slope, it is not its skin
         seen = p.seen.copy()
-        seen *= (1 - hangs)*(1 - sampled(p.rim_light, P)*(1 - smoothstep(.5, .7, p.facing0))*~p.scalp)
+        seen *= (1 - hangs)*(1 - sampled(p.rim_light, P)*(1 - smoothstep(.6, .8, p.facing0))*~p.scalp)
         w = seen*(sampled(p.matte, P) > .9)
         inner = sampled(ndi.minimum_filter(p.matte, 2*max(1, round(3*p.size/512)) + 1), P)          # the rim's pixels hold something of the background
         self.sure = w*smoothstep(.3, .55, p.facing0)*(inner > .9)
@@ -65,11 +65,11 @@ class Unseen:
 
 @patch_to(Unseen)
 def _skins_grain(self) -> tuple:
-    "Pores and stubble for skin that is made up: light relative to around, unrolled around the head, float32 [H', W'], and each vertex's place in it, [V, 2]. Noise with the spectrum of a patch of the face (a random phase texture: Galerne, Gousseau and Morel 2011)."
+    "Pores and stubble for skin that is made up: light relative to around, and noise of deviation 1 for hairlines, float32 [2, H', W']; and each vertex's place in it, [V, 2]. Noise with the spectrum of a patch of the face (a random phase texture: Galerne, Gousseau and Morel 2011)."
     p, (h, w) = self.portrayed, self.portrayed.matte.shape
     V, half = p.rest, max(4, round(.12*p.eyes_apart))
     metre = p.camera0.focal/np.median(p.P0[p.is_face, 2])                         # pixels
-    at = np.stack([np.arctan2(V[:, 0], V[:, 2] - V[p.is_face, 2].mean() + .03)*.075, V[:, 1].max() - V[:, 1]], 1)*metre
+    at = np.stack([np.abs(V[:, 0]) - V[:, 2], .7*V[:, 2] - V[:, 1]], 1)*metre       # without a seam or a pole, nowhere squeezed but on the nape's sides and under the chin
     at = at - at.min(0) + 1
     light = np.log(np.maximum(p.skin.sum(-1), 0) + .05)
     fine = light - ndi.gaussian_filter(light, .04*p.eyes_apart)
@@ -79,7 +79,8 @@ def _skins_grain(self) -> tuple:
     window = np.outer(*[np.hanning(2*half + 3)[1:-1]]*2)
     noise = np.random.default_rng(0).standard_normal(np.ceil(at.max(0)[::-1]).astype(int) + 2 + 2*half)
     grain = fftconvolve(noise, patch*window/np.sqrt((window**2).sum()), mode='valid')
-    return np.exp(np.clip(grain, -.25, .25)).astype(np.float32), at
+    fuzz = ndi.gaussian_filter(noise, 1)[:grain.shape[0], :grain.shape[1]]
+    return np.stack([np.exp(np.clip(grain, -.25, .25)), fuzz/fuzz.std()]).astype(np.float32), at
 
 @patch_to(Unseen)
 def _lit_by_ground(self) -> np.ndarray:

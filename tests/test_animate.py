@@ -533,8 +533,8 @@ def test_a_neck_fades_in_under_the_jaw(portrait, head):
     assert np.abs(animator.composite(animator.frame(*s), *s) - image/255.)[there].mean() < .03
 
 
-@pytest.mark.parametrize('coat', [False, True])
-def test_a_collar_before_a_neck_is_told_by_the_cloth_it_goes_on_from(portrait, head, coat):
+@pytest.mark.parametrize('coat, light', [(False, 1), (True, 1), (False, 1.35), (False, 1.5)])
+def test_a_collar_before_a_neck_is_told_by_the_cloth_it_goes_on_from(portrait, head, coat, light):
     "Where its hue alone does not tell it from skin; with a dark coat over it, too."
     image, track, matte = portrait
     (y, x), L = np.mgrid[:SIZE, :SIZE], track.landmarks[0]
@@ -543,7 +543,7 @@ def test_a_collar_before_a_neck_is_told_by_the_cloth_it_goes_on_from(portrait, h
     skin, inner = np.median(image[plain.raster0.mask & (matte > .5) & (y < L[152, 1])], axis=0), ndi.binary_erosion(neck, iterations=2)
     for grey in np.linspace(.02, .6, 30):                                     # the first of which hue says that it may be either
         picture = image.copy()
-        picture[neck | shoulders] = np.clip(skin + grey*(skin.mean() - skin) + np.random.default_rng(0).normal(0, 2, (int((neck | shoulders).sum()), 3)), 0, 255)
+        picture[neck | shoulders] = np.clip(light*(skin + grey*(skin.mean() - skin)) + np.random.default_rng(0).normal(0, 2, (int((neck | shoulders).sum()), 3)), 0, 255)
         if coat: picture[shoulders & (np.abs(x - L[152, 0]) > .2*SIZE)] = [14, 16, 30]
         clothes = Clothes(Portrayed(picture, track, head, np.maximum(matte, shoulders).astype(np.float32)))
         if np.median(clothes.portrayed.unlike[inner]) > 2.2: break
@@ -649,22 +649,22 @@ def test_a_hairline_is_sharper_than_its_triangles():
     "Black hair over white skin, its weight 0 at one side of a square and 1 at the other."
     corners, faces, n = np.float32([[0, 0, 1], [64, 0, 1], [64, 64, 1], [0, 64, 1]]), np.int32([[0, 1, 2], [0, 2, 3]]), np.zeros(4)
     skin, hair, full = np.ones((64, 64, 3), np.float32), np.zeros((64, 64, 3), np.float32), np.ones((2, 2), np.float32)
-    fixed = fixed_columns(corners[:, :2], corners[:, :2], np.float32([0, 1, 1, 0]), n, corners[:, :2], n, n, n, n)
+    fixed = fixed_columns(corners[:, :2], corners[:, :2], np.float32([0, 1, 1, 0]), n, corners[:, :2], n, n, n, n, corners[:, :2])
+    even = np.stack([np.ones((64, 64)), np.zeros((64, 64))]).astype(np.float32)
     moving = np.float32([[1, 1, 1, 1, 1]]*4)                                            # all that is told is hair; white; opaque
     r = rasterize(corners, faces, 64, 64)
     grey = []
     for kind in (OF_SKIN, OF_HULL):
         out = np.zeros((64, 64, 4), np.float32)
-        paint_mesh(r.face, r.bary, faces, np.full(2, kind, np.int8), fixed, moving, skin, hair, skin, skin, skin, full, full, out)
+        paint_mesh(r.face, r.bary, faces, np.full(2, kind, np.int8), fixed, moving, skin, hair, skin, skin, skin, full, even, out)
         row = out[32, :, 0]
         assert row[0] > .95 and row[-1] < .05 and (np.diff(row) < 1e-6).all()
         grey.append(((row > .1) & (row < .9)).mean())
     assert grey[0] > .7 and grey[1] < .3
-    grain, edges = np.exp(.05*np.random.default_rng(0).standard_normal((64, 64))).astype(np.float32), {}
-    for name, noise in (('plain', full), ('ragged', grain)):
+    grain, edges = np.stack([np.ones((64, 64)), np.random.default_rng(0).standard_normal((64, 64))]).astype(np.float32), {}
+    for name, noise in (('plain', even), ('ragged', grain)):
         out = np.zeros((64, 64, 4), np.float32)
-        at = fixed_columns(corners[:, :2], corners[:, :2], np.float32([0, 1, 1, 0]), n, corners[:, :2], n, n, n, n, corners[:, :2])
-        paint_mesh(r.face, r.bary, faces, np.full(2, OF_HULL, np.int8), at, np.float32([[1, 1, 1, 1, 1]]*4), skin, hair, skin, skin, skin, full, noise, out)
+        paint_mesh(r.face, r.bary, faces, np.full(2, OF_HULL, np.int8), fixed, moving, skin, hair, skin, skin, skin, full, noise, out)
         edges[name] = (out[4:60, :, 0] > .5).sum(1)
     assert np.ptp(edges['plain']) <= 1 and 1 <= edges['ragged'].std() < 5 and abs(edges['ragged'].mean() - edges['plain'].mean()) < 1.5
 
@@ -835,15 +835,16 @@ def test_a_walls_light_on_a_cheek_is_no_skin(portrait, head):
 def test_a_rim_of_light_stays_at_the_outline(portrait, head):
     "A lamp behind the head draws a light line along cheek and jaw: there at rest, it does not come along to the front; a small shine on a cheek does."
     image, track, matte = portrait
-    left = (np.arange(SIZE) < track.landmarks[0, 152, 0]) & (np.arange(SIZE)[:, None] > track.landmarks[0, 4, 1] - .1*SIZE)
+    left = (np.arange(SIZE) < track.landmarks[0, 152, 0]) & (np.arange(SIZE)[:, None] > track.landmarks[0, 4, 1] + .02*SIZE)          # below the ear
     edge = (matte > .5) & ~ndi.binary_erosion(matte > .5, iterations=8) & left & (np.arange(SIZE)[:, None] < track.landmarks[0, 152, 1])
     white = np.uint8([225, 238, 255])
     lit, plain = (MeshAnimator(np.where(where[..., None], white, image).astype(np.uint8), track, head, matte, supersample=1) for where in (edge, edge & False))
     assert lit.portrayed.rim_light[ndi.binary_erosion(edge, iterations=2)].mean() > .6 and not plain.portrayed.rim_light.any()
     looks = lambda a, yaw: a.composite(a.frame(*state(track, head, yaw)), *state(track, head, yaw))
-    pale = lambda yaw: ((looks(lit, yaw) - looks(plain, yaw)).mean(-1)*matte > .15).sum()
+    pale = lambda yaw: ((looks(lit, yaw) - looks(plain, yaw)).mean(-1) > .15).sum()
     assert np.abs(looks(lit, 0) - np.where(edge[..., None], white/255, image/255))[edge].mean() < .05
-    assert min(pale(25), pale(-25)) < .3*pale(0)
+    print('PALE', pale(0), pale(15), pale(25), pale(-25))
+    assert max(pale(25), pale(-25)) < .35*pale(0)                                      # carried along it would be twice as wide
     spot = np.hypot(*(np.mgrid[:SIZE, :SIZE] - track.landmarks[0, 50, [1, 0]][:, None, None])) < .02*SIZE
     assert not MeshAnimator(np.where(spot[..., None], white, image).astype(np.uint8), track, head, matte).portrayed.rim_light.any()
 
@@ -852,20 +853,30 @@ def test_made_up_skin_has_the_faces_grain(portrait, head):
     "Pores and stubble go on where nothing of a skin is shown, as strong as they are; a smooth face stays smooth."
     image, track, matte = portrait
     noise = np.random.default_rng(0).standard_normal((SIZE, SIZE, 1))
-    grainy, smooth = (MeshAnimator(np.clip(image*np.exp(by*noise), 0, 255).astype(np.uint8), track, head, matte, supersample=1).unseen for by in (.06, 0))
-    assert .03 < np.log(grainy.grain).std() < .08 and np.log(smooth.grain).std() < .015
-    at, (h, w) = grainy.grain_at[grainy.portrayed.skin_vertices], grainy.grain.shape
+    grainy, smooth = (MeshAnimator(np.clip(image*np.exp(by*noise), 0, 255).astype(np.uint8), track, head, matte, supersample=1) for by in (.06, 0))
+    made = grainy.unseen
+    assert .03 < np.log(made.grain[0]).std() < .08 and np.log(smooth.unseen.grain[0]).std() < .015 and .9 < made.grain[1].std() < 1.1
+    at, (h, w) = made.grain_at[grainy.portrayed.skin_vertices], made.grain.shape[1:]
     assert at.min() >= 0 and (at < [w, h]).all()
+    moved, plain = state(track, head, -30), np.ones((2, 2, 2), np.float32)*np.float32([1, 0])[:, None, None]
+    whole = grainy.frame(*moved, 2*SIZE)
+    for part in (made, grainy.back):                                                  # the face, and the head beneath
+        grain, part.grain = part.grain, plain
+        gone = (whole - grainy.frame(*moved, 2*SIZE))[..., :3].mean(-1)
+        part.grain = grain
+        assert (np.abs(gone) > .008).sum() > 100 and np.std(gone[np.abs(gone) > 1e-4]) > .002
 
 
-def test_a_smooth_chin_in_shadow_is_no_beard(portrait, head):
-    "Half as light as the cheeks: smooth it is bare, with the texture of hair it is bearded."
+@pytest.mark.parametrize('tone', [1, .25])
+def test_a_smooth_chin_in_shadow_is_no_beard(portrait, head, tone):
+    "Half as light as the cheeks: smooth it is bare, with the texture of hair it is bearded, on dark skin, too."
     image, track, matte = portrait
+    image = np.where(matte[..., None] > .5, image*tone, image)
     L, (y, x) = track.landmarks[0], np.mgrid[:SIZE, :SIZE]
     low = (matte > .5) & (y > L[17, 1] + .01*SIZE)
     noise = np.random.default_rng(0).standard_normal((SIZE, SIZE, 1))
     cheeks = np.median(image[(np.abs(y - L[50, 1]) < 4) & (matte > .5)], axis=0)
-    hangs = lambda by: MeshAnimator(np.where(low[..., None], np.clip(.51*cheeks*np.exp(by*noise), 0, 255), image).astype(np.uint8), track, head, matte, supersample=1).clothes.hanging[low & (y > L[152, 1] + 2)]
+    hangs = lambda by: MeshAnimator(np.where(low[..., None], np.clip(.53*cheeks*np.exp(by*noise), 0, 255), image).round().astype(np.uint8), track, head, matte, supersample=1).clothes.hanging[low & (y > L[152, 1] + 2)]
     assert hangs(0).mean() < .1 and hangs(.2).mean() > .3
 
 
@@ -907,6 +918,7 @@ def test_a_bald_head_is_told(head, portrait):
 def test_too_little_of_a_face(head, portrait):
     image, track, matte = portrait
     with pytest.raises(InputError, match='too little of this face'): MeshAnimator(image, replace(track, picture=np.float32([0, SIZE - 30, SIZE, SIZE])), head, matte)
+    with pytest.raises(InputError, match="face in this picture is black"): MeshAnimator(image*0, track, head, matte)
 
 
 def test_an_ear_that_the_picture_cuts_off_is_not_shown(head, portrait):

@@ -310,5 +310,5 @@ def test_a_restorer_of_ones_own_may_leave_opacity_alone():
     render = np.random.default_rng(0).integers(0, 255, (6, 5, 4)).astype(np.uint8)
     assert (as_render(render[..., :3], render, "mine") == render).all() and (as_render(render, render, "mine") == render).all()
     assert np.abs(as_render(render[..., :3]/np.float32(255), render, "mine").astype(int) - render).max() <= 1
-    for wrong in (render[:3], render[..., 0], render[..., :2], np.full((6, 5, 3), np.nan), render.astype(object)):
+    for wrong in (render[:3], render[..., 0], render[..., :2], np.full((6, 5, 3), np.nan), render.astype(object), render.astype(np.float32)):
         with pytest.raises(InputError, match="restorer mine made"): as_render(wrong, render, "mine")
