@@ -168,10 +168,12 @@ def _as_it_goes_on(self) -> np.ndarray:
     logs = np.log(blurred(p.image, 1.5*self.px) + .04)
     face = sampled(logs, p.T0[(p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices])
     skin, wide = unlikeness(logs, np.concatenate([face, face - .4, face - .8]))
-    light = logs.sum(-1)
-    middle = np.percentile(light[sure], [5, 95]).mean()
+    light = logs.mean(-1)
+    low, high = np.percentile(light[sure], [5, 95])
+    kinds = [sure]
+    if high - low > 1.5: kinds += [sure & (light < .5*(low + high)), sure & (light >= .5*(low + high))]       # a dark coat and a white shirt
     rather = np.full(sure.shape, -9.)
-    for some in (sure, sure & (light < middle), sure & (light >= middle)):       # all together, a dark coat, a white shirt
+    for some in kinds:
         if some.sum() < .1*sure.sum(): continue
         cloth, spread = unlikeness(logs, logs[some])
         rather = np.maximum(rather, np.where(cloth < 9, np.clip(skin - cloth + np.minimum(wide - spread, 1), -9, 9), -9))
