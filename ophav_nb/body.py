@@ -147,8 +147,10 @@ def _find_sides(self):
     x, y = np.clip(sheet.source[points].astype(int), 0, p.size - 1).T
     i, j = i[y, x], j[y, x]
     corners, weights = p.neck_faces[neck.face[i, j]], neck.bary[i, j]
-    sideways = smoothstep(.3, .6, np.abs((p.normals0[corners, 0]*weights).sum(1)))              # a throat slopes away, too, but is no outline
-    self.sides = points, corners, weights.astype(np.float32), np.maximum(sideways*(1 - smoothstep(.15, .45, (p.facing0[corners]*weights).sum(1))), sampled(p.rim_light, sheet.source[points])*(1 - smoothstep(.6, .8, (p.facing0[corners]*weights).sum(1)))).astype(np.float32)
+    of_mesh = lambda number: (number[corners]*weights).sum(1)
+    aslant, facing = smoothstep(.3, .6, np.abs(of_mesh(p.normals0[:, 0]))), of_mesh(p.facing0)         # a throat slopes away, too, but is no outline
+    lit = sampled(p.rim_light, sheet.source[points])*(1 - smoothstep(.6, .8, facing))
+    self.sides = points, corners, weights.astype(np.float32), np.maximum(aslant*(1 - smoothstep(.15, .45, facing)), lit).astype(np.float32)
 
 @patch_to(Body)
 def sides_shown(self,
