@@ -880,6 +880,21 @@ def test_a_smooth_chin_in_shadow_is_no_beard(portrait, head, tone):
     assert hangs(0).mean() < .1 and hangs(.2).mean() > .3
 
 
+def test_a_bald_heads_outline_is_of_skin_and_of_hair(head, portrait):
+    "Each gives way to a turn as its kind does: hair above the ears later than the crown."
+    image, track, matte = portrait
+    L, rows = track.landmarks[0], np.arange(SIZE)[:, None]
+    eyes, unit = L[[468, 473], 1].mean(), np.linalg.norm(L[468, :2] - L[473, :2])
+    beside = ndi.binary_dilation(matte > .5, iterations=int(.25*unit)) & (polygon_mask(L[OVAL, :2], SIZE, SIZE, grow=0) < .5) & (np.abs(np.arange(SIZE) + .5 - L[4, 0]) > .7*unit)
+    where = beside & (rows < eyes) & (rows > eyes - .9*unit)
+    a = MeshAnimator(np.where(where[..., None], np.uint8([40, 42, 48]), image), track, head, np.maximum(matte, where), supersample=1)
+    x, y = np.clip(a.sheet.source[a.sheet.rim_points].astype(int), 0, SIZE - 1).T
+    sure, strong = ndi.binary_erosion(a.hair.seen, iterations=2)[y, x], a.sheet.rim > .3
+    crown = strong & (y < eyes - 1.2*unit)
+    assert a.hair.bald and (strong & sure).sum() > 10 and crown.sum() > 30
+    assert a.sheet.rim_hair[strong & sure].mean() > .7 and a.sheet.rim_hair[crown].mean() < .3
+
+
 def test_a_bald_crown_goes_on_as_it_is(portrait, head):
     "Where a bald head that looks down shows what the portrait did not, that is of the crown's colour, not of the cheeks'."
     image, track, matte = portrait
