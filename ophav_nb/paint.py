@@ -124,7 +124,7 @@ def _tooth(number, up):
 def _hairline(seen, hairy, noise):
     "How much of a picture is shown, and how much of that is hair: where hair meets skin its edge takes a third of the way from vertex to vertex, or it would be a smudge, and is ragged, or it would be a cap's."
     hair = seen*hairy
-    ragged = min(max(np.float32(.04)*noise, np.float32(-.06)), np.float32(.06))*hair*max(1 - hair, np.float32(0))
+    ragged = min(max(np.float32(.025)*noise, np.float32(-.045)), np.float32(.045))*hair*max(1 - hair, np.float32(0))
     edge = min(max(np.float32(3)*hair - np.float32(.25) + np.float32(12)*ragged, np.float32(0)), np.float32(1))
     edge *= edge*(3 - 2*edge)
     seen = edge + (seen - hair)*(1 - edge)/max(1 - hair, np.float32(.01))

@@ -666,7 +666,7 @@ def test_a_hairline_is_sharper_than_its_triangles():
         out = np.zeros((64, 64, 4), np.float32)
         paint_mesh(r.face, r.bary, faces, np.full(2, OF_HULL, np.int8), fixed, moving, skin, hair, skin, skin, skin, full, noise, out)
         edges[name] = (out[4:60, :, 0] > .5).sum(1)
-    assert np.ptp(edges['plain']) <= 1 and 1 <= edges['ragged'].std() < 5 and abs(edges['ragged'].mean() - edges['plain'].mean()) < 1.5
+    assert np.ptp(edges['plain']) <= 1 and .6 <= edges['ragged'].std() < 5 and abs(edges['ragged'].mean() - edges['plain'].mean()) < 1.5
 
 
 def test_edges_have_no_teeth(animator):
