@@ -15,7 +15,7 @@ from .geometry import push_pull, rasterize, smoothstep, vertex_normals
 from .layers import bleed, blurred
 from .media import resize
 from .paint import paint_sheet, shrink
-from .portrayed import Portrayed, facing, sampled
+from .portrayed import RIM, Portrayed, facing, sampled
 from .run import patch_to
 from .sheet import Sheet
 from .unseen import Back
@@ -149,7 +149,7 @@ def _find_sides(self):
     corners, weights = p.neck_faces[neck.face[i, j]], neck.bary[i, j]
     of_mesh = lambda number: (number[corners]*weights).sum(1)
     aslant, facing = smoothstep(.3, .6, np.abs(of_mesh(p.normals0[:, 0]))), of_mesh(p.facing0)         # a throat slopes away, too, but is no outline
-    lit = sampled(p.rim_light, sheet.source[points])*(1 - smoothstep(.6, .8, facing))
+    lit = sampled(p.rim_light, sheet.source[points])*(1 - smoothstep(*RIM, facing))
     self.sides = points, corners, weights.astype(np.float32), np.maximum(aslant*(1 - smoothstep(.15, .45, facing)), lit).astype(np.float32)
 
 @patch_to(Body)

@@ -16,7 +16,7 @@ from .geometry import smoothstep
 from .hair import Hair
 from .layers import depth_shell
 from .paint import stretched
-from .portrayed import Portrayed, sampled
+from .portrayed import RIM, Portrayed, sampled
 from .run import patch_to
 
 # %% ../nbs/07i_sheet.ipynb #c005
@@ -160,7 +160,7 @@ def _find_rim(self, hair):
         skin, grown = np.maximum(skin, crown*(1 - of_hair)), np.maximum(grown, crown*of_hair)
     for _ in range(round(8*(p.size/512)**2)): skin, grown = self.neighbours @ skin, self.neighbours @ grown                         # evenly, or single strands of what gave way stay behind
     skin, grown = (a*(1 - smoothstep(*ends, facing))*(1 - smoothstep(0, .3, part(ears))) for a, ends in ((skin, (.25, .6)), (grown, (.1, .35))))
-    lit = at(p.rim_light)*part(~p.scalp)*(1 - smoothstep(.6, .8, facing))*(1 - smoothstep(0, .3, part(ears)))*(1 - at(hair.beside))*(away < .02)
+    lit = at(p.rim_light)*part(~p.scalp)*(1 - smoothstep(*RIM, facing))*(1 - smoothstep(0, .3, part(ears)))*(1 - at(hair.beside))*(away < .02)
     skin = np.maximum(skin, lit)
     outline = np.maximum(skin, grown)
     self.rim_points = np.flatnonzero(outline > .02)

@@ -19,7 +19,7 @@ from .geometry import rasterize, smoothstep, spread_over, vertex_normals
 from .hair import Hair
 from .layers import CHEEKS, polygon_mask
 from .paint import OF_HULL, fixed_columns, paint_mesh
-from .portrayed import Portrayed, facing, sampled
+from .portrayed import RIM, Portrayed, facing, sampled
 from .run import patch_to
 
 # %% ../nbs/07h_unseen.ipynb #c006
@@ -38,7 +38,7 @@ class Unseen:
         colour = sampled(p.skin, P)
         hangs = smoothstep(.2, .6, sampled(hair.beside, P))*p.is_face*(1 - smoothstep(.5, .75, p.facing0))     # hair hangs beside a slope, it is not its skin
         seen = p.seen.copy()
-        seen *= (1 - hangs)*(1 - sampled(p.rim_light, P)*(1 - smoothstep(.6, .8, p.facing0))*~p.scalp)
+        seen *= (1 - hangs)*(1 - sampled(p.rim_light, P)*(1 - smoothstep(*RIM, p.facing0))*~p.scalp)
         w = seen*(sampled(p.matte, P) > .9)
         inner = sampled(ndi.minimum_filter(p.matte, 2*max(1, round(3*p.size/512)) + 1), P)          # the rim's pixels hold something of the background
         self.sure = w*smoothstep(.3, .55, p.facing0)*(inner > .9)
@@ -53,7 +53,7 @@ class Unseen:
         self.mirror_seen *= 1 - self.covered
         near = ndi.gaussian_filter(ndi.maximum_filter(hair.near, 2*int(.35*p.eyes_apart) + 1), .05*p.eyes_apart)      # sides are not quite alike
         self.mirror_seen *= 1 - smoothstep(.1, .5, sampled(near, self.mirror))                      # no shadow of the other side's hair
-        seen *= np.maximum(smoothstep(.6, .8, p.facing0), smoothstep(.5, .95, inner)).astype(np.float32)     # a slope's pixels in the matte's rim hold something of the background
+        seen *= np.maximum(smoothstep(*RIM, p.facing0), smoothstep(.5, .95, inner)).astype(np.float32)     # a slope's pixels in the matte's rim hold something of the background
         seen *= 1 - self._lit_by_ground()
         self.twin_light = p.over_skin(colour, w)[p.twin].sum(1)
         light = self.own.mean(1)
