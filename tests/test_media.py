@@ -316,3 +316,10 @@ def test_an_array_of_a_run_that_is_damaged(tmp_path):
                   lambda: path.write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((((  "), lambda: path.write_bytes(b"PK\x03\x04 no archive"), path.unlink):
         spoil()
         with pytest.raises(InputError, match="landmarks.npy is missing or damaged .*ophav create"): media.read_array(path)
+
+
+def test_a_film_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    path, there, sync = tmp_path / "film.mp4", [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (there.append(path.exists()), sync(number)))
+    write_video(path, np.zeros((3, 16, 16, 3), np.uint8), fps=25)
+    assert there == [False] and path.exists()
