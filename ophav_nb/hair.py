@@ -24,7 +24,7 @@ class Hair:
 
     Of the mesh: how far it stands off (`thick`, metres [V, 3]), where it covers what is not shown (`grown`, 0..1 [V]), where hair from the temples may hang (`behind_temples`, 0..1 [V]), which ears are shown
     (`ears_shown`, `ear_bare`) or copied from the other side (`ears_copied`). Of the picture, [H, W]: the hull as it is seen (`hull`; without what stands off beside bare ears: `outer`), where it hides the scalp (`hides`), where
-    hair is `likely`, which pixels are hair (`seen`; `beside`: over cheek and jaw, too), whether the nearest of the person is (`near`), the side that it covers (`over`, `over_colour`), and the `mane`."""
+    hair is `likely`, which pixels are hair (`seen`; `beside`: over cheek and jaw, too; `unlike_skin`: by colour alone not the face's skin), whether the nearest of the person is (`near`), the side that it covers (`over`, `over_colour`), and the `mane`."""
 
     def __init__(self,
         portrayed: Portrayed,

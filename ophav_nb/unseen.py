@@ -27,7 +27,7 @@ AT_OUTLINE = (.1, .3)   # of the cosine to the camera: up to where a cheek may b
 
 class Unseen:
     """Of each vertex: how well the portrait shows it, all told (`seen`), its own colour where it does not (`own`, [V, 3]; `bare`: without the hair that covers it), where its twin on the other side is (`mirror`, pixels [V, 2]), how much that is
-    worth (`mirror_seen`), its light, and light here relative to there (`twin_light`, `relit`)."""
+    worth (`mirror_seen`), its light, and light here relative to there (`twin_light`, `relit`). And the grain that made-up skin gets (`grain`, `grain_at`: see `_skins_grain`)."""
 
     def __init__(self,
         portrayed: Portrayed,

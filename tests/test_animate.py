@@ -843,7 +843,6 @@ def test_a_rim_of_light_stays_at_the_outline(portrait, head):
     looks = lambda a, yaw: a.composite(a.frame(*state(track, head, yaw)), *state(track, head, yaw))
     pale = lambda yaw: ((looks(lit, yaw) - looks(plain, yaw)).mean(-1) > .15).sum()
     assert np.abs(looks(lit, 0) - np.where(edge[..., None], white/255, image/255))[edge].mean() < .05
-    print('PALE', pale(0), pale(15), pale(25), pale(-25))
     assert max(pale(25), pale(-25)) < .35*pale(0)                                      # carried along it would be twice as wide
     spot = np.hypot(*(np.mgrid[:SIZE, :SIZE] - track.landmarks[0, 50, [1, 0]][:, None, None])) < .02*SIZE
     assert not MeshAnimator(np.where(spot[..., None], white, image).astype(np.uint8), track, head, matte).portrayed.rim_light.any()
@@ -880,17 +879,22 @@ def test_a_smooth_chin_in_shadow_is_no_beard(portrait, head, tone):
     assert hangs(0).mean() < .1 and hangs(.2).mean() > .3
 
 
-def test_a_bald_heads_outline_is_of_skin_and_of_hair(head, portrait):
-    "Each gives way to a turn as its kind does: hair above the ears later than the crown."
-    image, track, matte = portrait
+def above_ears(track, matte):
+    "Where a bald head has hair: beside the head, from the eyes up, bool [SIZE, SIZE]."
     L, rows = track.landmarks[0], np.arange(SIZE)[:, None]
     eyes, unit = L[[468, 473], 1].mean(), np.linalg.norm(L[468, :2] - L[473, :2])
     beside = ndi.binary_dilation(matte > .5, iterations=int(.25*unit)) & (polygon_mask(L[OVAL, :2], SIZE, SIZE, grow=0) < .5) & (np.abs(np.arange(SIZE) + .5 - L[4, 0]) > .7*unit)
-    where = beside & (rows < eyes) & (rows > eyes - .9*unit)
+    return beside & (rows < eyes) & (rows > eyes - .9*unit)
+
+
+def test_a_bald_heads_outline_is_of_skin_and_of_hair(head, portrait):
+    "Each gives way to a turn as its kind does: hair above the ears later than the crown."
+    image, track, matte = portrait
+    where = above_ears(track, matte)
     a = MeshAnimator(np.where(where[..., None], np.uint8([40, 42, 48]), image), track, head, np.maximum(matte, where), supersample=1)
     x, y = np.clip(a.sheet.source[a.sheet.rim_points].astype(int), 0, SIZE - 1).T
     sure, strong = ndi.binary_erosion(a.hair.seen, iterations=2)[y, x], a.sheet.rim > .3
-    crown = strong & (y < eyes - 1.2*unit)
+    crown = strong & (y < a.portrayed.landmarks[[468, 473], 1].mean() - 1.2*a.portrayed.eyes_apart)
     assert a.hair.bald and (strong & sure).sum() > 10 and crown.sum() > 30
     assert a.sheet.rim_hair[strong & sure].mean() > .7 and a.sheet.rim_hair[crown].mean() < .3
 
@@ -900,7 +904,8 @@ def test_a_bald_crown_goes_on_as_it_is(portrait, head):
     image, track, matte = portrait
     y = np.arange(SIZE)[:, None]
     tanned = np.where((y < track.landmarks[0, 10, 1] + .03*SIZE)[..., None] & (matte > .5)[..., None], image*np.array([.8, .86, .92]), image).astype(np.uint8)
-    p, back = (a := MeshAnimator(tanned, track, head, matte, supersample=1)).portrayed, a.back
+    a = MeshAnimator(tanned, track, head, matte, supersample=1)
+    p, back = a.portrayed, a.back
     assert a.hair.bald
     top = p.scalp & (p.facing0 < .1) & (p.level > .06)
     crown = p.scalp & (p.facing0 > .6)
@@ -913,18 +918,16 @@ def test_a_bald_head_is_told(head, portrait):
     "The drawn head is bald. With dark hair all over it is not; with some above the ears it is, and has hair there, on both sides, and none on the crown."
     image, track, matte = portrait
     a = MeshAnimator(image, track, head, matte)
-    p, hair, rows = a.portrayed, a.hair, np.arange(SIZE)[:, None]
+    p, hair = a.portrayed, a.hair
     assert hair.bald and not hair.seen.any() and hair.grown[p.scalp].max() < .1
     scalp = ndi.binary_dilation((p.raster0.face >= 0) & p.scalp[p.faces[np.maximum(p.raster0.face, 0)]].all(-1), iterations=2) & (matte > .5)
     dressed = lambda where: MeshAnimator(np.where(where[..., None], np.uint8([40, 42, 48]), image), track, head, np.maximum(matte, where)).hair
     hair = dressed(scalp)
     assert not hair.bald and hair.grown[p.scalp & (p.level > .05)].mean() > .95
-    eyes, unit = p.landmarks[[468, 473], 1].mean(), p.eyes_apart
-    beside = ndi.binary_dilation(matte > .5, iterations=int(.25*unit)) & (polygon_mask(p.landmarks[OVAL, :2], SIZE, SIZE, grow=0) < .5) & (np.abs(np.arange(SIZE) + .5 - p.landmarks[4, 0]) > .7*unit)
-    hair = dressed(beside & (rows < eyes) & (rows > eyes - .9*unit))
+    hair = dressed(above_ears(track, matte))
     assert hair.bald and hair.seen.any() and hair.grown[p.scalp & (p.level > .1)].max() < .2
     image = np.repeat(image.mean(-1, keepdims=True), 3, -1).astype(np.uint8)                    # so in grey
-    grey = dressed(beside & (rows < eyes) & (rows > eyes - .9*unit))
+    grey = dressed(above_ears(track, matte))
     assert grey.bald and grey.seen.any()
     side = p.scalp & (p.level > .02) & (p.level < .05) & (np.abs(p.rest[:, 0]) > .06)
     assert min(hair.grown[side & (p.rest[:, 0]*sign > 0)].mean() for sign in (-1, 1)) > .5
