@@ -331,6 +331,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ophav_nb.body._between': ('body.html#_between', 'ophav_nb/body.py'),
                                'ophav_nb.body._laid_on': ('body.html#_laid_on', 'ophav_nb/body.py'),
                                'ophav_nb.body.empty_ground': ('body.html#empty_ground', 'ophav_nb/body.py'),
+                               'ophav_nb.body.glow_width': ('body.html#glow_width', 'ophav_nb/body.py'),
                                'ophav_nb.body.over': ('body.html#over', 'ophav_nb/body.py'),
                                'ophav_nb.body.own_edges': ('body.html#own_edges', 'ophav_nb/body.py')},
             'ophav_nb.cli': { 'ophav_nb.cli.Finding': ('cli.html#finding', 'ophav_nb/cli.py'),

@@ -51,7 +51,7 @@ class MeshAnimator:
         self.sheet = Sheet(p, self.clothes, self.hair)
         self.mouth = Mouth(p, self.unseen.own)
         self.back = Back(p, self.clothes, self.hair, self.unseen)
-        empty = empty_ground(p.image, np.where(p.shown, p.matte, 1))
+        empty = empty_ground(p.image, p.matte, p.shown)
         person = np.where(p.certain < 1, 1, self.clothes.person)                    # the picture's border is no outline
         self.skin = own_edges(p.skin, p.image, person, empty)
         self.flesh = self.clothes.flesh + (1 - self.clothes.dressed)*(self.skin - p.skin)

@@ -9,6 +9,7 @@ import ophav_nb  # noqa: F401  (before torch: it decides about threads)
 import torch
 from scipy import ndimage as ndi
 from ophav_nb.animate import MeshAnimator, VideoAnimator, as_driven, make_animator
+from ophav_nb.body import empty_ground
 from ophav_nb.clothes import Clothes
 from ophav_nb.dataset import HeadDataset
 from ophav_nb.detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, OUTER_LIPS, OVAL
@@ -797,6 +798,16 @@ def test_a_neck_that_is_drawn_out_takes_no_collars_line_along(portrait, head):
     r = rasterize(screen, sheet.person_faces, SIZE, SIZE)
     paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, np.ones((SIZE, SIZE, 3), np.float32), line.astype(np.float32), left, np.zeros_like(left), on)
     assert line.max() > .3 and on[..., 3].max() < .05
+
+
+def test_a_sharpened_pictures_glow_is_not_the_grounds():
+    away = np.hypot(*np.mgrid[-128:128, -128:128]) - 60                         # pixels beside a disk
+    matte, ground = np.clip(.5 - away, 0, 1), np.full((256, 256, 3), .5) + .1*np.mgrid[-1:1:256j][:, None, None]
+    ring = ((away > 0) & (away < 4))[..., None]
+    made = empty_ground(ground + .15*ring, matte)
+    assert np.abs(made - ground).max() < .03
+    far = (away > 8) & (np.abs(np.mgrid[-128:128, -128:128]) < 116).all(0)
+    assert np.abs(empty_ground(ground, matte) - ground)[far].max() < 1e-6       # without one it stays as it is
 
 
 def test_a_heads_rim_is_no_cloth(portrait, head):
