@@ -81,7 +81,7 @@ def _press_ears(self, least: float = .5):
     covered = sampled(self.over, p.P0)
     for side, other in (('left', 'right'), ('right', 'left')):
         mine = p.part(f'{side}_ear')
-        if len(mine) and p.turned_away(side) > .5 and not self.ears_shown[mine].any() and self.ears_shown[p.part(f'{other}_ear')].all() and covered[mine].mean() < .6:
+        if len(mine) and p.turned_away(side) > .5 and self.ears_shown[p.part(f'{other}_ear')].all() and (self.ears_shown[mine].all() or covered[mine].mean() < .6):
             self.thick[mine], self.ears_copied[mine] = 0, 1
 
 # %% ../nbs/07g_hair.ipynb #c008

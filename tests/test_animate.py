@@ -689,6 +689,13 @@ def test_a_hidden_ear_is_like_the_other(head):
         assert hair.ears_copied[ear].mean() > .3 and not hair.ears_copied[other].any()
 
 
+def test_of_an_ear_shown_as_a_sliver_the_rest_is_like_the_other(head):
+    hair = (an := turned_portrait(head, 7)).hair
+    sliver, other = (an.portrayed.part(f'{side}_ear') for side in ('left', 'right'))
+    assert an.portrayed.turned_away('left') > .5 and hair.ears_shown[sliver].all()
+    assert hair.ears_copied[sliver].all() and not hair.thick[sliver].any() and not hair.ears_copied[other].any()
+
+
 def test_the_hull_has_no_corners(animator):
     p, back = animator.portrayed, animator.back
     hull, n = back.hull(p.V0), len(p.V0)
