@@ -84,14 +84,15 @@ def _render(self, V, A, jaw: float, size: int, layers: int = 4) -> np.ndarray:
     "One frame from the mesh in the head's own space and its pose; of its layers the lowest so many."
     p, s, sheet, eyes = self.portrayed, self.supersample, self.sheet, self.eyes
     camera = p.camera.resized(size*s, size*s).moved(A)
-    screen, hull = camera.project(sheet.moved(V)), camera.project(self.back.hull(V))
+    H = self.back.hull(V)
+    screen, hull = camera.project(sheet.moved(V)), camera.project(H)
     ends = np.concatenate([screen[sheet.of_head, :2], hull[self.back.back[:, 4] > .02, :2]])
     lo, hi = np.maximum(np.floor(ends.min(0)/s).astype(int), 0), np.minimum(np.ceil(ends.max(0)/s).astype(int), size)
     out = np.zeros((size, size, 4), np.float32)
     if (hi <= lo).any(): return out
     offset, (w, h) = np.array([lo[0]*s, lo[1]*s, 0]), (hi - lo)*s                # a window around the head
     fine = np.zeros((h, w, 4), np.float32)
-    self.back.paint(hull - offset, self.flesh, fine)
+    self.back.paint(hull - offset, self.flesh, fine, self.back.to_camera(H, camera))
     r = rasterize(screen - offset, sheet.faces, h, w)
     N = vertex_normals(V, p.faces)
     shown = facing(V, N, camera)

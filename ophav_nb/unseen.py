@@ -159,7 +159,7 @@ class Back:
         neck = solid*(1 - smoothstep(-.05, -.02, p.level))*(1 - unseen.covered)
         fixed = self._dressed(unseen, hair, Q, strands, seen)
         self._cut_in_four()
-        self.grain = unseen.grain
+        self.grain, self.frayed = unseen.grain, hair.frayed
         finer = lambda x: np.concatenate([x, x[self.edges].mean(1)]).astype(np.float32)
         moving = lambda opacity: np.concatenate([(hairy/np.maximum(seen, .01))[:, None], np.clip(bald, 0, 1), opacity[:, None]], 1).astype(np.float32)
         self.fixed, self.back, self.neck, self.attached = (finer(x) for x in (fixed, moving(back), moving(neck), self.attached))
@@ -237,12 +237,21 @@ def hull(self,
     return np.concatenate([H, .5*(H[i] + H[j]) + bulge])
 
 @patch_to(Back)
+def to_camera(self,
+    H,            # the hull's points, [V + E, 3]
+    camera,
+) -> np.ndarray:  # [V + E]
+    "How the hull faces a camera, as a cosine."
+    return facing(H, vertex_normals(H, self.faces), camera)
+
+@patch_to(Back)
 def paint(self,
     screen,       # of the hull, pixels [V + E, 3]
     skin,         # the portrait with lips shut and without clothes, [H, W, 3]
     out,          # painted over: premultiplied RGBA, [h, w, 4]
-    neck: bool = False,   # only what stands under a body: no more than the neck
+    facing=None,  # how it faces the camera, [V + E]; None: only what stands under a body, no more than the neck
 ):
     "Sides and back of the head, or the neck, as far out as the hair."
     r = rasterize(screen, self.faces, *out.shape[:2])
-    paint_mesh(r.face, r.bary, self.faces, self.kind, self.fixed, self.neck if neck else self.back, skin, self.mane, *[skin]*3, self.full, self.grain, out)
+    moving = np.concatenate([self.neck, np.full((len(screen), 1), 9, np.float32)], 1) if facing is None else np.concatenate([self.back, (np.abs(facing)/self.frayed).astype(np.float32)[:, None]], 1)
+    paint_mesh(r.face, r.bary, self.faces, self.kind, self.fixed, moving, skin, self.mane, *[skin]*3, self.full, self.grain, out)

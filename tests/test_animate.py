@@ -652,7 +652,7 @@ def test_a_hairline_is_sharper_than_its_triangles():
     skin, hair, full = np.ones((64, 64, 3), np.float32), np.zeros((64, 64, 3), np.float32), np.ones((2, 2), np.float32)
     fixed = fixed_columns(corners[:, :2], corners[:, :2], np.float32([0, 1, 1, 0]), n, corners[:, :2], n, n, n, n, corners[:, :2])
     even = np.stack([np.ones((64, 64)), np.zeros((64, 64))]).astype(np.float32)
-    moving = np.float32([[1, 1, 1, 1, 1]]*4)                                            # all that is told is hair; white; opaque
+    moving = np.float32([[1, 1, 1, 1, 1, 9]]*4)                                         # all that is told is hair; white; opaque; no outline
     r = rasterize(corners, faces, 64, 64)
     grey = []
     for kind in (OF_SKIN, OF_HULL):
@@ -668,6 +668,24 @@ def test_a_hairline_is_sharper_than_its_triangles():
         paint_mesh(r.face, r.bary, faces, np.full(2, OF_HULL, np.int8), fixed, moving, skin, hair, skin, skin, skin, full, noise, out)
         edges[name] = (out[4:60, :, 0] > .5).sum(1)
     assert np.ptp(edges['plain']) <= 1 and .6 <= edges['ragged'].std() < 5 and abs(edges['ragged'].mean() - edges['plain'].mean()) < 1.5
+
+
+def test_hairs_outline_is_as_ragged_as_the_portraits(portrait, head):
+    "A hull that turns away to the right: strands end at different places, in place of one edge."
+    corners, faces, n = np.float32([[0, 0, 1], [64, 0, 1], [64, 64, 1], [0, 64, 1]]), np.int32([[0, 1, 2], [0, 2, 3]]), np.zeros(4)
+    white, full, noise = np.ones((64, 64, 3), np.float32), np.ones((2, 2), np.float32), np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float32)
+    fixed = fixed_columns(corners[:, :2], corners[:, :2], n + 1, n, corners[:, :2], n, n, n, n, corners[:, :2])
+    r, wide = rasterize(corners, faces, 64, 64), {}
+    for hairy in (0, 1):
+        out = np.zeros((64, 64, 4), np.float32)
+        paint_mesh(r.face, r.bary, faces, np.full(2, OF_HULL, np.int8), fixed, np.float32([[hairy, 1, 1, 1, 1, a] for a in (6, 0, 0, 6)]), *[white]*5, full, noise, out)
+        wide[hairy] = out[..., 3].sum(1)
+    assert (wide[0] == 64).all() and 45 < wide[1].mean() < 60 and wide[1].std() > 1
+    image, track, matte = portrait
+    spiky = matte.copy()
+    top = int(track.landmarks[0, 10, 1])
+    for x in range(0, SIZE, 6): spiky[:top, x:x + 3] = ndi.maximum_filter1d(matte[:top, x:x + 3], 9, axis=0)
+    assert MeshAnimator(image, track, head, spiky).hair.frayed > 1.5*MeshAnimator(image, track, head, matte).hair.frayed
 
 
 def test_edges_have_no_teeth(animator):
