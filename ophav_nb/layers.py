@@ -287,10 +287,11 @@ def closed_lids(
         hole = polygon_mask(o, h, w, grow=.10*wide)
         lashes = polygon_mask(o + [0, -.05*wide], h, w, grow=.13*wide)          # the portrait's own lashes lie above the opening
         hole = np.maximum(hole, lashes)
-        ring = (polygon_mask(o, h, w, grow=.5*wide) > .5) & (hole < .02)
+        ring, opening = (polygon_mask(o, h, w, grow=.5*wide) > .5) & (hole < .02), polygon_mask(o, h, w, grow=.06*wide) > .5
+        if not (ring.any() and opening.any()): continue                          # an eye of few pixels has no lid that could be told from it
         light = out.mean(-1)
         bare = ring*smoothstep(.62, .82, light/np.percentile(light[ring], 70))    # neither brow nor lashes nor their shadow
-        dark = np.percentile(out[polygon_mask(o, h, w, grow=.06*wide) > .5], 8, axis=0)
+        dark = np.percentile(out[opening], 8, axis=0)
         filled = blurred(push_pull(out, bare.astype(np.float32)), .08*wide)
         soft = ndi.gaussian_filter(hole, .02*wide)[..., None]
         out = out*(1 - soft) + filled*soft

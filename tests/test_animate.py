@@ -16,6 +16,7 @@ from ophav_nb.detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS
 from ophav_nb.layers import EYES, NeckCut, bleed, draw_curve, head_alpha, inflate, parted, polygon_mask, visible_teeth, whole_eyes, without_mouth
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
+from ophav_nb.media import resize
 from ophav_nb.mouth import Mouth
 from ophav_nb.paint import OF_HULL, OF_SKIN, fixed_columns, paint_mesh, paint_sheet
 from ophav_nb.portrayed import Portrayed, facing
@@ -46,6 +47,20 @@ def head(): return HeadModel.load()
 def test_no_person_cut_out(head, portrait):
     with pytest.raises(InputError, match='nothing of a person'): MeshAnimator(*portrait[:2], head, portrait[2]*0)
     with pytest.raises(InputError, match='not where the head is'): MeshAnimator(*portrait[:2], head, portrait[2]*.3)
+
+
+@pytest.mark.parametrize('size', [12, 20, 40])
+def test_a_portrait_of_few_pixels_moves(head, portrait, size):
+    "A face of five pixels has eyes of one: nothing to shut, and no error either."
+    image, track, matte = portrait
+    animator = MeshAnimator(resize(image, size), track, head, resize(matte, size), supersample=1)
+    frame = animator.frame(*state(track, head, 10, eyeBlink=1))
+    assert frame.shape == (size, size, 4) and np.isfinite(frame).all() and frame[..., 3].max() > .9
+    assert np.isfinite(animator.composite(frame)).all()
+
+
+def test_a_portrait_of_too_few_pixels(head, portrait):
+    with pytest.raises(InputError, match='5 x 5 pixels shows no face'): MeshAnimator(resize(portrait[0], 5), portrait[1], head, resize(portrait[2], 5))
 
 
 def test_no_chin(head, portrait):
