@@ -176,8 +176,8 @@ def _load_sweep(path: Path) -> dict:
     except (yaml.YAMLError, ValueError, AttributeError) as error:      # the last two: explicit tags with odd values
         raise InputError(f"{path} is not YAML ({' '.join(str(error).split())[:120]}); `ophav batch --help` shows a sweep") from None
     known = {"notebook", "parameters", "grid", "runs"}
-    if not isinstance(sweep, dict) or set(sweep) - known:
-        odd = ", ".join(map(str, set(sweep) - known)) if isinstance(sweep, dict) else type(sweep).__name__
+    if not isinstance(sweep, dict): raise InputError(f"{path} holds no sweep; {_FORM}")
+    if odd := ", ".join(map(str, set(sweep) - known)):
         raise InputError(f"{path}: {odd} is not part of a sweep; its keys are {', '.join(sorted(known))}")
     named = lambda x: isinstance(x, dict) and all(isinstance(k, str) for k in x)
     for key, fits, wanted in (("parameters", named, "names with values"), ("grid", named, "names with lists of values"),
@@ -201,14 +201,15 @@ def read_sweep(
     path = Path(path)
     if not path.is_file(): raise InputError(f"{path}: no such file; give a sweep in YAML, `ophav batch --help` shows one")
     sweep = _load_sweep(path)
-    named, base = str(sweep.get("notebook", "create")), path.parent.absolute()
+    named, base = str(sweep.get("notebook") or "create"), path.parent.absolute()
     notebook = template(str(base/named) if named.endswith(".ipynb") else named)
     grid = {k: _values(k, v, base) for k, v in (sweep.get("grid") or {}).items()}
     special = [dict(zip(grid, v)) for v in itertools.product(*grid.values())] if grid else []
     special += [dict(r) for r in sweep.get("runs") or []]
     items, taken, usual = [], set(), notebook_parameters(notebook)
     for values in special or [{}]:
-        name = wanted = _clean(str(values.pop("name"))) if "name" in values else _name(values)
+        own = values.pop("name", None)
+        name = wanted = _name(values) if own is None else _clean(str(own))
         name = next(n for n in itertools.chain([wanted], (f"{wanted}-{i}" for i in itertools.count(2))) if n not in taken)
         taken.add(name)
         parameters = {**(sweep.get("parameters") or {}), **values}

@@ -6,9 +6,9 @@
 __all__ = ['log', 'PRESETS', 'SCRIPTS', 'argument_parser', 'Finding', 'listed_assets', 'examine', 'main']
 
 # %% ../nbs/23_cli.ipynb #c002
-from .run import InputError, Run, asset, file_hash
+from .run import InputError, Run, asset, explain_os_errors, file_hash
 
-import argparse, importlib.metadata, importlib.util, logging, os, platform, re, subprocess, sys, threading
+import argparse, errno, importlib.metadata, importlib.util, logging, os, platform, re, subprocess, sys, threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -387,6 +387,14 @@ def _listen(quiet: bool) -> logging.Handler:
     return handler
 
 
+def _check_texts(args) -> None:
+    "What no file or name can be: an empty text (a variable of the shell that is not set), an address of the net."
+    for name, value in vars(args).items():
+        if not isinstance(value, str): continue
+        if not value.strip() and name not in ("recipe", "baselines"): raise InputError(f"{name} is empty; give it a value, or leave it out")
+        if re.match(r"(https?|ftp)://", value, re.IGNORECASE): raise InputError(f"{name} {value}: nothing is fetched from the net; download it, and give the path of the file")
+
+
 def main(
     argv: list[str]|None = None,   # arguments; those of the process by default
 ) -> int:                          # exit code: 0 done, 1 failed in part, 2 the user can mend it, 130 interrupted
@@ -396,7 +404,8 @@ def main(
         args = argument_parser().parse_args(argv)
         if args.quiet: os.environ["OPHAV_QUIET"] = "1"
         handler = _listen(args.quiet)
-        return args.run(args)
+        _check_texts(args)
+        with explain_os_errors("", (errno.ENAMETOOLONG,)): return args.run(args)
     except InputError as error:
         print(f"ophav: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -460,7 +460,8 @@ class Motion:
         "Read it; nothing is unpickled."
         arrays = plain_arrays(path)
         try: return cls(**{name: arrays[name] for name in ('expression', 'joints', 'translation', 'fps', 'basis')})
-        except (KeyError, ValueError) as cause: raise InputError(f'{path}: not a motion file ({cause})') from cause
+        except KeyError as cause: raise InputError(f'{path}: not a whole motion file, it lacks {cause}; write it with Motion.save') from cause
+        except ValueError as cause: raise InputError(f'{path}: not a motion file ({cause}); write it with Motion.save') from cause
 
     @staticmethod
     def concat(

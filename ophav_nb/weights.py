@@ -14,7 +14,7 @@ import urllib.error, urllib.request, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .run import InputError, explain_os_errors, file_hash, progress, write_atomic
+from .run import InputError, check_readable, explain_os_errors, file_hash, progress, write_atomic
 
 import numpy as np
 import safetensors, safetensors.torch
@@ -408,6 +408,7 @@ def add_weight(
 ) -> tuple[str, Path]:   # the row's name, and the file in the cache
     "Recognise a weights file by its content and keep it, converted to a format that holds no code."
     path = Path(path)
+    check_readable(path)
     if file_kind(path) in ("pickle", "npz"): return add_flame(path)
     tensors = read_tensors(path)
     found = recognise(tensors)

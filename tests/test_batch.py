@@ -88,6 +88,18 @@ def test_a_word_is_no_file(tmp_path, small):
     assert items[0]["parameters"] == {"portrait": str(tmp_path/"b.png"), "x": "quick"}
 
 
+@pytest.mark.parametrize("text", ["", "- a", "Dear sir", "3"])
+def test_a_file_without_a_sweep(tmp_path, text):
+    (tmp_path/"sweep.yaml").write_text(text)
+    with pytest.raises(InputError, match="holds no sweep; a sweep reads"): read_sweep(tmp_path/"sweep.yaml")
+
+
+def test_a_name_or_notebook_left_empty(tmp_path):
+    "Is as good as none."
+    template, items = read_sweep(sweep(tmp_path, "notebook:\nruns: [{name: , portrait: a.png}, {name: 0, portrait: b.png}]"))
+    assert template.name == "create.ipynb" and [i["name"] for i in items] == ["a", "0"]
+
+
 @pytest.mark.parametrize("text, message", [
     ("grid: {portrait: none/*.jpg}", "no file matches"), ("grids: {x: 1}", "grids is not part of a sweep"), ("parameters: {y: 1}", "no parameter y"),
     ("grid: [", "not YAML"), ("notebook: other.ipynb", "no such notebook")])

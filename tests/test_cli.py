@@ -43,6 +43,22 @@ def test_an_evaluation_ends_with_its_table(calls, capsys):
     assert capsys.readouterr().out.splitlines()[0] == "a table"
 
 
+@pytest.mark.parametrize("argv, said", [
+    (["create", "", "--out", "r"], "portrait is empty"), (["create", "me.jpg", "--out", ""], "out is empty"), (["create", "me.jpg", "--out", "r", "--motion", " "], "motion is empty"),
+    (["create", "me.jpg", "--out", "r", "--coarse", ""], "coarse is empty"), (["animate", "", "--out", "a.mp4"], "folder is empty"), (["batch", "", "--out", "s"], "sweep is empty"),
+    (["create", "https://example.org/me.jpg", "--out", "r"], "portrait https://example.org/me.jpg: nothing is fetched"), (["animate", "r", "--motion", "HTTP://a/b.mp4", "--out", "a.mp4"], "download it"),
+    (["evaluate", "--clip", "http://a/b.mp4", "--out", "e"], "download it")])
+def test_neither_empty_words_nor_addresses(calls, capsys, argv, said):
+    assert said in one_line(capsys, *argv) and not calls
+
+
+@pytest.mark.parametrize("argv", [["create", "{}", "--out", "r"], ["create", "astronaut", "--out", "{}"], ["create", "astronaut", "--out", "r", "--motion", "{}"], ["animate", "{}", "--out", "a.mp4"],
+                                  ["create", "astronaut", "--out", "r", "--coarse", "{}"], ["evaluate", "--clip", "{}", "--out", "e"], ["weights", "add", "{}"], ["batch", "{}", "--out", "s"]])
+def test_a_name_that_is_too_long(tmp_path, capsys, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    assert "name is too long; choose a shorter one" in one_line(capsys, "-q", *(a.format("x"*300) for a in argv))
+
+
 def test_only_given_options_are_passed_on(calls):
     assert main(["create", "me.jpg", "--out", "r"]) == 0
     assert calls[-1] == ("create", (), {"portrait": "me.jpg", "out": "r"})

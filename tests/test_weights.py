@@ -136,6 +136,12 @@ def test_right_names_with_wrong_shapes(tmp_path, name, change, home):
     assert "\n" not in str(caught.value) and find_weight(name) is None and not home.exists()
 
 
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    (tmp_path/"a.pth").write_text("")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match="a.pth may not be read; change its permissions"): add_weight(tmp_path/"a.pth")
+
+
 @pytest.mark.parametrize("container", ["params_ema", "state_dict", "plain", "module", "safetensors", "legacy"])
 def test_adding(tmp_path, container, home):
     "The smallest network, in all wrappings."
