@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'ANIMATED', 'PATCH', 'MORE', 'AvatarConfig', 'read_recipe', 'toy_film', 'person_arrays', 'person_head',
            'FramePool', 'Batch', 'patch_loss', 'losses', 'Avatar', 'Corrections', 'status_mb', 'memory_mb', 'Trainer',
-           'pick_backend', 'load_avatar', 'compile_kernels', 'compile_ahead']
+           'pick_backend', 'read_about', 'load_avatar', 'compile_kernels', 'compile_ahead']
 
 # %% ../nbs/14_avatar.ipynb #c003
 import copy
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numba import float32
 from scipy import ndimage as ndi
+from safetensors import SafetensorError
 from safetensors.numpy import load_file as _load_arrays, save_file as _save_arrays
 
 # %% ../nbs/14_avatar.ipynb #c004
@@ -34,7 +35,7 @@ from .field import Field, FieldConfig, field_config
 from .geometry import Camera, facing_camera, interpolate, kernel, rasterize, vertex_normals
 from .head import HeadModel, Motion
 from .render import Occupancy, along, band_widths, mouth_amount, render_view, shade_samples, surface_band, view_compiled, widen_band
-from .run import InputError, make_key, patch_to, progress, write_atomic
+from .run import MEND, InputError, file_hash, make_key, patch_to, progress, read_json, write_atomic
 from .training import AveragedAdam, OnePass, Truth, one_pass_serves
 
 # %% ../nbs/14_avatar.ipynb #c005
@@ -117,8 +118,8 @@ def _setting(part: str, known: dict) -> tuple:
     "Name and value of one setting."
     name, equals, value = (x.strip() for x in part.partition('='))
     if name not in known:
-        near = get_close_matches(name, known, 3) or sorted(known)
-        raise InputError(f"recipe: there is no setting '{name}'; did you mean {', '.join(near)}? They are told in notebooks 14_avatar and 11_field")
+        near, listed = get_close_matches(name, known, 3), ', '.join
+        raise InputError(f"recipe: there is no setting '{name}'; {f'did you mean {listed(near)}?' if near else f'there are {listed(sorted(known))}.'} They are told in notebooks 14_avatar and 11_field")
     kind, choices, usual = type(known[name].default), get_args(known[name].type), known[name].default
     if choices:
         if value not in choices: raise InputError(f"recipe: {name}={value}: choose one of {', '.join(choices)}")
@@ -606,7 +607,10 @@ def resume(self) -> bool:
     "Take up what a killed call left."
     path = self.folder/'checkpoint.safetensors'
     if not path.exists(): return False
-    state, arrays = _read_metadata(path), _load_arrays(path)
+    try: state, arrays = _read_metadata(path), _load_arrays(path)
+    except (KeyError, ValueError, MemoryError, SafetensorError) as cause:
+        logger.warning('%s is damaged (%s); starting anew', path, cause)
+        return False
     if state.get('key') != self.key:
         logger.warning('%s belongs to another training; starting anew', path)
         return False
@@ -734,8 +738,8 @@ def save(self,
     arrays = {f'head.{k}': v for k, v in self.arrays.items()}
     arrays |= {f'field.{k}': n(p) for k, p in self.field.named_parameters()} | {f'shown.{k}': n(p) for k, p in self.shown.named_parameters()}
     arrays |= dict(widths=self.widths, told_range=self.told_range)
-    about = dict(format=_FILE, basis=self.head.name, names=self.names, config=asdict(self.config), steps=self.steps)
-    write_atomic(folder/'avatar.safetensors', lambda p: _save_arrays(arrays, p))
+    path = write_atomic(folder/'avatar.safetensors', lambda p: _save_arrays(arrays, p))
+    about = dict(format=_FILE, basis=self.head.name, names=self.names, config=asdict(self.config), steps=self.steps, sha256=file_hash(path))
     write_atomic(folder/'avatar.json', json.dumps(about, indent=1) + '\n')
     return folder
 
@@ -743,20 +747,36 @@ def save(self,
 def _take(self, arrays: dict, steps: int) -> None:
     "Weights from a file's arrays."
     for kind, module in (('field', self.field), ('shown', self.shown)):
-        for name, p in module.named_parameters(): p.data.copy_(torch.from_numpy(arrays[f'{kind}.{name}']))
+        for name, p in module.named_parameters():
+            if (a := arrays[f'{kind}.{name}']).shape != p.shape: raise ValueError(f'{kind}.{name} is not of the described size')
+            p.data.copy_(torch.from_numpy(a))
     self.widths, self.told_range, self.steps = arrays['widths'], arrays['told_range'], steps
+
+def read_about(
+    folder,     # of an avatar
+) -> dict:      # what avatar.json says
+    "An avatar's description, once its file of weights is found to be the one that was saved (older avatars do not say which it was)."
+    folder = Path(folder)
+    about, path = folder/'avatar.json', folder/'avatar.safetensors'
+    if not about.is_file(): raise InputError(f'{folder} holds no avatar (avatar.json is missing); give the folder that `save` wrote')
+    about = read_json(about, MEND)
+    if about.get('sha256', digest := file_hash(path)) != digest: raise InputError(f'{path} is damaged, or not the one that avatar.json was written with; {MEND}')
+    return about
 
 def load_avatar(
     folder,
     device: str = 'cpu',
 ) -> Avatar:
-    "Read an avatar; nothing is unpickled."
-    folder = Path(folder)
-    if not (folder/'avatar.json').is_file(): raise InputError(f'{folder} holds no avatar (avatar.json is missing); give the folder that `save` wrote')
-    about = json.loads((folder/'avatar.json').read_text(encoding='utf-8'))
-    if about['format'] > _FILE: raise InputError(f'{folder}: this avatar was made by a newer version of the package; update it')
-    try: arrays = _load_arrays(folder/'avatar.safetensors')
-    except Exception as cause: raise InputError(f'{folder}/avatar.safetensors cannot be read ({cause}); make the avatar again') from cause
+    "Read an avatar; nothing is unpickled, and damage is told."
+    about = read_about(folder)
+    try:
+        if about['format'] <= _FILE: return _avatar_of(about, _load_arrays(Path(folder)/'avatar.safetensors'), device)
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as cause:
+        raise InputError(f'the avatar in {folder} is damaged ({cause!r:.120}); {MEND}') from cause
+    raise InputError(f'{folder}: this avatar was made by a newer version of the package; update it')
+
+def _avatar_of(about: dict, arrays: dict, device: str) -> Avatar:
+    "The avatar that these settings and arrays are of."
     field = FieldConfig(**about['config']['field'])
     try: pick_backend(field.backend, device)
     except InputError: field = replace(field, backend='auto')     # trained by kernels that another machine has

@@ -392,7 +392,8 @@ class _Store:
         if self.folder is None: return
         self.folder.mkdir(parents=True, exist_ok=True)
         counter = self.folder/'arrays.done'
-        self.start = int(counter.read_text()) if counter.exists() else 0
+        try: self.start = int(counter.read_bytes()) if counter.exists() else 0
+        except ValueError: pass                              # damaged: from the first frame on
 
     def array(self, name: str, shape: tuple, dtype) -> np.ndarray:
         "An array of frames: made, or opened where a stopped run left it."
@@ -434,7 +435,7 @@ class _Store:
             with np.load(path, allow_pickle=False) as z: s = {k: z[k] for k in z.files}
             motion = Motion(s.pop('motion_expression'), s.pop('motion_joints'), s.pop('translation'), float(s.pop('fps')), str(s.pop('basis')))
             return cls(**big, **s, motion=motion)
-        except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error: raise InputError(f"{path} is missing or damaged ({error}); {MEND}") from error
+        except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error: raise InputError(f"{path} is missing or damaged; {MEND}") from error
 
 # %% ../nbs/09_dataset.ipynb #c017
 def film_dataset(

@@ -10,7 +10,6 @@ __all__ = ['log', 'PRESETS', 'COLUMNS', 'DRIVEN', 'EvaluationPreset', 'pick_pres
            'measure_driven', 'like_coarse', 'driven_frames', 'evaluate_run', 'example_film']
 
 # %% ../nbs/20_evaluate.ipynb #c003
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable
@@ -40,7 +39,7 @@ from .nets.blocks import at_half_precision
 from .pipeline import check_avatar, driven_key, frame_pose, get_preset, halved, head_key, load_driven, matting_detector, run_head, unusual
 from .regions import make_parser, parsed_heads
 from .rounds import RoundsConfig, mesh_landmarks, read_frames, render_plan, run_rounds, shown_portrait, write_frames
-from .run import InputError, Run, file_hash, pick_device, progress, seed_all, write_atomic
+from .run import MEND, InputError, Run, file_hash, pick_device, progress, read_json, seed_all, write_atomic
 from .track import Track, track_film, track_portrait
 from .weights import BACKENDS, check_backends
 
@@ -263,7 +262,7 @@ class Comparison:
             write_frames(folder, len(shown), lambda missing: (shown[i] for i in missing))
             write_atomic(folder/'measures.json', measures_json(self.measure(shown)))
         folder = self.run.make(f'rows/{name}', build, ['truth', *needs], self.params)
-        self.rows[name] = read_frames(folder), json.loads((folder/'measures.json').read_text())
+        self.rows[name] = read_frames(folder), read_json(folder/'measures.json', MEND)
         return self.rows[name][1]
 
 # %% ../nbs/20_evaluate.ipynb #c014c
@@ -405,7 +404,7 @@ def write_results(
     choice = run.path('rounds', 'choice.json')
     truth = dict(sharpness=known_mean(sharpness(table.truth.white(i), table.truth.masks(i)['sharp']) for i in range(table.spread)), flicker=1.)
     result = dict(protocol=protocol, frames=table.spread, rows={name: row for name, (_, row) in table.rows.items()}, chosen=chosen,
-                  reason=json.loads(choice.read_text())['reason'] if protocol == 'self' and choice.exists() else '', truth=truth,
+                  reason=read_json(choice, MEND).get('reason', '') if protocol == 'self' and choice.exists() else '', truth=truth,
                   missing=missing_metrics() | (missing or {}))
     write_atomic(run.path('metrics.json'), measures_json(result))
     write_comparison(run, {'truth': table.images, **{name: images for name, (images, _) in table.rows.items()}}, table.spread, fps)

@@ -28,9 +28,9 @@ from PIL import Image
 from .geometry import axis_angle_to_matrix, interpolate, matrix_to_axis_angle, rasterize, vertex_normals
 from .flame import load_head
 from .head import HeadModel, Motion
-from .media import on_background, read_array, read_image, read_own, resize, show_images, strip, to_float, to_uint8, write_image
+from .media import on_background, read_array, read_image, read_own, read_stored, resize, show_images, strip, to_float, to_uint8, write_image
 from .rounds import check_numbers, read_log
-from .run import InputError, Run, read_json, shown_name, write_atomic
+from .run import MEND, InputError, Run, read_json, shown_name, write_atomic
 from .track import Track
 
 # %% ../nbs/18_inspect.ipynb #c005
@@ -62,7 +62,7 @@ class RunView:
     def numbers(self, *parts) -> dict:
         "A JSON file, empty if it is not there yet."
         path = self.path(*parts)
-        return read_json(path, 'delete it and give the command that made this folder again') if path.is_file() else {}
+        return read_json(path, MEND) if path.is_file() else {}
 
     @property
     def rounds(self) -> list[int]:
@@ -276,7 +276,7 @@ def _example_round(run, k):
     paths, blur = sorted(run.path('coarse', 'frames').glob('*.png')), [1.6, .9, .7][k]
     def write(folder, sigma, numbers=None):
         for i, p in enumerate(paths if numbers is None else [paths[n] for n in numbers]):
-            image = gaussian_filter(np.asarray(Image.open(p)).astype(np.float32), (sigma, sigma, 0))
+            image = gaussian_filter(read_stored(p).astype(np.float32), (sigma, sigma, 0))
             write_atomic(folder/f'{i:05d}.png', Image.fromarray(to_uint8(image/255)).save)
     def check(folder):
         numbers, _ = check_numbers(len(paths), 8)
@@ -306,7 +306,7 @@ def inspect_coarse(
     image = _picture()
     def draw(i=None, with_mesh=None):
         i, with_mesh = frame.value if i is None else i, mesh.value if with_mesh is None else with_mesh
-        shown = np.asarray(Image.open(paths[i]))
+        shown = read_stored(paths[i])
         if with_mesh and view.film is not None:
             motion, shape, camera = view.film
             shown = overlay(shown, posed(view.head, motion, shape, min(i, len(motion) - 1)), camera, view.head, opacity.value)
@@ -353,7 +353,7 @@ def inspect_fit(
         return _fit_width(strip(views))
     return Panel([widgets.HBox([source, opacity, points]), frame, image, text], still)
 
-def _opened(picture): return np.asarray(Image.open(picture) if isinstance(picture, Path) else picture)
+def _opened(picture): return read_stored(picture) if isinstance(picture, Path) else np.asarray(picture)
 
 def _fit_text(track, i):
     n = np.degrees(np.linalg.norm(track.motion.joints[i, 0]))
@@ -471,12 +471,12 @@ def rounds_strip(
     "The same frame in the coarse video and in every round (OPHAvatars, figures 5 and 6), and what stands where."
     images, names, numbers, coarse = [], [], view.checked(), view.frames('coarse', 'frames')
     if i < len(numbers) and numbers[i] < len(coarse):
-        images.append(np.asarray(Image.open(coarse[numbers[i]])))
+        images.append(read_stored(coarse[numbers[i]]))
         names.append('coarse')
     for k in view.rounds:
         paths = view.frames('rounds', k, 'check')
         if i < len(paths):
-            images.append(np.asarray(Image.open(paths[i])))
+            images.append(read_stored(paths[i]))
             names.append(f'round {k}')
     if not images: return None, []
     size = height or images[-1].shape[0]
@@ -507,7 +507,7 @@ def _before_after(view, rounds):
     def draw():
         before, after = (view.frames('rounds', which.value, p) for p in ('renders', 'restored'))
         i = min(frame.value, len(before) - 1, len(after) - 1)
-        a, b = (rgb(np.asarray(Image.open(p[i]))) for p in (before, after))
+        a, b = (rgb(read_stored(p[i])) for p in (before, after))
         cut = round(border.value*a.shape[1])
         return strip([a, np.concatenate([a[:, :cut], b[:, cut:]], 1), b])
     def choose(_): frame.max = len(view.frames('rounds', which.value, 'restored')) - 1
@@ -704,7 +704,7 @@ def _views_section(view):
     "The avatar from a grid of views."
     data = view.path('views', 'views.json')
     if not data.is_file(): return ''
-    return _img(draw_views(rgb(np.asarray(Image.open(view.path('views', 'views.jpg')))), json.loads(data.read_text())),
+    return _img(draw_views(rgb(read_stored(view.path('views', 'views.jpg'))), read_json(data, MEND)),
                 "the neutral face from the portrait's direction and beside it; landmarks without what is off in the middle view, identity beside the portrait itself: no view, not even the middle one, reaches 0", wide=True)
 
 def _public(value):

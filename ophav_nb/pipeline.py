@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'PRESETS', 'ANOTHER', 'FILM_NOTE', 'VIEWS', 'ANGLES', 'KINDS', 'Preset', 'get_preset', 'matting_detector',
-           'unusual', 'halved', 'add_portrait', 'add_track', 'head_key', 'run_head', 'load_portrait', 'seen_motion',
-           'load_driven', 'driven_key', 'add_motion', 'resolve_motion', 'film_motion', 'add_coarse',
+           'unusual', 'halved', 'add_portrait', 'add_track', 'head_key', 'run_head', 'load_portrait', 'own_motion',
+           'seen_motion', 'load_driven', 'driven_key', 'add_motion', 'resolve_motion', 'film_motion', 'add_coarse',
            'add_coarse_network', 'driving_film', 'write_coarse_video', 'add_coarse_film', 'warn_of_another',
-           'write_coarse', 'frame_pose', 'film_metadata', 'add_dataset', 'read_rgba', 'shrink', 'add_film',
-           'shown_motion', 'publish', 'shown_part', 'play', 'add_views', 'shown_angles', 'trained_range', 'beyond',
-           'warn_of', 'create', 'check_kinds', 'compiling', 'train_rounds', 'copy_folder', 'write_run_report',
-           'check_avatar', 'check_out', 'animate', 'turned']
+           'write_coarse', 'frame_pose', 'film_metadata', 'add_dataset', 'shrink', 'add_film', 'shown_motion',
+           'publish', 'shown_part', 'play', 'add_views', 'shown_angles', 'trained_range', 'beyond', 'warn_of', 'create',
+           'check_kinds', 'compiling', 'train_rounds', 'copy_folder', 'write_run_report', 'check_avatar', 'check_out',
+           'animate', 'turned']
 
 # %% ../nbs/19_pipeline.ipynb #c002
 import json
@@ -32,7 +32,7 @@ import numpy as np
 # %% ../nbs/19_pipeline.ipynb #c003
 from .animate import echo
 from .animators import NETWORKS, film_heads, make_animator, stored_pictures
-from .avatar import ANIMATED, Avatar, AvatarConfig, compile_ahead, pick_backend, read_recipe
+from .avatar import ANIMATED, Avatar, AvatarConfig, compile_ahead, pick_backend, read_about, read_recipe
 from .encoding import Backend
 from .dataset import HeadDataset
 from .detect import Detector, detect_like, head_crop
@@ -40,7 +40,7 @@ from .flame import load_head
 from .geometry import axis_angle_to_matrix, matrix_to_axis_angle
 from .head import HeadModel, Motion
 from .layers import head_alpha
-from .media import (Film, VideoWriter, clip_info, iter_video, on_background, read_array, read_image, read_own, resize, to_float, to_uint8, whole_png, write_image)
+from .media import (Film, VideoWriter, clip_info, iter_video, on_background, read_array, read_image, read_own, read_stored, resize, to_float, to_uint8, whole_png, write_image)
 from .metrics import identity_distance, identity_embedding, landmark_distance
 from .motion import VIDEO, head_angles, limit, read_motion, relative, retarget, scripted
 from .nets.blocks import at_half_precision, half_precision
@@ -173,12 +173,22 @@ def load_portrait(
                            shown=np.array(shown or [0, 0, *image.shape[1::-1]], np.float32))
 
 
+def own_motion(
+    run: Run,
+    name: str,   # 'train' or 'film'
+) -> Motion:
+    "A motion that a run wrote; what is wrong with it is nothing that its user's motion could mend."
+    path = run.path("motion", f"{name}.npz")
+    try: return Motion.load(path)
+    except InputError as error: raise InputError(f"{path} is missing or damaged; {MEND}") from error
+
+
 def seen_motion(
     run: Run,
 ) -> tuple[Track, Motion]:   # the person's, and what the coarse frames show
     "Whose shape and which motion an avatar is trained on: the portrait's and the script's, or those of a coarse film that was tracked."
     film = run.path("coarse", "track.npz")
-    if not film.exists(): return Track.load(run.path("track", "track.npz")), Motion.load(run.path("motion", "train.npz"))
+    if not film.exists(): return Track.load(run.path("track", "track.npz")), own_motion(run, "train")
     track = Track.load(film)
     return track, track.motion
 
@@ -272,13 +282,13 @@ def add_coarse(
 ) -> None:
     "Artifact `coarse`: `frames/%05d.png` (head only, RGBA) and, to look at, `video.mp4` (smaller, over the portrait's own background; a whole square, as parsers look at it, too)."
     def build(folder: Path) -> None:
-        portrait, motion = load_portrait(run), Motion.load(run.path("motion", "train.npz"))
+        portrait, motion = load_portrait(run), own_motion(run, "train")
         maker = make_animator(animator, image=portrait.image, track=portrait.track, head=head, matte=portrait.matte)
         np.save(folder / "offset.npy", maker.person_offset())
         write_coarse(folder, lambda start: maker.frames(motion[start:]), len(motion))
         with VideoWriter(folder / "video.mp4", motion.fps, metadata=film_metadata(run)) as video:
             for i in progress(range(len(motion)), desc="coarse video"):
-                video.add(maker.composite(shrink(read_rgba(folder / "frames" / f"{i:05d}.png"), film_size), **frame_pose(motion, i)))
+                video.add(maker.composite(shrink(read_stored(folder / "frames" / f"{i:05d}.png"), film_size), **frame_pose(motion, i)))
 
     run.make("coarse", build, needs=["portrait", "track", "motion"], params=dict(animator=animator, film_size=film_size))
 
@@ -295,7 +305,7 @@ def add_coarse_network(
 ) -> None:
     "Artifact `coarse` from the film that a network makes of the portrait: it is matted and tracked (`coarse/track.npz`)."
     def build(folder: Path) -> None:
-        portrait, motion = load_portrait(run), Motion.load(run.path("motion", "train.npz"))
+        portrait, motion = load_portrait(run), own_motion(run, "train")
         driver = driving and driving_film(driving, preset, head, folder / "film", device, finder)
         maker = make_animator(animator, image=portrait.image, track=portrait.track, head=head, matte=portrait.matte, driving=driver, device=device)
         heads = film_heads(maker, motion, folder / "film", matting_detector(matte, device, finder))
@@ -422,7 +432,7 @@ def add_dataset(
     def build(folder: Path) -> None:
         network = None if parser == "default" else make_parser(parser, device)
         def heads(start: int) -> Iterator:
-            cut = (shrink(read_rgba(p), size) for p in paths[start:])
+            cut = (shrink(read_stored(p), size) for p in paths[start:])
             return parsed_heads(cut, network, islice(iter_video(run.path("coarse", "video.mp4")), start, None)) if network else cut
 
         track, motion = seen_motion(run)
@@ -433,14 +443,6 @@ def add_dataset(
                                 offset=read_array(offset) if offset.exists() else None)
 
     run.make("rounds/0/dataset", build, needs=["coarse", "track"], params=dict(size=size, parser=parser) | halved(parser))
-
-
-def read_rgba(
-    path: Path,
-) -> np.ndarray:   # uint8 [H,W,4]
-    "A frame with its alpha, as the animator wrote it."
-    from PIL import Image
-    return np.asarray(Image.open(path).convert("RGBA"))
 
 
 def shrink(
@@ -474,7 +476,7 @@ def shown_motion(
     driven: Track,   # of `load_driven`
 ) -> Motion:
     "The film's motion, which was made for the portrait's own track, as the avatar can follow it."
-    motion, own = Motion.load(run.path("motion", "film.npz")), Track.load(run.path("track", "track.npz"))
+    motion, own = own_motion(run, "film"), Track.load(run.path("track", "track.npz"))
     return motion if np.array_equal(own.shape, driven.shape) else retarget(motion, driven, neutral=own.motion[0], keep=1., reach=1.)   # mouth and reach were settled the first time
 
 
@@ -716,7 +718,8 @@ def train_rounds(
     config = replace(config, avatar=AvatarConfig.preset(preset.field, backend=backend, **ANIMATED | (recipe or {})))
     results, chosen = run_rounds(run, HeadDataset.load(run.path("rounds/0/dataset")), load_driven(run, head), head, config, seed=seed,
                                  device=device)
-    run.make("avatar", lambda folder: copy_folder(run.path(f"rounds/{chosen}/avatar"), folder), needs=[f"rounds/{chosen}/avatar"],
+    made = run.path(f"rounds/{chosen}/avatar")
+    run.make("avatar", lambda folder: read_about(made) and copy_folder(made, folder), needs=[f"rounds/{chosen}/avatar"],
              params=dict(chosen=chosen))
     return chosen
 
@@ -742,6 +745,7 @@ def check_avatar(
     run: Run,
 ) -> None:
     "Raise `InputError` where a run has no avatar, or one that belongs to other input than what is in the run now."
+    if "protocol" in run.params: raise InputError(f"{run.folder} was made by `ophav evaluate`, which keeps no avatar to animate; give the folder that `ophav create --out` made")
     for name in (named := ("avatar", "portrait", "track", "motion")):
         if not run.has(name): raise InputError(f"{run.folder} has no finished {name}, or a damaged one; run the `ophav create` that made it again, it continues")
     for path in (p for name in named for p in run.path(name).glob("*.*")): check_readable(path)

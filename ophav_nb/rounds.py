@@ -28,11 +28,11 @@ from .dataset import HeadDataset
 from .detect import Detector, detect_like
 from .geometry import Camera, push_pull
 from .head import HeadModel, Motion
-from .media import on_background, read_array, resize, to_float, to_uint8, whole_png, write_image
+from .media import on_background, read_array, read_stored, resize, to_float, to_uint8, whole_png, write_image
 from .metrics import (flicker, head_mask, identity_distance, identity_embedding, known_mean, landmark_distance, measures_json, psnr,
                               sharpness, sharpness_mask)
 from .restore import frame_context, make_restorer
-from .run import InputError, Run, make_key, progress, write_atomic
+from .run import MEND, InputError, Run, make_key, progress, read_json, write_atomic
 
 # %% ../nbs/17_rounds.ipynb #c006
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def read_frames(
     folder: Path,
 ) -> np.ndarray:   # uint8 [N, H, W, C]
     "The PNGs of a folder, in order."
-    return np.stack([np.asarray(Image.open(path)) for path in sorted(Path(folder).glob('[0-9]*.png'))])
+    return np.stack([read_stored(path) for path in sorted(Path(folder).glob('[0-9]*.png'))])
 
 
 def render_plan(
@@ -391,10 +391,10 @@ class Rounds:
         "The renders, restored; where there is a coarse frame, with its silhouette."
         plan, source = self.plan(k), self.renders(k)
         def build(folder):
-            restore = self.restorer(np.asarray(Image.open(source/'portrait.png')))
+            restore = self.restorer(read_stored(source/'portrait.png'))
             def frames(missing):
                 for i in missing:
-                    render = np.asarray(Image.open(source/f'{i:05d}.png'))
+                    render = read_stored(source/f'{i:05d}.png')
                     image = as_render(restore(render, self.context(plan.motion, i, self.camera)), render, self.config.restorer_name)
                     yield finish_alpha(image, self.dataset.alpha[plan.source[i]]) if plan.known[i] else image      # made crisper, a new pose's rim cost .06 dB; by itself it does not soften (measured)
             write_frames(folder, len(plan.source), frames, f'round {k}: restore')
@@ -410,7 +410,7 @@ class Rounds:
         frame, seen = np.r_[plan.source, plan.source[again]], np.r_[plan.known, plan.known[again]]     # the coarse frame of each; is it of the same pose?
         def frames(start):
             for i in range(start, len(motion)):
-                image = np.asarray(Image.open(source/f'{i:05d}.png')) if i < len(plan.source) else coarse.rgba(int(frame[i]))
+                image = read_stored(source/f'{i:05d}.png') if i < len(plan.source) else coarse.rgba(int(frame[i]))
                 yield (image, coarse.parsing[frame[i]]) if seen[i] else image     # what is what in it: a parser may have told; in a new pose the mesh tells
         def build(folder):
             HeadDataset.from_frames(frames, motion, coarse.shape, self.camera, self.model, folder=folder, size=coarse.height, known=coarse.known(0), offset=coarse.offset)
@@ -447,9 +447,9 @@ class Rounds:
             np.save(folder/'numbers.npy', check.frames)
             write_atomic(folder/'metrics.json', measures_json(row))
         folder = self.make(k, 'check', build)
-        text = (folder/'metrics.json').read_text()
-        write_atomic(self.run.path(self.name(k, 'metrics.json')), text)
-        return json.loads(text)
+        row = read_json(folder/'metrics.json', MEND)
+        write_atomic(self.run.path(self.name(k, 'metrics.json')), (folder/'metrics.json').read_text())
+        return row
 
     def psnr_to_input(self, k: int, most: int = 8) -> float:
         "How well the avatar reproduces what it was trained on."
@@ -481,9 +481,9 @@ def read_log(
     "The rows of a training log."
     path, rows = Path(path), {}
     if not path.exists(): return []
-    for line in path.read_text(encoding='utf-8').splitlines():
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         try: row = json.loads(line)
-        except json.JSONDecodeError: continue   # cut off by a kill
+        except json.JSONDecodeError: continue   # cut off by a kill, or damaged
         rows[row.get('step')] = row
     return [rows[k] for k in sorted(rows)]
 

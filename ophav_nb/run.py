@@ -115,7 +115,7 @@ def check_readable(
     if there and not os.access(path, os.R_OK): raise InputError(f"{path} may not be read; change its permissions")
 
 
-MEND = "delete it and give the `ophav create` that made this run again"   # what to do with a damaged file of a run: what is whole is kept
+MEND = "delete it and give the command that made this folder (`ophav create`, `ophav evaluate`) again"   # what to do with a damaged file of a run or an evaluation: what is whole is kept
 
 
 def read_json(

@@ -120,7 +120,7 @@ class Track:
                 camera = Camera(z["K"], z["c2w"], *(int(n) for n in z["size"]))
                 some = {k: z[k] for k in ("bias", "doubt", "correction", "picture") if k in z and len(z[k])}
                 return cls(motion, z["shape"], camera, z["landmarks"], z["error"], z["ok"], **some, info=json.loads(str(z["info"])))
-        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as cause: raise InputError(f"{path}: not a track ({cause}); {MEND}") from cause
+        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as cause: raise InputError(f"{path} is missing, damaged or not a track; {MEND}") from cause
 
 # %% ../nbs/06_track.ipynb #c009
 FIXED = ("jaw", "tongueOut", "eyeLook")    # expressions that are not fitted: joints do their work, or no landmark shows them

@@ -141,6 +141,63 @@ def test_file(trained, tmp_path):
     assert same(avatar, again) and again.config == avatar.config and again.steps == 60
 
 
+def spoiled(folder, name, change):
+    "What an avatar with a changed file says."
+    path = folder/name
+    whole = path.read_bytes()
+    path.write_bytes(change(whole))
+    try:
+        with pytest.raises(InputError) as told: Avatar.load(folder)
+    finally: path.write_bytes(whole)
+    return str(told.value)
+
+
+def flipped(at):
+    "A file's content with one bit changed."
+    def change(data):
+        data = bytearray(data)
+        data[at] ^= 4
+        return bytes(data)
+    return change
+
+
+@pytest.mark.parametrize('at', [3, 40, 5000, -9])
+def test_a_damaged_file_is_told_whatever_its_size(trained, tmp_path, at):
+    "One bit in the header or among the weights; and what to do."
+    trained[0].save(tmp_path)
+    assert 'avatar.safetensors is damaged' in (told := spoiled(tmp_path, 'avatar.safetensors', flipped(at)))
+    assert 'delete it and give the command that made' in told
+
+
+def test_damage_of_the_description(trained, tmp_path):
+    trained[0].save(tmp_path)
+    for change in (lambda data: b'[]', lambda data: b'{', lambda data: b'{"format": 1}', lambda data: data.replace(b'"rays"', b'"rats"'), lambda data: data.replace(b'"focus": 0.25', b'"focus": 9.25'), lambda data: data.replace(b'"levels": 4', b'"levels": 5'), lambda data: data.replace(b'"format": 1', b'"format": ""')):
+        assert 'damaged' in (told := spoiled(tmp_path, 'avatar.json', change)) and 'delete it and give the command' in told
+    assert 'newer version' in spoiled(tmp_path, 'avatar.json', lambda data: data.replace(b'"format": 1', b'"format": 9'))
+
+
+def test_an_avatar_of_before_its_file_was_hashed(trained, tmp_path):
+    "It is loaded; damage of the header, which can be seen all the same, is told."
+    trained[0].save(tmp_path)
+    about = json.loads((tmp_path/'avatar.json').read_text())
+    del about['sha256']
+    (tmp_path/'avatar.json').write_text(json.dumps(about))
+    assert same(Avatar.load(tmp_path), trained[0])
+    for change in (flipped(3), flipped(40), lambda data: data.replace(b'told_range', b'tolt_range'), lambda data: data[:-8], lambda data: b''):
+        assert 'is damaged' in (told := spoiled(tmp_path, 'avatar.safetensors', change)) and 'delete it and give the command' in told
+
+
+def test_a_damaged_checkpoint_is_left(head, film, tmp_path, caplog):
+    "Training starts anew, and says so."
+    Avatar.create(head, film.shape, SMALL).fit(film, 4, folder=tmp_path, log_every=2)
+    path = tmp_path/'checkpoint.safetensors'
+    for left in (flipped(8)(path.read_bytes()), b'', bytes(99)):
+        path.write_bytes(left)
+        caplog.clear()
+        assert [r['step'] for r in Avatar.create(head, film.shape, SMALL).fit(film, 4, folder=tmp_path, log_every=2)] == [2, 4]
+        assert 'checkpoint.safetensors is damaged' in caplog.text
+
+
 def test_training_goes_on_after_loading(trained, film, tmp_path):
     again = Avatar.load(trained[0].save(tmp_path))
     first = again.fit(film, 10, log_every=10, seed=1, lr_scale=.5)[0]

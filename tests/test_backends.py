@@ -16,7 +16,7 @@ from ophav_nb.cli import main
 from ophav_nb.dataset import HeadDataset
 from ophav_nb.detect import Detector
 from ophav_nb.head import HeadModel, Motion
-from ophav_nb.media import VideoWriter, read_image, read_video
+from ophav_nb.media import VideoWriter, read_image, read_stored, read_video
 from ophav_nb.nets.arcface18 import ArcFace18
 from ophav_nb.nets.bisenet import BiSeNet
 from ophav_nb.nets.blocks import half_precision
@@ -28,7 +28,7 @@ from ophav_nb.nets.pirender import PIRenderer
 from ophav_nb.nets.retinaface import RetinaFace
 from ophav_nb.nets.rvm import RobustVideoMatting
 from ophav_nb.nets.s3fd import S3FD
-from ophav_nb.pipeline import Preset, create, load_portrait, read_rgba
+from ophav_nb.pipeline import Preset, create, load_portrait
 from ophav_nb.run import InputError, Run
 from ophav_nb.track import Track, track_film
 
@@ -154,7 +154,7 @@ def test_restorer(base, tmp_path, monkeypatch, mask):
     run = again(base, tmp_path, lambda folder, **options: create('astronaut', folder, preset=TINY, rounds=1, **options), restorer='gfpgan' + mask, half=True)
     restored, renders = (sorted(run.path('rounds', '1', name).glob('[0-9]*.png')) for name in ('restored', 'renders'))
     assert len(restored) == len(renders) == TINY.round_frames and run.path('video.mp4').is_file()
-    assert all((read_rgba(a) != read_rgba(b)).any() for a, b in zip(restored, renders))
+    assert all((read_stored(a) != read_stored(b)).any() for a, b in zip(restored, renders))
     assert run.manifest('rounds/1/restored')['params']['settings'] == {'half': True}
 
 

@@ -52,7 +52,7 @@ def make_picture(kind, folder, astronaut, portrait):
 
 @pytest.mark.parametrize("kind, part", [
     ("no face", "no face"), ("flat", "no face"), ("animal", "face"), ("several", "--face"), ("40 px face", "px wide"), ("text", "JPEG or PNG"),
-    ("truncated", "truncated"), ("empty", "not a picture"), ("folder", "folder"), ("missing", "no such file")])
+    ("truncated", "truncated"), ("empty", "is empty; copy or download it again"), ("folder", "folder"), ("missing", "no such file")])
 def test_bad_portraits(tmp_path, capsys, astronaut, portrait, kind, part):
     assert part in refused(capsys, tmp_path/"run", "create", make_picture(kind, tmp_path, astronaut, portrait), "--preset", "smoke")
 

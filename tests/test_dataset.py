@@ -170,6 +170,10 @@ def test_arrays_on_disk_resume(frames, motion, shape, camera, head, data, tmp_pa
     (tmp_path/'arrays.done').write_text('3')
     HeadDataset.from_frames(source, motion, shape, camera, head, folder=tmp_path, size=SIZE, test=2)
     assert asked == [3]
+    (tmp_path/'arrays.json').unlink()
+    (tmp_path/'arrays.done').write_bytes(b'\0\xff')            # damaged: none of them is taken for done
+    HeadDataset.from_frames(source, motion, shape, camera, head, folder=tmp_path, size=SIZE, test=2)
+    assert asked == [3, 0]
     again = HeadDataset.load(tmp_path, head)
     assert isinstance(again.rgb, np.memmap)
     equal(data, again, depth=0)

@@ -118,6 +118,12 @@ def test_rows_are_kept(tmp_path, film):
     assert (table.rows['same'][0] == table.images).all()
     again = Comparison(run, real, film.landmarks, None, 5, 6)
     assert again.add('same', lambda: images('same')) == row and calls == ['same', 'negative']
+    for name in ('measures.json', '00000.png'):
+        path = run.path('rows/same', name)
+        whole = path.read_bytes()
+        path.write_bytes(bytes(len(whole)))             # as long as before: not seen by its size
+        with pytest.raises(InputError, match=f'{name} is .*damaged; delete it and give the command that made this folder .*evaluate'): again.add('same', lambda: images('same'))
+        path.write_bytes(whole)
 
 
 def test_a_lost_face_counts_in_no_landmark_distance(tmp_path, film):

@@ -315,7 +315,7 @@ def test_an_array_of_a_run_that_is_damaged(tmp_path):
     for spoil in (lambda: path.write_bytes(path.read_bytes()[:-8]), lambda: path.write_bytes(b"\0"*128), lambda: np.save(path, np.array([{}]), allow_pickle=True),
                   lambda: path.write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((((  "), lambda: path.write_bytes(b"PK\x03\x04 no archive"), path.unlink):
         spoil()
-        with pytest.raises(InputError, match="landmarks.npy is missing or damaged .*ophav create"): media.read_array(path)
+        with pytest.raises(InputError, match="landmarks.npy is missing or damaged; .*ophav create`, `ophav evaluate`"): media.read_array(path)
 
 
 def test_a_film_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):

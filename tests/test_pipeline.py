@@ -17,7 +17,7 @@ from ophav_nb.media import read_image, read_video, write_image
 from ophav_nb.pipeline import (PRESETS, VIEWS, add_film, add_motion, add_portrait, add_track, add_views, beyond, compiling, load_driven, load_portrait, play, seen_motion,
                                shown_part, trained_range, warn_of)
 from ophav_nb.rounds import mesh_landmarks, write_frames
-from ophav_nb.run import InputError, Run
+from ophav_nb.run import InputError, Run, file_hash, write_atomic
 from ophav_nb.track import Track, landmark_error
 
 HEAD = HeadModel.load()
@@ -264,10 +264,10 @@ def test_frames_that_a_power_cut_damaged_are_made_again(tmp_path, left):
     damaged = tmp_path / "frames" / "00002.png"
     damaged.write_bytes(damaged.read_bytes()[:-5] if left == "short" else left)
     pipeline.write_coarse(tmp_path, make, 4)
-    assert asked == [0, 2] and (pipeline.read_rgba(damaged) == 20).all()
+    assert asked == [0, 2] and (pipeline.read_stored(damaged) == 20).all()
     damaged.write_bytes(damaged.read_bytes()[:-5] if left == "short" else left)
     write_frames(tmp_path / "frames", 4, lambda missing: (asked.append(missing), [frames[i] for i in missing])[1])
-    assert asked[2:] == [[2]] and (pipeline.read_rgba(damaged) == 20).all()
+    assert asked[2:] == [[2]] and (pipeline.read_stored(damaged) == 20).all()
 
 
 def test_a_film_of_another_person_is_told(monkeypatch, caplog):
@@ -291,10 +291,41 @@ def test_damaged_files_of_a_run_are_told_as_its_own(tight, name, text):
     whole = path.read_bytes()
     try:
         path.write_text(text)
-        with pytest.raises(InputError, match=f"{name} is .*damaged; delete it and give the `ophav create`"): load_portrait(tight)
+        with pytest.raises(InputError, match=f"{name} is .*damaged; delete it and give the command that made this folder"): load_portrait(tight)
         if name != "crop.json":
-            with pytest.raises(InputError, match=f"{name} is .*damaged; delete it and give the `ophav create`"): write_report(tight)
+            with pytest.raises(InputError, match=f"{name} is .*damaged; delete it and give the command that made this folder"): write_report(tight)
     finally: path.write_bytes(whole)
+
+
+def test_a_damaged_motion_of_a_run_is_told_as_its_own(filmed):
+    filmed.path("coarse", "track.npz").unlink()
+    filmed.path("motion", "train.npz").write_text("[]")
+    with pytest.raises(InputError, match="train.npz is missing or damaged; delete it and give the command that made this folder"): seen_motion(filmed)
+
+
+def test_an_evaluation_is_not_animated(tmp_path):
+    run = Run(tmp_path / "run", dict(clip="a.mp4", protocol="self"))
+    run.make("clip", lambda folder: None)
+    with pytest.raises(InputError, match="made by `ophav evaluate`.*; give the folder that `ophav create --out` made"): pipeline.check_avatar(run)
+
+
+def test_a_damaged_avatar_of_a_round_is_not_copied(tmp_path, monkeypatch):
+    "Else it would be told of the copy, which comes back as damaged as before."
+    run = Run(tmp_path / "run", {})
+    def avatar(folder):
+        (folder / "avatar.safetensors").write_text("weights")
+        write_atomic(folder / "avatar.json", json.dumps(dict(sha256=file_hash(folder / "avatar.safetensors"))))
+    run.make("rounds/0/avatar", avatar)
+    monkeypatch.setattr(pipeline, "run_rounds", lambda *_, **__: ([], 0))
+    monkeypatch.setattr(pipeline, "load_driven", lambda *a: None)
+    monkeypatch.setattr(pipeline, "HeadDataset", SimpleNamespace(load=lambda folder: None))
+    train = lambda: pipeline.train_rounds(run, None, pipeline.get_preset("smoke"), 1, "detail", "auto", "cpu", 0)
+    weights = run.path("rounds", "0", "avatar", "avatar.safetensors")
+    weights.write_text("weightz")
+    with pytest.raises(InputError, match="rounds/0/avatar/avatar.safetensors is damaged"): train()
+    assert not run.has("avatar")
+    weights.write_text("weights")
+    assert train() == 0 and run.path("avatar", "avatar.safetensors").read_text() == "weights"
 
 
 def test_what_is_animated_is_whole_and_may_be_read(filmed, monkeypatch):

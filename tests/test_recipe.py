@@ -247,7 +247,7 @@ def test_a_recipe_out_of_bounds(text, said):
     for fine in ("levels=32, scale=1", "scale=3, levels=4", "levels=1, scale=50", "occupancy=128", "average=0, focus=1"): read_recipe(fine)
 
 
-@pytest.mark.parametrize("text, said", [("mouth_wait=4", "did you mean mouth_weight"), ("rays=0", "from 1 on"), ("rays=1.5", "whole number"), ("decay=nan", "number from 0"),
+@pytest.mark.parametrize("text, said", [("mouth_wait=4", "did you mean mouth_weight"), ("x", "there are alpha_weight, "), ("rays=0", "from 1 on"), ("rays=1.5", "whole number"), ("decay=nan", "number from 0"),
                                         ("blend=maybe", "true or false"), ("condition=all", "mouth, everywhere, none"), ("backend=torch", "no setting"), ("rays", "whole number"),
                                         ("condition_size=8", "no setting"), ("features=3", "recipe: features=3 .*1, 2, 4 or 8"), ("scale=0", "scale=0.0 .*from 1 on"), ("degree=5", "degree=5 .*0 to 4"),
                                         ("log2_size=64", "log2_size=64 .*1 to 24")])
