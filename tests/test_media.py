@@ -101,6 +101,14 @@ def test_refused_pictures(tmp_path, face, kind):
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
+def test_no_other_program_draws_a_picture(tmp_path, face, monkeypatch):
+    from PIL import EpsImagePlugin
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *_, **__: pytest.fail('Ghostscript was asked'))
+    Image.fromarray(face).save(tmp_path/'face.eps')
+    (tmp_path/'face.eps').rename(tmp_path/'face.jpg')
+    with pytest.raises(InputError, match='not a picture that can be read'): read_image(tmp_path/'face.jpg')
+
+
 def test_comment_is_in_the_file(tmp_path, face):
     assert Image.open(write_image(tmp_path/"a.png", face, "synthetic")).info["Description"] == "synthetic"
     assert Image.open(write_image(tmp_path/"a.jpg", face, "synthetic")).info["comment"] == b"synthetic"
