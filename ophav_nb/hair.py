@@ -20,7 +20,7 @@ from .run import patch_to
 SIDES = dict(left=[352, 376, 366, 401], right=[123, 147, 137, 177])     # landmarks on the cheek before an ear
 
 class Hair:
-    """The hair of a portrait, and whether its head is `bald`.
+    """The hair of a portrait, how `close` it lies to the skull (1: up to 1.5 mm off .. 0: from 2.5 mm on), and whether its head is `bald`.
 
     Of the mesh: how far it stands off (`thick`, metres [V, 3]), where it covers what is not shown (`grown`, 0..1 [V]), where hair from the temples may hang (`behind_temples`, 0..1 [V]), which ears are shown
     (`ears_shown`, `ear_bare`) or copied from the other side (`ears_copied`). Of the picture, [H, W]: the hull as it is seen (`hull`; without what stands off beside bare ears: `outer`), where it hides the scalp (`hides`), where
@@ -34,6 +34,7 @@ class Hair:
         f, (h, w) = p.skin_faces, p.image.shape[:2]
         self.told = (p.matte > .9) & (p.certain > .9)                             # the person's, and the picture's
         standing = p.normals0*p.thickness[:, None]
+        self.close = float(1 - smoothstep(.0015, .0025, np.median(p.thickness[p.scalp])))
         self.over, self.over_colour = self._goes_on_beside()
         self.thick = standing.copy()                                            # metres [V, 3]
         self._press_ears()
@@ -87,11 +88,11 @@ def _press_ears(self, least: float = .5):
 # %% ../nbs/07g_hair.ipynb #c008
 @patch_to(Hair)
 def _is_bald(self, top, away) -> bool:
-    "Is the head's uppermost outline (bool [H, W]) as skin is: in the face's colours, and smooth? On nineteen portraits bald heads are .1 to 1.6 away from their faces' colours, and .005 to .02 rough, the others 2.8 and more, or .038 and more; of thirty others one was wrongly told, a tiny face in a crowd."
+    "Is the head's uppermost outline (bool [H, W]) as skin is: in the face's colours, smooth, and on the skull? On fifty portraits bald heads are .1 to 3.3 away from their faces' colours, .005 to .03 rough, and their outline .3 to 1.6 mm off the mesh; of all others each is farther than 7, rougher than .04 or thicker than 3 mm."
     p = self.portrayed
     light = np.log(p.image.mean(-1) + .04)
     rough = np.abs(ndi.gaussian_filter(light, p.size/512) - ndi.gaussian_filter(light, p.size/128))
-    return bool(top.any() and np.median(away[top]) < 2.2 and np.median(rough[top]) < .03)
+    return bool(top.any() and np.median(away[top]) < 4.5 and np.median(rough[top]) < .037 and self.close > 0)
 
 @patch_to(Hair)
 def _side_hair(self, away, near, low) -> tuple:
@@ -99,7 +100,8 @@ def _side_hair(self, away, near, low) -> tuple:
     p, unit = self.portrayed, self.portrayed.eyes_apart
     warm = lambda c: np.log((c[..., 0] + .04)/(c[..., 2] + .04))
     may = self.told & near & ~(polygon_mask(p.landmarks[OVAL, :2], p.size, p.size, grow=0) > .5)
-    may &= ((warm(blurred(p.image, p.size/512)) < warm(p.face_colour)) | (p.colourless > .5)) & ~(p.ear_in_view('left') | p.ear_in_view('right'))
+    ears = ndi.binary_dilation(p.ear_in_view('left') | p.ear_in_view('right'), iterations=max(1, int(.08*unit)))          # a person's may be larger than the model's
+    may &= ((warm(blurred(p.image, p.size/512)) < warm(p.face_colour)) | (p.colourless > .5)) & ~ears
     away = ndi.gaussian_filter(away, 1.5*p.size/512)
     like = ndi.binary_opening(ndi.binary_propagation(may & (away > 3.5), mask=may & (away > 2)), iterations=max(1, int(.015*unit)))
     pieces = ndi.label(like)[0]
@@ -120,14 +122,14 @@ def _told_by_colour(self) -> tuple:
     away, width = unlikeness(logs, sampled(logs, p.T0[face]))                     # from the face's skin
     self.unlike_skin = ndi.gaussian_filter(away, p.size/512) > 2.5
     outline = (p.matte > .5) & (level > .5) & (deep < .1*unit)
-    cut = bool(outline.any()) and p.certain[outline].mean() < .5                  # a crown that the picture cuts off tells nothing
+    cut = self.cut = bool(outline.any()) and p.certain[outline].mean() < .5         # a crown that the picture cuts off tells nothing
     if not cut and crown.sum() < 30: return False, around, np.zeros_like(around)
     if cut:
         more = np.where(p.light < 1.2, away - 3.5, -9)
         like = around & (ndi.gaussian_filter(np.clip(more, -9, 9), p.size/512) > 0)
     else:
         top = crown & (level > np.quantile(level[crown], .75)) & (deep > .08*unit)
-        if self._is_bald(top, away): return True, *self._side_hair(away, (level > -.5) & (deep < .35*unit), level < .35)
+        if self._is_bald(top, away): return True, *self._side_hair(np.minimum(away, unlikeness(logs, logs[top])[0]), (level > -.5) & (deep < .35*unit), level < .35)
         more = away + width - sum(unlikeness(logs, logs[crown]))
         bare = (p.raster0.face >= 0) & ~p.scalp[p.faces[p.raster0.face]].all(-1) & (level < 0)
         prior = np.where(level > 0, 5*np.exp(-(deep/(.3*unit))**2), 0) - 4*bare         # hair is rather at the outline, and rather not on a cheek
@@ -233,19 +235,21 @@ def _mane(self, alpha) -> np.ndarray:
     p = self.portrayed
     hair, soft, r = self.seen & (alpha > .5), 6*p.size/512, max(4, round(16*p.size/512))
     if not hair.any(): return p.skin if p.shown.all() or self.bald else np.full(p.image.shape, self._brows(), np.float32)
-    deep = ndi.distance_transform_edt(hair)
-    core = deep > min(r, .7*deep.max())
-    sure = (deep > 3*p.size/512) & self.unlike_skin
-    if (core & ~sure).sum() > .5*core.sum() and sure.sum() > 30: core = sure & (p.light <= 1.2*np.median(p.light[sure]))         # where a forehead was taken for thin hair it would tint all that is made up
-    smooth = lambda known: blurred(p.bled*known[..., None], soft)/np.maximum(blurred(known[..., None]*1., soft), .02)
+    deep, pieces = ndi.distance_transform_edt(hair), ndi.label(hair)[0]
+    if not self.bald: pieces = hair*1                                              # a bald head's sides are apart, each has its own colour
+    area = np.bincount(pieces.ravel())
+    core = hair & (area[pieces] > .1*area[1:].max()) & (deep > np.minimum(r, .7*ndi.maximum(deep, pieces, np.arange(pieces.max() + 1))[pieces]))
+    sure = (deep > 3*p.size/512) & (self.unlike_skin | self.hull.mask & ~p.raster0.mask)
+    if (core & ~sure).sum() > .5*core.sum() and sure.sum() > 30: core = sure & (p.light <= 1.2*np.median(p.light[sure]))         # where a forehead was taken for thin hair it would tint all that is made up; what stands off is hair
+    smooth = lambda known: blurred(p.bled*known[..., None], soft)/np.maximum(blurred(known[..., None]*1., soft), 1e-6)
     away, (i, j) = ndi.distance_transform_edt(~core, return_indices=True)
     colour = smooth(core)[i, j]
-    if not p.shown.all(): colour += smoothstep(.2*p.eyes_apart, p.eyes_apart, away)[..., None]*(np.median(colour[core], axis=0) - colour)     # on a crown that the picture cuts off the sides meet
+    if self.cut: colour += smoothstep(.2*p.eyes_apart, p.eyes_apart, away)[..., None]*(np.median(colour[core], axis=0) - colour)     # on a crown that the picture cuts off the sides meet
     colour = blurred(colour, 2*soft)
     strands = np.where(hair, (p.bled - smooth(hair)).mean(-1), 0)
     most = np.quantile(np.abs(strands[core]), .7)
-    few = not self.bald and hair.sum() < .5*p.eyes_apart**2                       # too little of it to tell its strands
-    lines = .12*hanging(p.size) if few else .6*most/max(colour[core].mean(), .02)*combed(strands, hair, p.size)
+    thin = not self.bald and hair.sum() < .5*p.eyes_apart**2                      # too little of it to tell its strands
+    lines = .12*hanging(p.size) if thin else .6*most/max(colour[core].mean(), .02)*combed(strands, hair, p.size)
     made = colour*(1 + lines[..., None])
     share = ndi.gaussian_filter(hair.astype(np.float32), p.size/512)[..., None]
     return crisp(p.bled*share + np.clip(made, 0, 1)*(1 - share))

@@ -154,8 +154,8 @@ def _find_rim(self, hair):
     low = np.maximum(1 - smoothstep(-.01, .01, p.rest[:, 1] - p.joints3[3:, 1].mean()), p.away)      # temples end in hair, but a side behind the face does not end
     grown = smoothstep(.2, .8, part(hair.grown))*(1 - smoothstep(.008, .02, away))*smoothstep(.1, .5, at(hair.near))*(1 - at(hangs))      # what hangs beside the head has no hull under it
     facing, skin = part(p.facing0), part(low)*smoothstep(0, .3, part(p.is_face))*(1 - at(hair.likely))
-    if hair.bald:                                                               # a bare crown is an outline of skin, the hair beside it one of hair
-        crown = (1 - smoothstep(.008, .02, away))*(1 - at(hangs))*smoothstep(0, .02, part(p.rest[:, 1] - p.joints3[3:, 1].mean()))
+    if hair.close > 0:                                                          # a bare crown is an outline of skin, hair that lies close one of hair
+        crown = hair.close*(1 - smoothstep(.008, .02, away))*(1 - at(hangs))*smoothstep(0, .02, part(p.rest[:, 1] - p.joints3[3:, 1].mean()))
         of_hair = at(ndi.maximum_filter(hair.seen, 2*int(5*p.size/512) + 1))
         skin, grown = np.maximum(skin, crown*(1 - of_hair)), np.maximum(grown, crown*of_hair)
     for _ in range(round(8*(p.size/512)**2)): skin, grown = self.neighbours @ skin, self.neighbours @ grown                         # evenly, or single strands of what gave way stay behind

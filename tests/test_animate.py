@@ -912,11 +912,13 @@ def test_made_up_skin_has_the_faces_grain(portrait, head):
     assert .03 < np.log(made.grain[0]).std() < .08 and np.log(smooth.unseen.grain[0]).std() < .015 and .9 < made.grain[1].std() < 1.1
     at, (h, w) = made.grain_at[grainy.portrayed.skin_vertices], made.grain.shape[1:]
     assert at.min() >= 0 and (at < [w, h]).all()
-    moved, plain = state(track, head, -30), np.ones((2, 2, 2), np.float32)*np.float32([1, 0])[:, None, None]
-    whole = grainy.frame(*moved, 2*SIZE)
+    assert grainy.hair.bald and smooth.hair.bald                                       # so is the crown's: skin with pores, no plate
+    plain = np.ones((2, 2, 2), np.float32)*np.float32([1, 0])[:, None, None]
+    both = lambda: np.stack([grainy.frame(*state(track, head, yaw), 2*SIZE)[..., :3].mean(-1) for yaw in (-30, 30)])
+    whole = both()
     for part in (made, grainy.back):                                                  # the face, and the head beneath
         grain, part.grain = part.grain, plain
-        gone = (whole - grainy.frame(*moved, 2*SIZE))[..., :3].mean(-1)
+        gone = whole - both()
         part.grain = grain
         assert (np.abs(gone) > .008).sum() > 100 and np.std(gone[np.abs(gone) > 1e-4]) > .002
 
@@ -986,6 +988,55 @@ def test_a_bald_head_is_told(head, portrait):
     assert grey.bald and grey.seen.any()
     side = p.scalp & (p.level > .02) & (p.level < .05) & (np.abs(p.rest[:, 0]) > .06)
     assert min(hair.grown[side & (p.rest[:, 0]*sign > 0)].mean() for sign in (-1, 1)) > .5
+
+
+def test_hair_of_the_skins_colour_is_no_bald_head(head, portrait):
+    "Blond hair that is as light and smooth as the face stands off the skull, which skin does not. And a crown on which a lamp shines is skin, though far lighter than the face."
+    image, track, matte = portrait
+    L, y = track.landmarks[0], np.arange(SIZE)[:, None]
+    told = lambda picture, matte: MeshAnimator(picture.astype(np.uint8), track, head, matte, supersample=1).hair
+    ring = ndi.binary_dilation(matte > .5, iterations=int(.07*SIZE)) & (y < L[[468, 473], 1].mean())
+    blond = told(np.where((ring & (matte < .9))[..., None], np.median(image[(matte > .9) & (y < L[10, 1])], axis=0), image), np.maximum(matte, ring))
+    assert not blond.bald and blond.grown[blond.portrayed.scalp & (blond.portrayed.level > .05)].mean() > .9 and blond.close == 0
+    shine = ndi.gaussian_filter((np.broadcast_to(y < L[10, 1] + .02*SIZE, matte.shape) & (matte > .5)).astype(float), 3)[..., None]
+    lit = told(np.clip(image*(1 + .3*shine), 0, 255), matte)
+    assert lit.bald and lit.close == 1 and not lit.seen.any()
+
+
+def test_each_side_of_a_bald_head_has_its_own_hair(head, portrait):
+    "A side that shows little of it is not made up in the other side's colour; and nowhere is the made-up hair darker than what is known, not even beside its thinnest ends."
+    image, track, matte = portrait
+    x, where = np.arange(SIZE) + .5, above_ears(track, matte)
+    middle, unit = track.landmarks[0, 4, 0], np.linalg.norm(track.landmarks[0, 468, :2] - track.landmarks[0, 473, :2])
+    thin = where & ((x > middle) | ndi.binary_dilation(matte > .5, iterations=int(.08*unit)))
+    colours = np.where((x < middle)[None, :, None], np.uint8([150, 156, 164]), np.uint8([40, 42, 48]))
+    hair = MeshAnimator(np.where(thin[..., None], colours, image), replace(track, picture=np.float32([4, 0, SIZE, SIZE])), head, np.maximum(matte, thin), supersample=1).hair
+    assert hair.bald and all(hair.seen[:, side].any() for side in (x < middle, x > middle))
+    far = hair.mane[int(track.landmarks[0, 10, 1]):int(track.landmarks[0, 152, 1])].mean((0, 2))
+    assert far[:SIZE//10].mean() > 2*far[-SIZE//10:].mean() and hair.mane.min() > .5*40/255
+
+
+def test_shorn_temples_give_way_to_a_turn(head, portrait):
+    "Where hair lies close the outline beside the forehead is the skull's, and so are the pixels that a turn would draw out."
+    image, track, matte = portrait
+    L, y = track.landmarks[0], np.arange(SIZE)[:, None]
+    unit, eyes = np.linalg.norm(L[468, :2] - L[473, :2]), L[[468, 473], 1].mean()
+    shorn = (matte > .5) & (y < L[10, 1])
+    a = MeshAnimator(np.where(shorn[..., None], np.uint8([60, 50, 45]), image), track, head, matte, supersample=1)
+    rows = a.sheet.source[a.sheet.rim_points][:, 1]
+    temples = (rows > eyes - .75*unit) & (rows < eyes - .4*unit)
+    assert not a.hair.bald and a.hair.close == 1 and (a.sheet.rim[temples] > .3).sum() > 20
+
+
+def test_a_forehead_that_the_picture_cuts_off_goes_on(head, portrait):
+    "A made-up hairline is arched above what is shown of the forehead: it is not the picture's border."
+    image, track, matte = portrait
+    top = int(track.landmarks[0, 10, 1] - .02*SIZE)
+    a = MeshAnimator(image, replace(track, picture=np.float32([0, top, SIZE, SIZE])), head, matte, supersample=1)
+    p, back = a.portrayed, a.back
+    hairy, above = back.fixed[:len(p.rest), 4]*back.back[:len(p.rest), 0], (top - p.P0[:, 1])*np.median(p.P0[p.is_face, 2])/p.camera0.focal
+    beyond = p.scalp & (np.abs(p.rest[:, 0]) < .03) & (p.facing0 > .3) & (above > 0) & (above < .01)
+    assert beyond.any() and hairy[beyond].mean() < .4 and hairy[p.scalp & (p.facing0 < 0) & (p.level > .06)].min() > .9
 
 
 def test_too_little_of_a_face(head, portrait):
