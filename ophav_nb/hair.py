@@ -20,7 +20,7 @@ from .run import patch_to
 SIDES = dict(left=[352, 376, 366, 401], right=[123, 147, 137, 177])     # landmarks on the cheek before an ear
 
 class Hair:
-    """The hair of a portrait, how `close` it lies to the skull (1: up to 1.5 mm off .. 0: from 2.5 mm on), and whether its head is `bald`.
+    """The hair of a portrait, how `close` it lies to the skull (1: up to 1.5 mm off .. 0: from 2.5 mm on), and whether its head is `bald` or its crown `cut` off by the picture.
 
     Of the mesh: how far it stands off (`thick`, metres [V, 3]), where it covers what is not shown (`grown`, 0..1 [V]), where hair from the temples may hang (`behind_temples`, 0..1 [V]), which ears are shown
     (`ears_shown`, `ear_bare`) or copied from the other side (`ears_copied`). Of the picture, [H, W]: the hull as it is seen (`hull`; without what stands off beside bare ears: `outer`), where it hides the scalp (`hides`), where
