@@ -27,8 +27,9 @@ class Clothes:
         self.px, self.rows, self.unit = p.size/512, np.arange(p.size)[:, None], p.eyes_apart     # a pixel of a picture of 512; the distance between the eyes
         self._look_around()
         cloth = self._other_than_skin()
+        cloth[self._neck_shadows(cloth)] = 0
         hanging = self._from_above(cloth) | self._beard()                       # hair: it goes along
-        cloth = np.where(hanging, 0, np.maximum(cloth, self._light_collars()))
+        cloth = np.where(hanging, 0, np.maximum(cloth, self._light_collars(cloth)))
         self.hanging = self._dilated(hanging, 4*self.px)
         stray = self.area & ~self.hanging & ~self._dilated(self.core | p.neck_seen, 4*self.px)     # where there is neither face nor neck nor hair
         low = self._with_thickness(ndi.grey_closing(ndi.median_filter((cloth*self.area).astype(np.float32), 3), 5), stray)
@@ -76,6 +77,16 @@ def _other_than_skin(self) -> np.ndarray:
     p = self.portrayed
     beside = ~self._dilated(rasterize(p.P0, p.skin_faces, p.size, p.size).mask, 4*self.px)
     return self.around*np.maximum(smoothstep(3.5, 6, p.unlike + 2*beside), 1 - smoothstep(.18, .34, p.light))
+
+@patch_to(Clothes)
+def _neck_shadows(self, cloth) -> np.ndarray:
+    "Small dark pieces that lie on the neck alone, bool [H, W]: cloth goes on beside it, or down to where picture or person ends."
+    p, deep = self.portrayed, max(1, int(3*self.px))
+    label = self._pieces(cloth*self.area*(p.light < .5))
+    beyond = ~self._dilated(self.core | p.neck_seen, .2*self.unit) | (p.certain < 1)
+    beyond[:-deep] |= p.matte[deep:] < .4
+    beyond[-deep:] = True
+    return (label > 0) & ~np.isin(label, label[beyond]) & (np.bincount(label.ravel())[label] < .2*self.unit**2)
 
 @patch_to(Clothes)
 def _from_above(self, cloth) -> np.ndarray:
@@ -128,11 +139,26 @@ def _beard(self) -> np.ndarray:
     return ndi.binary_closing(np.pad(mass, side//8), iterations=max(1, int(.1*unit)))[side//8:-(side//8), side//8:-(side//8)] & self.around
 
 @patch_to(Clothes)
-def _light_collars(self) -> np.ndarray:
-    "No neck is lighter than its face: what is (the lighter it is, the less its hue must tell) and has some thickness (a seam or a stripe has none), is a collar."
+def _light_collars(self, cloth=0) -> np.ndarray:
+    "No neck is lighter than the lightest of its face: what is, or is as light and of another hue than the face has in light, and has some thickness (a seam or a stripe has none), is a collar."
     p = self.portrayed
-    collar = self.around*smoothstep(2.5, 3.5, p.unlike + smoothstep(1.6, 2.1, p.light))*smoothstep(1.1, 1.4, p.light)
-    return collar*ndi.binary_propagation(ndi.binary_erosion(collar > .5, iterations=max(1, int(.06*self.unit))), mask=collar > 0)
+    image, face = blurred(p.image, self.px), p.T0[(p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices]
+    light = image.sum(-1)
+    shade = sampled(light, face)
+    lit = face[shade > np.median(shade)]
+    light /= np.percentile(shade, 95)
+    smooth = blurred(p.image, .04*self.unit)                                   # a compressed picture's hues are coarse
+    chroma = smooth[..., :2]/np.maximum(smooth.sum(-1, keepdims=True), .05)
+    of_face = sampled(chroma, lit)
+    middle = np.median(of_face, axis=0)
+    spread = 1.48*np.median(np.abs(of_face - middle), axis=0) + .008
+    unlike = np.sqrt((((chroma - middle)/spread)**2).sum(-1))
+    tells, light = unlike + (1 + 2*p.colourless)*smoothstep(1.03, 1.18, light), self.around*smoothstep(1.1, 1.4, p.light)
+    thick = ndi.binary_erosion((tells > 2.3) & (light > .5) & (p.matte > .4) & (p.rim_light < .3), iterations=max(1, int(.06*self.unit)))
+    collar = smoothstep(1.2, 2.2, tells)*light                                 # where some is told for sure, less tells the rest
+    collar *= ndi.binary_propagation(thick, mask=(collar > .1) & (p.matte > .4))
+    label = ndi.label(self._dilated((np.maximum(collar, cloth) > .5) & (p.matte > .4), .05*self.unit))[0]
+    return collar*(np.bincount(label.ravel())[label] > .5*self.unit**2)*(label > 0)           # a few patches that stay while all around them moves are worse than none
 
 @patch_to(Clothes)
 def _with_thickness(self, cloth, stray) -> np.ndarray:
@@ -178,7 +204,8 @@ def _as_it_goes_on(self) -> np.ndarray:
         cloth, spread = unlikeness(logs, logs[some])
         rather = np.maximum(rather, np.where(cloth < 9, np.clip(skin - cloth + np.minimum(wide - spread, 1), -9, 9), -9))
     like = self.area & person & ~self.hanging & (p.rim_light < .3) & (ndi.gaussian_filter(rather, 1.5*self.px) > 2)
-    return ndi.binary_propagation(sure, mask=like | sure)
+    near = self._dilated((self.cloth > .9) & person, .2*self.unit)             # across a seam or an edge's shadow
+    return ndi.binary_propagation(sure | like & near, mask=like | sure)
 
 @patch_to(Clothes)
 def _cut_off(self) -> np.ndarray:
@@ -210,6 +237,7 @@ def _undressed(self) -> tuple:
     cloth = ndi.maximum_filter(np.maximum(self.cloth, self.cloth[nearest]), 2*int(5*self.px) + 1)
     bare = ndi.binary_erosion((cloth < .1) & (self.person > .9), iterations=3)
     away, (i, j) = ndi.distance_transform_edt(~bare, return_indices=True)
+    away = away + p.size*self.hanging[i, j]                                    # hair that falls on clothes does not go on under them
     under = blurred(p.skin[i, j], .012*p.size)
     soft = ndi.gaussian_filter((ndi.maximum_filter(cloth, 5) > .1).astype(np.float32), 1.5)[..., None]
     return (under*soft + p.skin*(1 - soft)).astype(np.float32), soft, away

@@ -563,9 +563,29 @@ def test_a_collar_before_a_neck_is_told_by_the_cloth_it_goes_on_from(portrait, h
         if coat: picture[shoulders & (np.abs(x - L[152, 0]) > .2*SIZE)] = [14, 16, 30]
         clothes = Clothes(Portrayed(picture, track, head, np.maximum(matte, shoulders).astype(np.float32)))
         if np.median(clothes.portrayed.unlike[inner]) > 2.2: break
-    assert inner.sum() > 100 and np.maximum(clothes._other_than_skin(), clothes._light_collars())[inner].mean() < .5
+    assert inner.sum() > 100 and clothes._other_than_skin()[inner].mean() < .5
+    assert light > 1 or clothes._light_collars()[inner].mean() < .5                          # a lighter one tells by itself
     assert clothes.cloth[inner].mean() > .9 and clothes.cloth[clothes.core].max() < .05
     assert np.abs(clothes.flesh[inner] - picture[inner]/255.).mean() > .03                   # and a neck under it is no cloth
+
+
+def test_a_white_shirt_in_a_grey_portrait_is_cloth(portrait, head):
+    "Where there is no hue, by its light: lighter than the lightest of the face. A patch of shadow on a neck is none."
+    image, track, matte = portrait
+    (y, x), L = np.mgrid[:SIZE, :SIZE], track.landmarks[0]
+    plain = MeshAnimator(image, track, head, matte, supersample=1).portrayed
+    low, neck = L[152, 1] + .06*SIZE, plain.neck_seen & (y <= L[152, 1] + .06*SIZE)
+    shirt = (plain.neck_seen | (matte < .5) & (np.abs(x - L[152, 0]) < .4*SIZE)) & (y > low)
+    grey = np.where(plain.neck_seen[..., None], plain.face_colour*180, image).mean(-1, keepdims=True).repeat(3, -1)
+    face = plain.raster0.mask & (matte > .5) & (y < L[152, 1])
+    grey = .6*grey/np.median(grey[face])*127                                      # a face in dim light
+    spot = neck & (np.hypot(x - L[152, 0], 1.5*(y - L[152, 1] - .03*SIZE)) < .035*SIZE) & (y > L[152, 1] + 2)
+    grey[shirt], grey[spot] = 235, 12
+    clothes = Clothes(Portrayed(np.clip(grey, 0, 255).astype(np.uint8), track, head, np.maximum(matte, shirt).astype(np.float32)))
+    inner = ndi.binary_erosion(shirt, iterations=3)
+    assert clothes.portrayed.colourless > .9 and inner.sum() > 500 and spot.sum() > 20
+    assert clothes.cloth[inner].mean() > .95 and clothes.cloth[neck & ~ndi.binary_dilation(shirt, iterations=3)].mean() < .05
+    assert clothes.cloth[ndi.binary_erosion(spot)].max() < .1 and clothes.cloth[clothes.core].max() < .1
 
 
 def test_a_neck_that_turns_is_round(portrait, head):
