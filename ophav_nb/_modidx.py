@@ -401,6 +401,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._tidied': ('clothes.html#clothes._tidied', 'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._undressed': ('clothes.html#clothes._undressed', 'ophav_nb/clothes.py'),
+                                  'ophav_nb.clothes.Clothes._white_collars': ('clothes.html#clothes._white_collars', 'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._with_thickness': ( 'clothes.html#clothes._with_thickness',
                                                                                 'ophav_nb/clothes.py')},
             'ophav_nb.dataset': { 'ophav_nb.dataset.HeadDataset': ('dataset.html#headdataset', 'ophav_nb/dataset.py'),

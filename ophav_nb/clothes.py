@@ -29,7 +29,7 @@ class Clothes:
         cloth = self._other_than_skin()
         cloth[self._neck_shadows(cloth)] = 0
         hanging = self._from_above(cloth) | self._beard()                       # hair: it goes along
-        cloth = np.where(hanging, 0, np.maximum(cloth, self._light_collars(cloth)))
+        cloth = np.where(hanging, 0, np.max([cloth, self._light_collars(), self._white_collars(cloth)], axis=0))
         self.hanging = self._dilated(hanging, 4*self.px)
         stray = self.area & ~self.hanging & ~self._dilated(self.core | p.neck_seen, 4*self.px)     # where there is neither face nor neck nor hair
         low = self._with_thickness(ndi.grey_closing(ndi.median_filter((cloth*self.area).astype(np.float32), 3), 5), stray)
@@ -139,26 +139,32 @@ def _beard(self) -> np.ndarray:
     return ndi.binary_closing(np.pad(mass, side//8), iterations=max(1, int(.1*unit)))[side//8:-(side//8), side//8:-(side//8)] & self.around
 
 @patch_to(Clothes)
-def _light_collars(self, cloth=0) -> np.ndarray:
-    "No neck is lighter than the lightest of its face: what is, or is as light and of another hue than the face has in light, and has some thickness (a seam or a stripe has none), is a collar."
+def _light_collars(self) -> np.ndarray:
+    "No neck is lighter than its face: what is (the lighter it is, the less its hue must tell) and has some thickness (a seam or a stripe has none), is a collar."
     p = self.portrayed
-    image, face = blurred(p.image, self.px), p.T0[(p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices]
-    light = image.sum(-1)
+    collar = self.around*smoothstep(2.5, 3.5, p.unlike + smoothstep(1.6, 2.1, p.light))*smoothstep(1.1, 1.4, p.light)
+    return collar*ndi.binary_propagation(ndi.binary_erosion(collar > .5, iterations=max(1, int(.06*self.unit))), mask=collar > 0)
+
+@patch_to(Clothes)
+def _white_collars(self, cloth) -> np.ndarray:
+    "What lies on the neck and is lighter than the lightest of the face and, where there are hues, of another than its lit half has (shadows have any), is a collar; `cloth`: what is told already."
+    p = self.portrayed
+    face = p.T0[(p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices]
+    light, image = blurred(p.image, self.px).sum(-1), blurred(p.image, .04*self.unit)        # a compressed picture's hues are coarse
     shade = sampled(light, face)
-    lit = face[shade > np.median(shade)]
-    light /= np.percentile(shade, 95)
-    smooth = blurred(p.image, .04*self.unit)                                   # a compressed picture's hues are coarse
-    chroma = smooth[..., :2]/np.maximum(smooth.sum(-1, keepdims=True), .05)
+    most, lit = np.percentile(shade, 95), face[shade > np.median(shade)]
+    chroma = image[..., :2]/np.maximum(image.sum(-1, keepdims=True), .05)
     of_face = sampled(chroma, lit)
     middle = np.median(of_face, axis=0)
     spread = 1.48*np.median(np.abs(of_face - middle), axis=0) + .008
-    unlike = np.sqrt((((chroma - middle)/spread)**2).sum(-1))
-    tells, light = unlike + (1 + 2*p.colourless)*smoothstep(1.03, 1.18, light), self.around*smoothstep(1.1, 1.4, p.light)
-    thick = ndi.binary_erosion((tells > 2.3) & (light > .5) & (p.matte > .4) & (p.rim_light < .3), iterations=max(1, int(.06*self.unit)))
-    collar = smoothstep(1.2, 2.2, tells)*light                                 # where some is told for sure, less tells the rest
-    collar *= ndi.binary_propagation(thick, mask=(collar > .1) & (p.matte > .4))
-    label = ndi.label(self._dilated((np.maximum(collar, cloth) > .5) & (p.matte > .4), .05*self.unit))[0]
-    return collar*(np.bincount(label.ravel())[label] > .5*self.unit**2)*(label > 0)           # a few patches that stay while all around them moves are worse than none
+    tells = np.sqrt((((chroma - middle)/spread)**2).sum(-1)) + (1 + 2*p.colourless)*smoothstep(1.03, 1.18, light/most)
+    sure = (tells > 2.3) & (image.sum(-1) > 1.1*most) & self.around & (p.matte > .4) & (p.rim_light < .3)
+    collar = self.around*smoothstep(1.2, 2.2, tells)*smoothstep(1.1, 1.4, p.light)*smoothstep(1, 1.08, light/most)           # less tells what goes on from there
+    collar *= ndi.binary_propagation(ndi.binary_erosion(sure, iterations=max(1, int(.06*self.unit))), mask=(collar > .1) & (p.matte > .4))
+    enough = lambda label, on, least: (label > 0) & (np.bincount(label.ravel(), on.ravel())[label] > least*self.unit**2)
+    collar *= enough(ndi.label(collar > .1)[0], p.neck_seen, .03)
+    all_cloth = self._dilated((np.maximum(collar, cloth) > .5) & (p.matte > .4), .05*self.unit)
+    return collar*enough(ndi.label(all_cloth)[0], all_cloth, .5)               # a patch that stays while all around it moves is worse than none
 
 @patch_to(Clothes)
 def _with_thickness(self, cloth, stray) -> np.ndarray:
@@ -204,8 +210,7 @@ def _as_it_goes_on(self) -> np.ndarray:
         cloth, spread = unlikeness(logs, logs[some])
         rather = np.maximum(rather, np.where(cloth < 9, np.clip(skin - cloth + np.minimum(wide - spread, 1), -9, 9), -9))
     like = self.area & person & ~self.hanging & (p.rim_light < .3) & (ndi.gaussian_filter(rather, 1.5*self.px) > 2)
-    near = self._dilated((self.cloth > .9) & person, .2*self.unit)             # across a seam or an edge's shadow
-    return ndi.binary_propagation(sure | like & near, mask=like | sure)
+    return ndi.binary_propagation(sure, mask=like | sure)
 
 @patch_to(Clothes)
 def _cut_off(self) -> np.ndarray:
@@ -237,7 +242,6 @@ def _undressed(self) -> tuple:
     cloth = ndi.maximum_filter(np.maximum(self.cloth, self.cloth[nearest]), 2*int(5*self.px) + 1)
     bare = ndi.binary_erosion((cloth < .1) & (self.person > .9), iterations=3)
     away, (i, j) = ndi.distance_transform_edt(~bare, return_indices=True)
-    away = away + p.size*self.hanging[i, j]                                    # hair that falls on clothes does not go on under them
     under = blurred(p.skin[i, j], .012*p.size)
     soft = ndi.gaussian_filter((ndi.maximum_filter(cloth, 5) > .1).astype(np.float32), 1.5)[..., None]
     return (under*soft + p.skin*(1 - soft)).astype(np.float32), soft, away
