@@ -164,7 +164,7 @@ def _white_collars(self, cloth) -> np.ndarray:
     enough = lambda label, on, least: (label > 0) & (np.bincount(label.ravel(), on.ravel())[label] > least*self.unit**2)
     collar *= enough(ndi.label(collar > .1)[0], p.neck_seen, .03)
     all_cloth = self._dilated((np.maximum(collar, cloth) > .5) & (p.matte > .4), .05*self.unit)
-    return collar*enough(ndi.label(all_cloth)[0], all_cloth, .5)               # a patch that stays while all around it moves is worse than none
+    return collar*enough(ndi.label(all_cloth)[0], all_cloth, 1)                # a patch that stays while all around it moves is worse than none
 
 @patch_to(Clothes)
 def _with_thickness(self, cloth, stray) -> np.ndarray:
