@@ -187,7 +187,8 @@ def _frayed(self, smooth: float = 5.) -> float:
     even = ndi.gaussian_filter(solid.astype(np.float32), smooth*px) > .5
     there = ndi.binary_dilation(self.seen, iterations=max(1, int(14*px))) & (p.certain > .9) & (np.arange(p.size)[:, None] < p.landmarks[[468, 473], 1].mean())
     long = (even & ~ndi.binary_erosion(even, border_value=1) & there).sum()
-    return float(np.clip(.13*((solid != even) & there).sum()/max(long, 1)/px, .03, .16))
+    if long < p.eyes_apart: return .06                                         # too little of it is shown
+    return float(np.clip(.13*((solid != even) & there).sum()/long/px, .03, .16))
 
 # %% ../nbs/07g_hair.ipynb #c012
 def combed(
