@@ -602,30 +602,32 @@ def checkpoint(self) -> None:
     state = dict(key=self.key, step=self.step, halved=self.halved, rows=self.rows, scaler=self.scaler.state_dict(), share=self.occupancy.share if self.occupancy else 1.)
     write_atomic(self.folder/'checkpoint.safetensors', lambda p: _save_arrays(arrays, p, metadata=dict(state=json.dumps(state))))
 
+_DAMAGE = KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, SafetensorError   # what reading a damaged file may end in
+
 @patch_to(Trainer)
 def resume(self) -> bool:
     "Take up what a killed call left."
     path = self.folder/'checkpoint.safetensors'
     if not path.exists(): return False
-    try: state, arrays = _read_metadata(path), _load_arrays(path)
-    except (KeyError, ValueError, MemoryError, SafetensorError) as cause:
+    try:
+        state, arrays = _read_metadata(path), _load_arrays(path)
+        if state.get('key') != self.key:
+            logger.warning('%s belongs to another training; starting anew', path)
+            return False
+        step, halved, rows, sums, share = state['step'], state['halved'], state['rows'], arrays['sums'].copy(), state.get('share')
+        taken = [(p.data, _of_size(arrays, f'field.{name}', p)) for name, p in self.trained] + [(p.data, _of_size(arrays, f'shown.{name}', p)) for name, p in self.avatar.shown.named_parameters()]
+        if self.occupancy is not None: taken.append((self.occupancy.opacity, _of_size(arrays, 'occupancy', self.occupancy.opacity)))
+    except _DAMAGE as cause:
         logger.warning('%s is damaged (%s); starting anew', path, cause)
         return False
-    if state.get('key') != self.key:
-        logger.warning('%s belongs to another training; starting anew', path)
-        return False
-    self.step, self.halved, self.rows = state['step'], state['halved'], state['rows']
+    self.step, self.halved, self.rows, self.sums = step, halved, rows, sums         # all of it, or nothing
+    for p, a in taken: p.copy_(a)
     for name, p in self.trained:
-        p.data.copy_(torch.from_numpy(arrays[f'field.{name}']))
         moments = {k: torch.from_numpy(arrays[f'optimiser.{k}.{name}']) for k in ('step', 'exp_avg', 'exp_avg_sq') if f'optimiser.{k}.{name}' in arrays}
         if moments:
             moments['step'] = moments['step'].reshape(())
             self.optimiser.state[p] = {k: v.to(p.device) if k != 'step' or p.device.type == 'cuda' else v for k, v in moments.items()}
-    for name, p in self.avatar.shown.named_parameters(): p.data.copy_(torch.from_numpy(arrays[f'shown.{name}']))
-    if self.occupancy is not None:
-        self.occupancy.opacity.copy_(torch.from_numpy(arrays['occupancy']))
-        self.occupancy.steps, self.occupancy.share = self.step, state['share']
-    self.sums = arrays['sums'].copy()
+    if self.occupancy is not None: self.occupancy.steps, self.occupancy.share = self.step, share
     if self.scaler.is_enabled() and state.get('scaler'): self.scaler.load_state_dict(state['scaler'])     # none from another device
     write_atomic(self.folder/'log.jsonl', ''.join(json.dumps(r) + '\n' for r in self.rows))
     logger.info('training goes on from step %d of %d', self.step, self.steps)
@@ -633,8 +635,13 @@ def resume(self) -> bool:
 
 def _read_metadata(path) -> dict:
     "The JSON that stands in a safetensors file's head."
-    with open(path, 'rb') as f: header = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
+    with open(path, 'rb') as f: header = json.loads(f.read(min(int.from_bytes(f.read(8), 'little'), Path(path).stat().st_size)))
     return json.loads(header['__metadata__']['state'])
+
+def _of_size(arrays, name, like) -> torch.Tensor:
+    "One of a file's arrays, if it is of the size of what it is for."
+    if (a := arrays[name]).shape != tuple(like.shape): raise ValueError(f'{name} is not of the described size')
+    return torch.from_numpy(a)
 
 # %% ../nbs/14_avatar.ipynb #c027
 @patch_to(Avatar)
@@ -747,9 +754,7 @@ def save(self,
 def _take(self, arrays: dict, steps: int) -> None:
     "Weights from a file's arrays."
     for kind, module in (('field', self.field), ('shown', self.shown)):
-        for name, p in module.named_parameters():
-            if (a := arrays[f'{kind}.{name}']).shape != p.shape: raise ValueError(f'{kind}.{name} is not of the described size')
-            p.data.copy_(torch.from_numpy(a))
+        for name, p in module.named_parameters(): p.data.copy_(_of_size(arrays, f'{kind}.{name}', p))
     self.widths, self.told_range, self.steps = arrays['widths'], arrays['told_range'], steps
 
 def read_about(
@@ -759,6 +764,7 @@ def read_about(
     folder = Path(folder)
     about, path = folder/'avatar.json', folder/'avatar.safetensors'
     if not about.is_file(): raise InputError(f'{folder} holds no avatar (avatar.json is missing); give the folder that `save` wrote')
+    if not path.is_file(): raise InputError(f'{path} is missing; {MEND}')
     about = read_json(about, MEND)
     if about.get('sha256', digest := file_hash(path)) != digest: raise InputError(f'{path} is damaged, or not the one that avatar.json was written with; {MEND}')
     return about
@@ -771,8 +777,7 @@ def load_avatar(
     about = read_about(folder)
     try:
         if about['format'] <= _FILE: return _avatar_of(about, _load_arrays(Path(folder)/'avatar.safetensors'), device)
-    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as cause:
-        raise InputError(f'the avatar in {folder} is damaged ({cause!r:.120}); {MEND}') from cause
+    except _DAMAGE as cause: raise InputError(f'the avatar in {folder} is damaged ({type(cause).__name__}: {cause!s:.120}); {MEND}') from cause
     raise InputError(f'{folder}: this avatar was made by a newer version of the package; update it')
 
 def _avatar_of(about: dict, arrays: dict, device: str) -> Avatar:

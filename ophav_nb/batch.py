@@ -177,8 +177,8 @@ def _load_sweep(path: Path) -> dict:
         raise InputError(f"{path} is not YAML ({' '.join(str(error).split())[:120]}); `ophav batch --help` shows a sweep") from None
     known = {"notebook", "parameters", "grid", "runs"}
     if not isinstance(sweep, dict): raise InputError(f"{path} holds no sweep; {_FORM}")
-    if odd := ", ".join(map(str, set(sweep) - known)):
-        raise InputError(f"{path}: {odd} is not part of a sweep; its keys are {', '.join(sorted(known))}")
+    if odd := set(sweep) - known:
+        raise InputError(f"{path}: {', '.join(str(k) or 'an empty name' for k in odd)} is not part of a sweep; its keys are {', '.join(sorted(known))}")
     named = lambda x: isinstance(x, dict) and all(isinstance(k, str) for k in x)
     for key, fits, wanted in (("parameters", named, "names with values"), ("grid", named, "names with lists of values"),
                               ("runs", lambda x: isinstance(x, list) and all(map(named, x)), "a list of runs, each of names with values")):
@@ -201,7 +201,7 @@ def read_sweep(
     path = Path(path)
     if not path.is_file(): raise InputError(f"{path}: no such file; give a sweep in YAML, `ophav batch --help` shows one")
     sweep = _load_sweep(path)
-    named, base = str(sweep.get("notebook") or "create"), path.parent.absolute()
+    named, base = "create" if sweep.get("notebook") in (None, "") else str(sweep["notebook"]), path.parent.absolute()
     notebook = template(str(base/named) if named.endswith(".ipynb") else named)
     grid = {k: _values(k, v, base) for k, v in (sweep.get("grid") or {}).items()}
     special = [dict(zip(grid, v)) for v in itertools.product(*grid.values())] if grid else []

@@ -392,7 +392,7 @@ def _check_texts(args) -> None:
     for name, value in vars(args).items():
         if not isinstance(value, str): continue
         if not value.strip() and name not in ("recipe", "baselines"): raise InputError(f"{name} is empty; give it a value, or leave it out")
-        if re.match(r"(https?|ftp)://", value, re.IGNORECASE): raise InputError(f"{name} {value}: nothing is fetched from the net; download it, and give the path of the file")
+        if re.match(r"(https?|ftp)://", value, re.IGNORECASE): raise InputError(f"{value}: this command fetches nothing; download it, and give the path of the file")
 
 
 def main(
@@ -405,7 +405,7 @@ def main(
         if args.quiet: os.environ["OPHAV_QUIET"] = "1"
         handler = _listen(args.quiet)
         _check_texts(args)
-        with explain_os_errors("", (errno.ENAMETOOLONG,)): return args.run(args)
+        with explain_os_errors("a name that was given", (errno.ENAMETOOLONG,)): return args.run(args)
     except InputError as error:
         print(f"ophav: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -152,7 +152,7 @@ def _white_collars(self, cloth) -> np.ndarray:
     face = p.T0[(p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices]
     light, image = blurred(p.image, self.px).sum(-1), blurred(p.image, .04*self.unit)        # a compressed picture's hues are coarse
     shade = sampled(light, face)
-    most, lit = np.percentile(shade, 95), face[shade > np.median(shade)]
+    most, lit = np.percentile(shade, 95), face[shade >= np.median(shade)]
     chroma = image[..., :2]/np.maximum(image.sum(-1, keepdims=True), .05)
     of_face = sampled(chroma, lit)
     middle = np.median(of_face, axis=0)

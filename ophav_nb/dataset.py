@@ -30,7 +30,7 @@ from .layers import NeckCut, bleed, head_alpha
 from .geometry import Camera, kernel, rasterize
 from .flame import flame_head, load_head, read_tracker
 from .head import HeadModel, Motion
-from .media import read_array, read_image, resize, to_float, to_uint8
+from .media import open_picture, read_array, read_image, resize, to_float, to_uint8
 from .run import MEND, InputError, check_readable, make_key, progress, write_atomic
 
 # %% ../nbs/09_dataset.ipynb #c005
@@ -350,8 +350,8 @@ def _read_png(folder: Path, name: str) -> np.ndarray:
     path = folder/name
     if not path.suffix: path = path.with_suffix('.png')
     try:
-        with Image.open(path) as im: return np.asarray(im)
-    except OSError as cause: raise InputError(f'{path} cannot be read ({cause}); the dataset is incomplete.') from cause
+        with open_picture(path) as im: return np.asarray(im)
+    except (OSError, Image.DecompressionBombError) as cause: raise InputError(f'{path} cannot be read ({cause}); the dataset is incomplete.') from cause
 
 def _write_json(path, content) -> None: write_atomic(path, lambda p: Path(p).write_text(json.dumps(content, indent=1)))
 
@@ -394,6 +394,7 @@ class _Store:
         counter = self.folder/'arrays.done'
         try: self.start = int(counter.read_bytes()) if counter.exists() else 0
         except ValueError: pass                              # damaged: from the first frame on
+        if not 0 <= self.start <= n: self.start = 0
 
     def array(self, name: str, shape: tuple, dtype) -> np.ndarray:
         "An array of frames: made, or opened where a stopped run left it."

@@ -49,7 +49,7 @@ class Hair:
         self.bald, self.seen, self.beside = self._told_by_colour()
         self.behind_temples = self._behind_temples()
         self.grown, self.near = self._grown()
-        self.mane, self.frayed = self._mane(alpha), self._frayed()
+        self.mane, self.frayed = self._mane(alpha), self._raggedness()
 
 @patch_to(Hair)
 def _goes_on_beside(self, reach: float = .08) -> tuple:
@@ -88,7 +88,7 @@ def _press_ears(self, least: float = .5):
 # %% ../nbs/07g_hair.ipynb #c008
 @patch_to(Hair)
 def _is_bald(self, top, away) -> bool:
-    "Is the head's uppermost outline (bool [H, W]) as skin is: in the face's colours, smooth, and on the skull? On fifty portraits bald heads are .1 to 3.3 away from their faces' colours, .005 to .03 rough, and their outline .3 to 1.6 mm off the mesh; of all others each is farther than 7, rougher than .04 or thicker than 3 mm."
+    "Is the head's uppermost outline (bool [H, W]) as skin is: in the face's colours, smooth, and on the skull? On fifty portraits bald heads are .1 to 3.3 away from their faces' colours, .005 to .03 rough, and their scalps, by the outline's median, .3 to 1.6 mm off the mesh; of all others each is farther than 7, rougher than .04 or thicker than 3 mm."
     p = self.portrayed
     light = np.log(p.image.mean(-1) + .04)
     rough = np.abs(ndi.gaussian_filter(light, p.size/512) - ndi.gaussian_filter(light, p.size/128))
@@ -180,15 +180,16 @@ def _behind_temples(self) -> np.ndarray:
     return np.maximum(np.maximum(smoothstep(0, .02, back + .15*up - .04), smoothstep(-.02, .02, up)), veiled)
 
 @patch_to(Hair)
-def _frayed(self, smooth: float = 5.) -> float:
-    "From the portrait's outline above the eyes: how far it lies from itself made smooth (over some pixels of 512), on the mean; on sixteen portraits .2 to 1.5 pixels."
+def _raggedness(self) -> float:
+    "How ragged the portrait's outline of hair is, above the eyes: how far it lies from itself made smooth (on sixteen portraits .2 to 1.5 pixels of 512 on the mean); as the cosine up to which strands of the hull stand apart, which is as wide on a head."
     p, px = self.portrayed, self.portrayed.size/512
+    usual, smooth = .06, 5*px
     solid = p.matte > .5
-    even = ndi.gaussian_filter(solid.astype(np.float32), smooth*px) > .5
+    even = ndi.gaussian_filter(solid.astype(np.float32), smooth) > .5
     there = ndi.binary_dilation(self.seen, iterations=max(1, int(14*px))) & (p.certain > .9) & (np.arange(p.size)[:, None] < p.landmarks[[468, 473], 1].mean())
     long = (even & ~ndi.binary_erosion(even, border_value=1) & there).sum()
-    if long < p.eyes_apart: return .06                                         # too little of it is shown
-    return float(np.clip(.13*((solid != even) & there).sum()/long/px, .03, .16))
+    if long < p.eyes_apart or smooth < 1: return usual                              # too little of it is shown, or too small
+    return float(np.clip(.13*((solid != even) & there).sum()/long/px, .03, .16))     # never cut out with scissors, never a hedgehog's
 
 # %% ../nbs/07g_hair.ipynb #c012
 def combed(

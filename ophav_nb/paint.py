@@ -131,16 +131,20 @@ def _hairline(seen, hairy, noise):
     return seen, edge/max(seen, np.float32(.01))
 
 @kernel(inline=True)
-def _frayed(aslant, noise):
-    "How much of hair is left at its outline, 0..1: single strands stand farther out than others. `aslant`: the cosine to the camera, relative to the outline's raggedness."
-    return min(max(np.float32(.9)*(aslant - 1 - noise) + np.float32(.5), np.float32(0)), np.float32(1))
+def _strands_left(aslant, noise, x, y):
+    "How much of hair is left at its outline, 0..1: single strands stand farther out than others, drawn out towards the back, which is across most outlines. `aslant`: the cosine to the camera, relative to the outline's raggedness; `x`, `y`: the place in the grain."
+    left = np.float32(1)
+    if aslant < 4:
+        farther = _look1(noise, np.float32(1.5)*(np.float32(.7)*x + y) % (noise.shape[1] - 1), np.float32(.1)*x)
+        left = min(max(np.float32(.9)*(aslant - 1 - farther) + np.float32(.5), np.float32(0)), np.float32(1))
+    return left
 
 @kernel(parallel=True)
 def paint_mesh(
     face, bary, faces,             # as in `paint_sheet`
     kind,                          # of each triangle, int8 [F]
     fixed,                         # of each vertex, what stays (see `fixed_columns`), [V, 14]
-    moving,                        # of each vertex, what a frame decides: weight of lids, own colour (3), opacity (of an eye: of its whites, light, place under the lid (2)), [V, 5]; of a hull also how aslant it is (see `_frayed`), [V, 6]
+    moving,                        # of each vertex, what a frame decides: weight of lids, own colour (3), opacity (of an eye: of its whites, light, place under the lid (2)), [V, 5]; of a hull also how aslant it is (see `_strands_left`), [V, 6]
     skin, lids,                    # the portrait with lips shut, and with lids shut, too, [H, W, 3]
     eyes, whites, lashes,          # its eyes made whole, opened wide, and what lids and lashes leave of their light, [H, W, 3]
     alpha,                         # of the head, [H, W]
@@ -181,9 +185,7 @@ def paint_mesh(
                 shut = a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0]
                 if kind[f] == OF_HULL and shut > 0:
                     seen, shut = _hairline(seen, shut, _look1(grain[1], np.float32(.6)*gx, np.float32(.25)*gy))       # drawn out downwards, as strands are
-                    aslant = a*moving[p, 5] + b*moving[q, 5] + c*moving[r, 5]
-                    if aslant < 4:                                         # drawn out towards the back, which is across most outlines
-                        t *= 1 - seen*shut*(1 - _frayed(aslant, _look1(grain[1], np.float32(1.5)*(np.float32(.7)*gx + gy) % (grain.shape[2] - 1), np.float32(.1)*gx)))
+                    t *= 1 - seen*shut*(1 - _strands_left(a*moving[p, 5] + b*moving[q, 5] + c*moving[r, 5], grain[1], gx, gy))
                 if seen > 0:
                     kr, kg, kb = _look(skin, sx, sy)
                     if shut > 0:

@@ -179,6 +179,7 @@ def own_motion(
 ) -> Motion:
     "A motion that a run wrote; what is wrong with it is nothing that its user's motion could mend."
     path = run.path("motion", f"{name}.npz")
+    check_readable(path)
     try: return Motion.load(path)
     except InputError as error: raise InputError(f"{path} is missing or damaged; {MEND}") from error
 

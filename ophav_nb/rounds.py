@@ -484,7 +484,7 @@ def read_log(
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         try: row = json.loads(line)
         except json.JSONDecodeError: continue   # cut off by a kill, or damaged
-        rows[row.get('step')] = row
+        if isinstance(row, dict) and isinstance(row.get('step'), int): rows[row['step']] = row
     return [rows[k] for k in sorted(rows)]
 
 # %% ../nbs/17_rounds.ipynb #c019

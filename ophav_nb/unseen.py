@@ -162,7 +162,7 @@ class Back:
         self._cut_in_four()
         self.grain, self.frayed = unseen.grain, hair.frayed
         finer = lambda x: np.concatenate([x, x[self.edges].mean(1)]).astype(np.float32)
-        moving = lambda opacity: np.concatenate([(hairy/np.maximum(seen, .01))[:, None], np.clip(bald, 0, 1), opacity[:, None]], 1).astype(np.float32)
+        moving = lambda opacity: np.concatenate([(hairy/np.maximum(seen, .01))[:, None], np.clip(bald, 0, 1), opacity[:, None], np.full((len(seen), 1), 9)], 1).astype(np.float32)        # 9: nowhere aslant
         self.fixed, self.back, self.neck, self.attached = (finer(x) for x in (fixed, moving(back), moving(neck), self.attached))
         self.kind, self.full, self.hull0 = np.full(len(self.faces), OF_HULL, np.int8), np.ones((2, 2), np.float32), self.hull(p.V0)
 
@@ -250,9 +250,12 @@ def paint(self,
     screen,       # of the hull, pixels [V + E, 3]
     skin,         # the portrait with lips shut and without clothes, [H, W, 3]
     out,          # painted over: premultiplied RGBA, [h, w, 4]
-    facing=None,  # how it faces the camera, [V + E]; None: only what stands under a body, no more than the neck
+    aslant=None,  # how it faces the camera (see `to_camera`), [V + E]; None: only what stands under a body, no more than the neck, which has no outline of hair
 ):
     "Sides and back of the head, or the neck, as far out as the hair."
     r = rasterize(screen, self.faces, *out.shape[:2])
-    moving = np.concatenate([self.neck, np.full((len(screen), 1), 9, np.float32)], 1) if facing is None else np.concatenate([self.back, (np.abs(facing)/self.frayed).astype(np.float32)[:, None]], 1)
+    moving = self.neck
+    if aslant is not None:
+        moving = self.back.copy()
+        moving[:, 5] = np.abs(aslant)/self.frayed
     paint_mesh(r.face, r.bary, self.faces, self.kind, self.fixed, moving, skin, self.mane, *[skin]*3, self.full, self.grain, out)

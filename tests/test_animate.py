@@ -568,8 +568,18 @@ def test_a_collar_before_a_neck_is_told_by_the_cloth_it_goes_on_from(portrait, h
     assert np.abs(clothes.flesh[inner] - picture[inner]/255.).mean() > .03                   # and a neck under it is no cloth
 
 
-def test_a_white_shirt_in_a_grey_portrait_is_cloth(portrait, head):
-    "Where there is no hue, by its light: lighter than the lightest of the face. A patch of shadow on a neck is none."
+def test_an_overexposed_face_has_clothes_all_the_same(portrait, head):
+    "Most of it as white as can be: no number of its lit half fails."
+    image, track, matte = portrait
+    coat = (np.mgrid[:SIZE, :SIZE][0] > track.landmarks[0, 152, 1] + .12*SIZE)
+    white = np.where(coat[..., None], 20, np.where((matte > .5)[..., None], 255, image)).astype(np.uint8)
+    cloth = Clothes(Portrayed(white, track, head, np.maximum(matte, coat).astype(np.float32))).cloth
+    assert np.isfinite(cloth).all() and cloth[ndi.binary_erosion(coat, iterations=3)].mean() > .8
+
+
+@pytest.mark.parametrize('tint', [[1, 1, 1], [1.12, .98, .8]])
+def test_a_white_shirt_is_cloth(portrait, head, tint):
+    "By its hue, or where there is none by its light: lighter than the lightest of the face. A patch of shadow on a neck is none."
     image, track, matte = portrait
     (y, x), L = np.mgrid[:SIZE, :SIZE], track.landmarks[0]
     plain = MeshAnimator(image, track, head, matte, supersample=1).portrayed
@@ -579,10 +589,11 @@ def test_a_white_shirt_in_a_grey_portrait_is_cloth(portrait, head):
     face = plain.raster0.mask & (matte > .5) & (y < L[152, 1])
     grey = .6*grey/np.median(grey[face])*127                                      # a face in dim light
     spot = neck & (np.hypot(x - L[152, 0], 1.5*(y - L[152, 1] - .03*SIZE)) < .035*SIZE) & (y > L[152, 1] + 2)
+    grey = grey*tint*(1 + .03*(tint[0] > 1)*np.random.default_rng(0).standard_normal(grey.shape))       # skin's hues differ, sepia's do not
     grey[shirt], grey[spot] = 235, 12
     clothes = Clothes(Portrayed(np.clip(grey, 0, 255).astype(np.uint8), track, head, np.maximum(matte, shirt).astype(np.float32)))
     inner = ndi.binary_erosion(shirt, iterations=3)
-    assert clothes.portrayed.colourless > .9 and inner.sum() > 500 and spot.sum() > 20
+    assert (clothes.portrayed.colourless > .9) == (tint[0] == 1) and inner.sum() > 500 and spot.sum() > 20
     assert clothes.cloth[inner].mean() > .95 and clothes.cloth[neck & ~ndi.binary_dilation(shirt, iterations=3)].mean() < .05
     assert clothes.cloth[ndi.binary_erosion(spot)].max() < .1 and clothes.cloth[clothes.core].max() < .1
 

@@ -152,11 +152,11 @@ def spoiled(folder, name, change):
     return str(told.value)
 
 
-def flipped(at):
+def flipped(at, bit=4):
     "A file's content with one bit changed."
     def change(data):
         data = bytearray(data)
-        data[at] ^= 4
+        data[at] ^= bit
         return bytes(data)
     return change
 
@@ -167,6 +167,12 @@ def test_a_damaged_file_is_told_whatever_its_size(trained, tmp_path, at):
     trained[0].save(tmp_path)
     assert 'avatar.safetensors is damaged' in (told := spoiled(tmp_path, 'avatar.safetensors', flipped(at)))
     assert 'delete it and give the command that made' in told
+
+
+def test_weights_that_are_missing(trained, tmp_path):
+    trained[0].save(tmp_path)
+    (tmp_path/'avatar.safetensors').unlink()
+    with pytest.raises(InputError, match="avatar.safetensors is missing; .*give the command"): Avatar.load(tmp_path)
 
 
 def test_damage_of_the_description(trained, tmp_path):
@@ -191,7 +197,9 @@ def test_a_damaged_checkpoint_is_left(head, film, tmp_path, caplog):
     "Training starts anew, and says so."
     Avatar.create(head, film.shape, SMALL).fit(film, 4, folder=tmp_path, log_every=2)
     path = tmp_path/'checkpoint.safetensors'
-    for left in (flipped(8)(path.read_bytes()), b'', bytes(99)):
+    whole = path.read_bytes()
+    for left in (flipped(8)(whole), flipped(7, 128)(whole), whole.replace(b'"sums"', b'"sumz"'), whole.replace(b'\\"halved', b'\\"halvee'), b'', bytes(99)):
+        assert left != whole
         path.write_bytes(left)
         caplog.clear()
         assert [r['step'] for r in Avatar.create(head, film.shape, SMALL).fit(film, 4, folder=tmp_path, log_every=2)] == [2, 4]

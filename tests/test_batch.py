@@ -101,7 +101,7 @@ def test_a_name_or_notebook_left_empty(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("grid: {portrait: none/*.jpg}", "no file matches"), ("grids: {x: 1}", "grids is not part of a sweep"), ("parameters: {y: 1}", "no parameter y"),
+    ("grid: {portrait: none/*.jpg}", "no file matches"), ("grids: {x: 1}", "grids is not part of a sweep"), ('"": [1]\nruns: [{portrait: a.png}]', "an empty name is not part"), ("parameters: {y: 1}", "no parameter y"),
     ("grid: [", "not YAML"), ("notebook: other.ipynb", "no such notebook")])
 def test_bad_sweeps(tmp_path, small, text, message):
     with pytest.raises(InputError, match=message) as caught: read_sweep(sweep(tmp_path, text))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from ophav_nb import media
-from ophav_nb.media import Crop, Film, VideoWriter, clip_info, iter_video, read_image, read_own, read_video, resize, write_image, write_video
+from ophav_nb.media import Crop, Film, VideoWriter, clip_info, iter_video, read_image, read_own, read_stored, read_video, resize, write_image, write_video
 from ophav_nb.run import InputError
 
 
@@ -107,6 +107,7 @@ def test_no_other_program_draws_a_picture(tmp_path, face, monkeypatch):
     Image.fromarray(face).save(tmp_path/'face.eps')
     (tmp_path/'face.eps').rename(tmp_path/'face.jpg')
     with pytest.raises(InputError, match='not a picture that can be read'): read_image(tmp_path/'face.jpg')
+    with pytest.raises(InputError, match='damaged'): read_stored(tmp_path/'face.jpg')             # nor one in a run that somebody sent
 
 
 def test_comment_is_in_the_file(tmp_path, face):

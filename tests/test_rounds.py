@@ -172,7 +172,7 @@ def test_all_rounds(tmp_path, stage):
     assert FakeAvatar.load(results[2].avatar).blur == pytest.approx(1.5*.7**3)
     for part in ('dataset', 'renders', 'restored', 'avatar', 'log.jsonl', 'metrics.json'): assert run.path('rounds/2', part).exists()
     assert [r['step'] for r in read_log(run.path('rounds/1/log.jsonl'))] == [0, 1, 2]
-    with open(run.path('rounds/1/log.jsonl'), 'ab') as log: log.write(b'{"step": \xff}\n')          # damaged
+    with open(run.path('rounds/1/log.jsonl'), 'ab') as log: log.write(b'{"step": \xff}\n3\n{"stdp": 2}\n')          # damaged
     assert [r['step'] for r in read_log(run.path('rounds/1/log.jsonl'))] == [0, 1, 2]
     choice = json.loads(run.path('rounds/choice.json').read_text())
     assert choice['chosen'] == 2 and 'sharper than round 0' in choice['reason']
