@@ -1908,6 +1908,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ophav_nb.portrayed.Portrayed.turned_away': ( 'portrayed.html#portrayed.turned_away',
                                                                                   'ophav_nb/portrayed.py'),
                                     'ophav_nb.portrayed.Portrayed.vertices': ('portrayed.html#portrayed.vertices', 'ophav_nb/portrayed.py'),
+                                    'ophav_nb.portrayed.Portrayed.well_seen': ( 'portrayed.html#portrayed.well_seen',
+                                                                                'ophav_nb/portrayed.py'),
                                     'ophav_nb.portrayed.facing': ('portrayed.html#facing', 'ophav_nb/portrayed.py'),
                                     'ophav_nb.portrayed.fading': ('portrayed.html#fading', 'ophav_nb/portrayed.py'),
                                     'ophav_nb.portrayed.sampled': ('portrayed.html#sampled', 'ophav_nb/portrayed.py'),

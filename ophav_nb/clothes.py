@@ -149,7 +149,7 @@ def _light_collars(self) -> np.ndarray:
 def _white_collars(self, cloth) -> np.ndarray:
     "What lies on the neck and is lighter than the lightest of the face and, where there are hues, of another than its lit half has (shadows have any), is a collar; `cloth`: what is told already."
     p = self.portrayed
-    face = p.T0[(p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices]
+    face = p.T0[p.well_seen()]
     light, image = blurred(p.image, self.px).sum(-1), blurred(p.image, .04*self.unit)        # a compressed picture's hues are coarse
     shade = sampled(light, face)
     most, lit = np.percentile(shade, 95), face[shade >= np.median(shade)]
@@ -198,7 +198,7 @@ def _as_it_goes_on(self) -> np.ndarray:
     sure = person & (self.cloth > .9) & ~self._dilated(self.core | p.neck_seen, 4*self.px)
     if sure.sum() < .3*self.unit**2: return np.zeros_like(sure)
     logs = np.log(blurred(p.image, 1.5*self.px) + .04)
-    face = sampled(logs, p.T0[(p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices])
+    face = sampled(logs, p.T0[p.well_seen()])
     skin, wide = unlikeness(logs, np.concatenate([face, face - .4, face - .8]))
     light = logs.mean(-1)
     low, high = np.percentile(light[sure], [5, 95])

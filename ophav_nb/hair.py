@@ -118,7 +118,7 @@ def _told_by_colour(self) -> tuple:
     level = ((x - eyes[:, 0].mean())*up[0] + (y - eyes[:, 1].mean())*up[1])/unit
     around, logs = (self.likely > .5) & self.told, np.log(blurred(p.image, p.size/512) + .04)
     deep = ndi.distance_transform_edt(np.pad(p.matte > .5, 1, mode='edge'))[1:-1, 1:-1]
-    crown, face = around & (level > .5) & (deep < .3*unit), (p.face_mask > .9) & (p.seen > .9) & ~p.eye_vertices
+    crown, face = around & (level > .5) & (deep < .3*unit), p.well_seen()
     away, width = unlikeness(logs, sampled(logs, p.T0[face]))                     # from the face's skin
     self.unlike_skin = ndi.gaussian_filter(away, p.size/512) > 2.5
     outline = (p.matte > .5) & (level > .5) & (deep < .1*unit)

@@ -323,6 +323,11 @@ def openings(self) -> np.ndarray:   # float32 [V]
     return np.maximum(1 - smoothstep(.008, .014, away(INNER_LIPS)), 1 - smoothstep(.004, .009, eyes)).astype(np.float32)
 
 @patch_to(Portrayed)
+def well_seen(self) -> np.ndarray:   # bool [V]
+    "The face's vertices whose colours tell: in full view, no eyes."
+    return (self.face_mask > .9) & (self.seen > .9) & ~self.eye_vertices
+
+@patch_to(Portrayed)
 def of_side(self, left: float, right: float) -> np.ndarray:   # [V]
     "A number for each of the person's sides."
     return np.where(self.rest[:, 0] > 0, left, right)
@@ -359,7 +364,7 @@ def evened(self,
 def _read_colours(self):
     "Textures all parts use, and how like the face's skin each pixel is."
     chroma = lambda c: c[..., :2]/np.maximum(c.sum(-1, keepdims=True), .05)
-    face = sampled(self.image, self.T0[(self.face_mask > .9) & (self.seen > .9) & ~self.eye_vertices])
+    face = sampled(self.image, self.T0[self.well_seen()])
     if len(face) < 30 and not self.shown.all(): raise InputError('the picture shows too little of this face; use one that shows all of it')
     if np.median(face.sum(-1)) < .02: raise InputError('the face in this picture is black; use one in more light')
     middle = np.median(chroma(face), axis=0)
