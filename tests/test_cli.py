@@ -46,7 +46,7 @@ def test_an_evaluation_ends_with_its_table(calls, capsys):
 @pytest.mark.parametrize("argv, said", [
     (["create", "", "--out", "r"], "portrait is empty"), (["create", "me.jpg", "--out", ""], "out is empty"), (["create", "me.jpg", "--out", "r", "--motion", " "], "motion is empty"),
     (["create", "me.jpg", "--out", "r", "--coarse", ""], "coarse is empty"), (["animate", "", "--out", "a.mp4"], "folder is empty"), (["batch", "", "--out", "s"], "sweep is empty"),
-    (["create", "https://example.org/me.jpg", "--out", "r"], "portrait https://example.org/me.jpg: nothing is fetched"), (["animate", "r", "--motion", "HTTP://a/b.mp4", "--out", "a.mp4"], "download it"),
+    (["create", "https://example.org/me.jpg", "--out", "r"], "ophav: https://example.org/me.jpg: this command fetches nothing"), (["animate", "r", "--motion", "HTTP://a/b.mp4", "--out", "a.mp4"], "download it"),
     (["evaluate", "--clip", "http://a/b.mp4", "--out", "e"], "download it")])
 def test_neither_empty_words_nor_addresses(calls, capsys, argv, said):
     assert said in one_line(capsys, *argv) and not calls
