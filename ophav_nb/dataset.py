@@ -13,8 +13,6 @@ import logging
 import math
 import os
 import tempfile
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +29,7 @@ from .geometry import Camera, kernel, rasterize
 from .flame import flame_head, load_head, read_tracker
 from .head import HeadModel, Motion
 from .media import open_picture, read_array, read_image, resize, to_float, to_uint8
-from .run import MEND, InputError, check_readable, make_key, progress, write_atomic
+from .run import DAMAGE, MEND, InputError, check_readable, make_key, progress, write_atomic
 
 # %% ../nbs/09_dataset.ipynb #c005
 logger = logging.getLogger(__name__)
@@ -436,7 +434,7 @@ class _Store:
             with np.load(path, allow_pickle=False) as z: s = {k: z[k] for k in z.files}
             motion = Motion(s.pop('motion_expression'), s.pop('motion_joints'), s.pop('translation'), float(s.pop('fps')), str(s.pop('basis')))
             return cls(**big, **s, motion=motion)
-        except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error: raise InputError(f"{path} is missing or damaged; {MEND}") from error
+        except DAMAGE as error: raise InputError(f"{path} is missing or damaged; {MEND}") from error
 
 # %% ../nbs/09_dataset.ipynb #c017
 def film_dataset(

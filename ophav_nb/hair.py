@@ -237,8 +237,7 @@ def _mane(self, alpha) -> np.ndarray:
     p = self.portrayed
     hair, soft, r = self.seen & (alpha > .5), 6*p.size/512, max(4, round(16*p.size/512))
     if not hair.any(): return p.skin if p.shown.all() or self.bald else np.full(p.image.shape, self._brows(), np.float32)
-    deep, pieces = ndi.distance_transform_edt(hair), ndi.label(hair)[0]
-    if not self.bald: pieces = hair*1                                              # a bald head's sides are apart, each has its own colour
+    deep, pieces = ndi.distance_transform_edt(hair), ndi.label(hair)[0] if self.bald else hair*1         # a bald head's sides are apart, each has its own colour
     area = np.bincount(pieces.ravel())
     core = hair & (area[pieces] > .1*area[1:].max()) & (deep > np.minimum(r, .7*ndi.maximum(deep, pieces, np.arange(pieces.max() + 1))[pieces]))
     sure = (deep > 3*p.size/512) & (self.unlike_skin | self.hull.mask & ~p.raster0.mask)

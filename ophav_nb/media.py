@@ -8,7 +8,7 @@ __all__ = ['log', 'DRAWINGS', 'LONGEST', 'to_uint8', 'to_float', 'on_background'
            'Clip', 'clip_info', 'iter_video', 'read_video', 'Film', 'VideoWriter', 'write_video']
 
 # %% ../nbs/01_media.ipynb #c002
-import contextlib, io, logging, os, tokenize, warnings, zipfile
+import contextlib, io, logging, os, warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from scipy.ndimage import gaussian_filter1d
 
-from .run import MEND, InputError, check_readable, explain_os_errors, write_atomic
+from .run import DAMAGE, MEND, InputError, check_readable, explain_os_errors, write_atomic
 
 # %% ../nbs/01_media.ipynb #c005
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def read_array(
     "An array that a run wrote; nothing is unpickled."
     check_readable(path)
     try: return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile) as error: raise InputError(f"{path} is missing or damaged; {MEND}") from error   # not numpy's advice to unpickle
+    except DAMAGE as error: raise InputError(f"{path} is missing or damaged; {MEND}") from error   # not numpy's advice to unpickle
 
 # %% ../nbs/01_media.ipynb #c011
 def write_image(

@@ -8,7 +8,7 @@ __all__ = ['FIXED', 'PAIRS', 'GAZES', 'FIVE', 'FOCAL', 'Track', 'LandmarkModel',
            'track_film', 'closing', 'constant_offset', 'refit', 'with_shape']
 
 # %% ../nbs/06_track.ipynb #c002
-import json, logging, math, os, tempfile, zipfile, zlib
+import json, logging, math, os, tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 
 # %% ../nbs/06_track.ipynb #c003
-from .run import MEND, InputError, progress, side_by_side, write_atomic
+from .run import DAMAGE, MEND, InputError, progress, side_by_side, write_atomic
 from .weights import find_weight
 from .media import Crop, resize
 from .nets.blocks import batches
@@ -120,7 +120,7 @@ class Track:
                 camera = Camera(z["K"], z["c2w"], *(int(n) for n in z["size"]))
                 some = {k: z[k] for k in ("bias", "doubt", "correction", "picture") if k in z and len(z[k])}
                 return cls(motion, z["shape"], camera, z["landmarks"], z["error"], z["ok"], **some, info=json.loads(str(z["info"])))
-        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as cause: raise InputError(f"{path} is missing, damaged or not a track; {MEND}") from cause
+        except DAMAGE as cause: raise InputError(f"{path} is missing, damaged or not a track; {MEND}") from cause
 
 # %% ../nbs/06_track.ipynb #c009
 FIXED = ("jaw", "tongueOut", "eyeLook")    # expressions that are not fitted: joints do their work, or no landmark shows them
