@@ -133,12 +133,14 @@ class LandmarkModel:
         head: HeadModel,
         n_shape: int = 80,          # shape components that are fitted
         shape=None,                 # [S] that the fitted ones are added to; None: the mean head
+        at: tuple|None = None,      # other points of the surface: their triangles [L], and where in them [L,3]; None: the landmarks
     ):
         self.head, self.n_shape = head, min(n_shape, head.n_shape)
         self.shape = torch.zeros(head.n_shape) if shape is None else torch.as_tensor(np.asarray(shape, np.float32))
         self.gaussian = head.name == "flame"    # expressions that go both ways, in standard deviations
         self.fitted = [i for i, n in enumerate(head.expression_names) if not n.startswith(FIXED)]
-        corners, bary = torch.as_tensor(head.faces[head.landmark_faces].astype(np.int64)), head.landmark_bary.cpu()
+        triangles, bary = at or (head.landmark_faces, head.landmark_bary.cpu())
+        corners, bary = torch.as_tensor(head.faces[triangles].astype(np.int64)), torch.as_tensor(bary)
         share = bary[..., None]*head.weights.cpu()[corners]                            # [L,3,5]: of corner and joint
         pose = [k for k in head._active.tolist() if k >= 9]                            # correctives of jaw and eyes (lids follow the gaze)
         self.feature = [k - 9 for k in pose]
@@ -676,10 +678,11 @@ def _second_difference(z: Tensor) -> tuple[Tensor, Tensor]:
     return gradient, diagonal
 
 
-def _fit_frames(fit: _Fit, steps: int, pose: bool, smooth: bool, sweeps: int = 3):
-    "Every frame's own numbers, the person fixed."
+def _fit_frames(fit: _Fit, steps: int, pose: bool, smooth: bool, sweeps: int = 3, beside=None):
+    "Every frame's own numbers, the person fixed. `beside`: what else they are fitted to, a function that adds to gradient and matrix."
     for _ in range(steps):
         g, H = _normal(fit, pose=pose)
+        if beside: beside(g, H)
         if not smooth or len(g) < 3:
             x, low, high = _limits(fit, pose)
             _move(fit, _box_solve(H, g, x, low, high), pose)

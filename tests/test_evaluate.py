@@ -30,7 +30,7 @@ def test_compared_frames():
 
 def test_a_film_with_nothing_to_compare_is_refused_before_training(tmp_path, monkeypatch):
     film = SimpleNamespace(frames=np.zeros((24, 2, 2, 3)), track=SimpleNamespace(ok=np.arange(24) < 19, first=0, landmarks=np.zeros((24, 478, 3), np.float32)))
-    for name, value in dict(Detector=lambda device: None, add_clip=lambda *a: film, add_truth=lambda *a: range(24)).items(): monkeypatch.setattr(evaluate, name, value)
+    for name, value in dict(Detector=lambda device: None, add_clip=lambda *a: film, add_photometric=lambda run, film, head: film, add_truth=lambda *a: range(24)).items(): monkeypatch.setattr(evaluate, name, value)
     monkeypatch.setattr(evaluate, 'Avatar', None)
     with pytest.raises(InputError, match='no face in the frames'): evaluate.monocular_protocol(Run(tmp_path/'run', {}), 'film.mp4', PRESETS['smoke'], None)
 
