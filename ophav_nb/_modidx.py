@@ -202,6 +202,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.avatar._paint': ('avatar.html#_paint', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar._patches': ('avatar.html#_patches', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar._read_metadata': ('avatar.html#_read_metadata', 'ophav_nb/avatar.py'),
+                                 'ophav_nb.avatar._saved': ('avatar.html#_saved', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar._setting': ('avatar.html#_setting', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.compile_ahead': ('avatar.html#compile_ahead', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.compile_kernels': ('avatar.html#compile_kernels', 'ophav_nb/avatar.py'),

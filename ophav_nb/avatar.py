@@ -12,6 +12,7 @@ import copy
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 import time
@@ -727,6 +728,7 @@ def render(self,
 
 # %% ../nbs/14_avatar.ipynb #c037
 _FILE = 1   # version of the file's form
+_WEIGHTS, _NEW = 'avatar.safetensors', 'avatar.new.safetensors'   # the second until their description is written, too
 
 def pick_backend(
     backend: Backend,
@@ -740,14 +742,15 @@ def pick_backend(
 def save(self,
     folder,          # gets avatar.safetensors and avatar.json
 ) -> Path:
-    "Write all that rendering and further training need."
+    "Write all that rendering and further training need. A kill leaves the avatar that was there, or the new one: both files' renames cannot be one, so the new weights wait beside the old for avatar.json to name them."
     folder, n = Path(folder), lambda t: np.ascontiguousarray(t.detach().cpu().numpy())
     arrays = {f'head.{k}': v for k, v in self.arrays.items()}
     arrays |= {f'field.{k}': n(p) for k, p in self.field.named_parameters()} | {f'shown.{k}': n(p) for k, p in self.shown.named_parameters()}
     arrays |= dict(widths=self.widths, told_range=self.told_range)
-    path = write_atomic(folder/'avatar.safetensors', lambda p: _save_arrays(arrays, p))
+    path = write_atomic(folder/_NEW, lambda p: _save_arrays(arrays, p))
     about = dict(format=_FILE, basis=self.head.name, names=self.names, config=asdict(self.config), steps=self.steps, sha256=file_hash(path))
     write_atomic(folder/'avatar.json', json.dumps(about, indent=1) + '\n')
+    os.replace(path, folder/_WEIGHTS)
     return folder
 
 @patch_to(Avatar)
@@ -757,26 +760,31 @@ def _take(self, arrays: dict, steps: int) -> None:
         for name, p in module.named_parameters(): p.data.copy_(_of_size(arrays, f'{kind}.{name}', p))
     self.widths, self.told_range, self.steps = arrays['widths'], arrays['told_range'], steps
 
+def _saved(folder) -> tuple:
+    "An avatar's description, and the file of the weights that it was written with (older avatars do not say which they were)."
+    folder = Path(folder)
+    about, path, new = (folder/name for name in ('avatar.json', _WEIGHTS, _NEW))
+    if not about.is_file(): raise InputError(f'{folder} holds no avatar (avatar.json is missing); give the folder that `save` wrote')
+    about, digest = read_json(about, MEND), lambda p: p.is_file() and file_hash(p)
+    if path.is_file() and about.get('sha256', own := digest(path)) == own: return about, path
+    if new.is_file() and about.get('sha256') == digest(new): return about, new        # `save` was killed before it gave them their name
+    if not path.is_file(): raise InputError(f'{path} is missing; {MEND}')
+    raise InputError(f'{path} is damaged, or not the one that avatar.json was written with; {MEND}')
+
 def read_about(
     folder,     # of an avatar
 ) -> dict:      # what avatar.json says
-    "An avatar's description, once its file of weights is found to be the one that was saved (older avatars do not say which it was)."
-    folder = Path(folder)
-    about, path = folder/'avatar.json', folder/'avatar.safetensors'
-    if not about.is_file(): raise InputError(f'{folder} holds no avatar (avatar.json is missing); give the folder that `save` wrote')
-    if not path.is_file(): raise InputError(f'{path} is missing; {MEND}')
-    about = read_json(about, MEND)
-    if about.get('sha256', digest := file_hash(path)) != digest: raise InputError(f'{path} is damaged, or not the one that avatar.json was written with; {MEND}')
-    return about
+    "An avatar's description, once its file of weights is found to be the one that was saved."
+    return _saved(folder)[0]
 
 def load_avatar(
     folder,
     device: str = 'cpu',
 ) -> Avatar:
     "Read an avatar; nothing is unpickled, and damage is told."
-    about = read_about(folder)
+    about, path = _saved(folder)
     try:
-        if about['format'] <= _FILE: return _avatar_of(about, _load_arrays(Path(folder)/'avatar.safetensors'), device)
+        if about['format'] <= _FILE: return _avatar_of(about, _load_arrays(path), device)
     except _DAMAGE as cause: raise InputError(f'the avatar in {folder} is damaged ({type(cause).__name__}: {cause!s:.120}); {MEND}') from cause
     raise InputError(f'{folder}: this avatar was made by a newer version of the package; update it')
 

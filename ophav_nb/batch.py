@@ -190,6 +190,8 @@ def _check_values(path: Path, parameters: dict, usual: dict) -> None:
     "Values that were left empty, or that a notebook cannot be given."
     for name, value in parameters.items():
         if value is None and usual.get(name) != "None": raise InputError(f"{path}: {name} is left empty; give it a value, or leave it out; {_FORM}")
+        if isinstance(value, (dict, list)) and usual.get(name, "")[:1] in ("'", '"'):
+            raise InputError(f"{path}: {name} is {'a list: several values stand under `grid`' if isinstance(value, list) else 'given names with values'}, and wants a text; {_FORM}")
         try: json.dumps(value)
         except (TypeError, ValueError): raise InputError(f"{path}: {name} holds more than text, numbers and lists of them; {_FORM}") from None
 

@@ -399,7 +399,7 @@ def main(
     argv: list[str]|None = None,   # arguments; those of the process by default
 ) -> int:                          # exit code: 0 done, 1 failed in part, 2 the user can mend it, 130 interrupted
     "The command `ophav`."
-    handler = None
+    handler = args = None
     try:
         args = argument_parser().parse_args(argv)
         if args.quiet: os.environ["OPHAV_QUIET"] = "1"
@@ -410,7 +410,8 @@ def main(
         print(f"ophav: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ophav: interrupted; the same command continues where it stopped", file=sys.stderr)
+        goes_on = args and args.run in (_create, _evaluate, _batch)        # the others keep nothing of what they had begun
+        print(f"ophav: interrupted; the same command {'continues where it stopped' if goes_on else 'starts anew'}", file=sys.stderr)
         if argv is None and threading.active_count() > 1: os._exit(130)   # notebooks of a sweep end with their parent
         return 130
     except BrokenPipeError: return 0   # the reader of a pipe went away

@@ -80,7 +80,7 @@ def get_preset(
 ) -> Preset:
     "The preset of this name."
     if isinstance(name, Preset): return name
-    if name not in PRESETS: raise InputError(f"unknown preset '{name}'; choose one of {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS: raise InputError(f"unknown preset '{name}'; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 # %% ../nbs/19_pipeline.ipynb #c008
@@ -635,7 +635,7 @@ def create(
     recipe: str = "",                   # what of the training is done otherwise, e.g. 'mouth_weight=40, occupancy=128', see `read_recipe`
 ) -> Run:
     "One portrait in, an animatable avatar out (OPHAvatars); continues where an earlier call with the same `out` stopped."
-    check_kinds(rounds=rounds, face=face, seed=seed, device=device, half=half, recipe=recipe)
+    check_kinds(portrait=portrait, out=out, motion=motion, coarse=coarse, driving=driving, rounds=rounds, face=face, seed=seed, device=device, half=half, recipe=recipe)
     settings = get_preset(preset)
     if head not in ("open", "flame"): raise InputError(f"unknown head '{head}'; choose one of open, flame")
     check_backends(matte=matte, parser=parser, detector=detector, animator=animator, restorer=restorer)   # says what is missing, before anything is made
@@ -671,7 +671,8 @@ def create(
     return run
 
 
-KINDS = dict(rounds=(int, type(None)), face=(int, type(None)), seed=int, device=str, half=bool, recipe=str)   # of what a notebook may give otherwise than the command
+_PATH = (str, Path)
+KINDS = dict(portrait=_PATH, out=_PATH, motion=_PATH, coarse=(*_PATH, type(None)), driving=(*_PATH, type(None)), rounds=(int, type(None)), face=(int, type(None)), seed=int, device=str, half=bool, recipe=str)   # of what a notebook may give otherwise than the command
 
 
 def check_kinds(
@@ -682,7 +683,7 @@ def check_kinds(
         if isinstance(value, np.generic): value = value.item()
         kinds = KINDS[name] if isinstance(KINDS[name], tuple) else (KINDS[name],)
         if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
-            wanted = {int: "a whole number", str: "a text", bool: "True or False", type(None): "None"}
+            wanted = {int: "a whole number", str: "a text", Path: "a path", bool: "True or False", type(None): "None"}
             raise InputError(f"{name}={value!r}: give {' or '.join(wanted[k] for k in kinds)}")
     if not 0 <= given.get("seed", 0) < 2**63: raise InputError(f"seed={given['seed']}: give a whole number from 0 on, below 2**63")
 

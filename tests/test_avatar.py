@@ -1,5 +1,6 @@
 "Training, resume, file and animation of an avatar."
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -173,6 +174,23 @@ def test_weights_that_are_missing(trained, tmp_path):
     trained[0].save(tmp_path)
     (tmp_path/'avatar.safetensors').unlink()
     with pytest.raises(InputError, match="avatar.safetensors is missing; .*give the command"): Avatar.load(tmp_path)
+
+
+@pytest.mark.parametrize('at', range(3))
+def test_saving_over_an_old_avatar_leaves_one_of_them(trained, tmp_path, monkeypatch, at):
+    "Killed before each of the three renames: the old one before avatar.json is written, then the new one."
+    old, new = trained[0], Avatar.create(trained[0].head, np.zeros(0, np.float32), trained[0].config, seed=5)
+    old.save(tmp_path)
+    count, whole = iter(range(9)), os.replace
+    def replace(*paths):
+        if next(count) == at: raise KeyboardInterrupt
+        whole(*paths)
+    monkeypatch.setattr(os, 'replace', replace)
+    with pytest.raises(KeyboardInterrupt): new.save(tmp_path)
+    monkeypatch.undo()
+    assert same(Avatar.load(tmp_path), new if at == 2 else old)
+    new.save(tmp_path)
+    assert same(Avatar.load(tmp_path), new) and sorted(p.name for p in tmp_path.iterdir()) == ['avatar.json', 'avatar.safetensors']
 
 
 def test_damage_of_the_description(trained, tmp_path):

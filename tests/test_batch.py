@@ -113,7 +113,8 @@ def test_bad_sweeps(tmp_path, small, text, message):
     ("grid: a.png", "grid wants names"), ("grid: [a]", "grid wants names"), ("runs: a.png", "runs wants a list"), ("runs: [a.png]", "runs wants a list"),
     ("runs: {a: 1}", "runs wants a list"), ("parameters: x", "parameters wants names"), ("parameters: {1: x}", "parameters wants names"),
     ("runs: [{1: x}]", "runs wants a list"), ("grid: {portrait: []}", "portrait is an empty list"), ("parameters: {portrait: }", "portrait is left empty"),
-    ("grid: {portrait: }", "portrait is left empty"), ("parameters: {x: !!set {a, b}}", "x holds more than text"), ("parameters: {x: !!timestamp a}", "not YAML")])
+    ("grid: {portrait: }", "portrait is left empty"), ("parameters: {x: !!set {a, b}}", "x holds more than text"), ("parameters: {x: !!timestamp a}", "not YAML"),
+    ("runs: [{portrait: {a: b}}]", "portrait is given names with values, and wants a text"), ("parameters: {portrait: [a.png, b.png]}", "several values stand under `grid`")])
 def test_sweeps_of_another_form(tmp_path, small, text, message):
     with pytest.raises(InputError, match=message) as caught: read_sweep(sweep(tmp_path, text))
     assert "\n" not in str(caught.value)

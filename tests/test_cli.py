@@ -116,12 +116,14 @@ def test_mistakes_are_one_line(capsys, argv, part, tmp_path, monkeypatch):
 
 def test_errors_of_the_functions(calls, capsys, monkeypatch):
     def fail(error):
-        def function(**_): raise error
+        def function(*_, **__): raise error
         monkeypatch.setattr(sys.modules["ophav_nb.pipeline"], "create", function)
     fail(InputError("two\nlines"))
     assert one_line(capsys, "create", "a", "--out", "o") == "ophav: two lines\n"
     fail(KeyboardInterrupt())
     assert main(["create", "a", "--out", "o"]) == 130 and "continues" in capsys.readouterr().err
+    monkeypatch.setattr(sys.modules["ophav_nb.pipeline"], "animate", sys.modules["ophav_nb.pipeline"].create)
+    assert main(["animate", "r", "--out", "a.mp4"]) == 130 and "starts anew" in capsys.readouterr().err
     fail(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError): main(["create", "a", "--out", "o"])
     assert not [h for h in logging.getLogger("ophav_nb").handlers if isinstance(h, cli._BarHandler)]

@@ -351,4 +351,6 @@ def test_what_is_animated_is_whole_and_may_be_read(filmed, monkeypatch):
 def test_options_of_a_notebook_are_of_their_kind(tmp_path, option, part):
     with pytest.raises(InputError, match=part): pipeline.create("astronaut", tmp_path / "run", **option)
     pipeline.check_kinds(seed=np.int64(3), half=np.bool_(True), rounds=None)
+    with pytest.raises(InputError, match="give a text or a path"): pipeline.create({"a": 1}, "o")
+    with pytest.raises(InputError, match="unknown preset"): pipeline.get_preset({"a": 1})
     assert not (tmp_path / "run").exists()
