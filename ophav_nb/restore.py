@@ -227,6 +227,7 @@ class DetailConfig:
     radius: float = .11          # Gaussian that separates detail from colour, inter-ocular distances
     rim: float = 3.              # px of the silhouette left out, at 256 px
     limit: float = .25           # largest detail kept, 0..1
+    unlike: float = .08          # difference of colour, 0..1, from which on the portrait shows another thing there than the head (a collar before its neck, hair over a cheek that was bared)
     gain: float = 1.5            # largest amplification
     sharpness: float = 1.1       # target, in units of the portrait's own: training on it takes some away again
     step: int = 2                # px of the sheet's grid
@@ -308,8 +309,10 @@ class DetailRestorer:
         render = to_float(reference)
         if render.shape[:2] != size: render = np.clip(resize(render, size), 0, 1)
         core = (ndimage.binary_erosion((self.alpha > .9) & (render[..., 3] > .9), iterations=2)).astype(np.float32)
-        missing = (self.image - render[..., :3])*core[..., None]
-        missing = (missing - _blur_inside(missing, core, self.config.radius*self.sheet.eyes))*core[..., None]
+        missing, sigma = (self.image - render[..., :3])*core[..., None], self.config.radius*self.sheet.eyes
+        unlike = np.abs(_blur_inside(missing, core, sigma)).max(-1)
+        core *= _ramp(unlike, self.config.unlike, .5*self.config.unlike)     # what is another thing is no detail of this one
+        missing = (missing - _blur_inside(missing, core, sigma))*core[..., None]
         self.detail = np.clip(missing, -self.config.limit, self.config.limit).astype(np.float32)
 
     def layer(

@@ -122,6 +122,18 @@ def test_inner_mouth_is_left_out(head):
     assert made.layer(context)[1][y, x] == 0
 
 
+def test_another_thing_is_no_detail(head, portrait):
+    "A collar before the neck that the head is shown without is not painted on it; elsewhere the detail is the same."
+    context, rgba = portrait
+    dressed, x, y = rgba.copy(), *context.landmarks[152, :2].astype(int)
+    dressed[y - 14:, :, :3] = .5 + .5*(np.indices(rgba.shape[:2]).sum(0)[y - 14:, :, None] % 8 < 4)
+    plain, clothed = (make_restorer('detail', image=p[..., :3], alpha=p[..., 3], context=context, head=head) for p in (rgba, dressed))
+    for made in (plain, clothed): made.prepare(soften(rgba))
+    shown = rgba[..., 3] > .5
+    assert np.abs(clothed.detail[y - 8:][shown[y - 8:]]).mean() < .01
+    assert np.abs((clothed.detail - plain.detail)[:y - 30]).max() < 1e-3 < np.abs(plain.detail[:y - 30]).max()
+
+
 def test_settings_and_errors(head, portrait):
     context, rgba = portrait
     made = DetailRestorer(rgba[..., :3], rgba[..., 3], context, head, DetailConfig(gain=0.))
