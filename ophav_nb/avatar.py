@@ -67,6 +67,7 @@ class AvatarConfig:
     mouth_start: float = 0.       # share of the steps before that weight counts
     depth_weight: float = .02     # of the depth prior
     alpha_weight: float = 0.      # of the matte itself, beside what the random background tells
+    empty_weight: float = .05     # of opacity where the matte is nothing: the square of a little haze is too little to be noticed
     background: Literal['random', 'white'] = 'random'  # behind the head, in training
     distortion: float = 0.        # weight of matter spread along a ray, a centimetre: against floaters (mip-NeRF 360, equation 15)
     patch: float = 0.             # weight of the differences between neighbouring pixels, on patches that half of the rays then form
@@ -338,6 +339,7 @@ def losses(
     shown, wanted = rendered.rgb + background*(1 - rendered.alpha)[:, None], rgb*alpha[:, None] + background*(1 - alpha)[:, None]
     loss = 10*(weight*huber(shown, wanted).mean(1)).mean()
     if config.alpha_weight: loss = loss + config.alpha_weight*huber(rendered.alpha, alpha).mean()
+    if config.empty_weight: loss = loss + config.empty_weight*(rendered.alpha*(alpha == 0)).mean()
     if config.depth_weight:
         away = (rendered.weights*(t - depth[:, None])).sum(1).abs()
         loss = loss + config.depth_weight*100*(known*away).mean()     # centimetres
@@ -445,7 +447,7 @@ class Trainer:
         self.rates += [rate*lr_scale for rate in self.own.rates.values()]
         averages = [avatar.shown.grid.params, *avatar.shown.networks, *(torch.zeros_like(p) for p in self.own.parameters())]
         self.optimiser = AveragedAdam(groups, averages, lr=1e-3, eps=1e-15, betas=(.9, .99))
-        self.one_pass = OnePass(field, avatar.deformer, c.huber, c.alpha_weight, c.depth_weight) if one_pass_serves(field, c.beside) else None
+        self.one_pass = OnePass(field, avatar.deformer, c.huber, c.alpha_weight, c.depth_weight, c.empty_weight) if one_pass_serves(field, c.beside) else None
         self.occupancy = Occupancy(c.occupancy, device=avatar.device) if c.occupancy else None
         half = self.one_pass is None and field.matrix_type == torch.float16    # its gradients need scaling, or the small ones vanish
         self.scaler = torch.amp.GradScaler(avatar.device.type, enabled=half)

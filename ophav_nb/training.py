@@ -93,7 +93,7 @@ def _huber(d, delta):
     return slope*(d - float32(.5)*slope), slope
 
 @kernel
-def _ray(q, S, colour, slope, depth, passed, tau, weight, through, rgb, alpha, background, factor, known, surface, delta, alpha_factor, depth_factor, out):
+def _ray(q, S, colour, slope, depth, passed, tau, weight, through, rgb, alpha, background, factor, known, surface, delta, alpha_factor, depth_factor, empty_factor, out):
     "Loss of one ray, whose samples are the columns of all arrays; `slope` gets its gradient: row 0 by the density's logarithm, 1..3 by the colours before the sigmoid. Returns loss and squared error."
     T, r, g, b, total, away = float32(1), float32(0), float32(0), float32(0), float32(0), float32(0)
     for j in range(S):
@@ -110,6 +110,7 @@ def _ray(q, S, colour, slope, depth, passed, tau, weight, through, rgb, alpha, b
         price -= background[q, i]*out[i]
     h, s = _huber(total - alpha[q], delta)
     value, price, pull = value + alpha_factor*h, price + alpha_factor*s, known[q]*depth_factor
+    if alpha[q] == float32(0): value, price = value + empty_factor*total, price + empty_factor
     value += pull*abs(away)
     pull = pull if away > float32(0) else (-pull if away < float32(0) else float32(0))
     behind = float32(0)
@@ -123,7 +124,7 @@ def _ray(q, S, colour, slope, depth, passed, tau, weight, through, rgb, alpha, b
 # %% ../nbs/13b_training.ipynb #c015
 @kernel
 def _tile(first, rays, features, direction, mouth, height, length, depth, truth, plan, begin_colour, top, feature_row, own, turned, zeros, mouth_row, degree, harmonic_row, surface,
-          delta, alpha_factor, depth_factor, flat, A, back, D, light, bits, gradient, sums, out):
+          delta, alpha_factor, depth_factor, empty_factor, flat, A, back, D, light, bits, gradient, sums, out):
     "Some rays of one frame: forward, loss, backward."
     rgb, alpha, background, factor, known, seen = truth
     S, stride, layers = depth.shape[1], A.shape[1], plan.shape[0]
@@ -148,7 +149,7 @@ def _tile(first, rays, features, direction, mouth, height, length, depth, truth,
     for r in range(rays):
         a, b = r*S, r*S + S
         value, square = _ray(first + r, S, A[top:top+3, a:b], slope[:, a:b], depth, passed[a:b], tau[a:b], weight[a:b], through[a:b],
-                             rgb, alpha, background, factor, known, seen, delta, alpha_factor, depth_factor, out)
+                             rgb, alpha, background, factor, known, seen, delta, alpha_factor, depth_factor, empty_factor, out)
         sums[0] += value
         sums[1] += square
     for i in range(3):
@@ -164,7 +165,7 @@ def _tile(first, rays, features, direction, mouth, height, length, depth, truth,
 # %% ../nbs/13b_training.ipynb #c016
 @kernel(parallel=True)
 def _pass(shares, features, direction, mouth, height, length, depth, truth, plan, begin_colour, rows, feature_row, weights, turned, told, mouth_row, degree, harmonic_row, surface,
-          delta, alpha_factor, depth_factor, gradients, sums):
+          delta, alpha_factor, depth_factor, empty_factor, gradients, sums):
     S, top, widest = depth.shape[1], plan[plan.shape[0]-1, 6], plan[:, 4].max()
     each = max(1, TILE//S)
     stride = (each*S + COLUMNS - 1)//COLUMNS*COLUMNS
@@ -175,7 +176,7 @@ def _pass(shares, features, direction, mouth, height, length, depth, truth, plan
         for_frame(plan, begin_colour, told[t], mouth_row, own)
         for first in range(shares[t, 0], shares[t, 1], each):
             _tile(first, min(each, shares[t, 1] - first), features, direction, mouth, height, length, depth, truth, plan, begin_colour, top, feature_row, own, turned, zeros, mouth_row, degree,
-                  harmonic_row, surface, delta, alpha_factor, depth_factor, flat, A, back, D, light, bits, gradients[t], sums[t], out)
+                  harmonic_row, surface, delta, alpha_factor, depth_factor, empty_factor, flat, A, back, D, light, bits, gradients[t], sums[t], out)
 
 # %% ../nbs/13b_training.ipynb #c018
 class OnePass:
@@ -186,9 +187,10 @@ class OnePass:
         huber: float = .1,          # where the loss turns from square to absolute
         alpha_weight: float = 0.,   # of the matte
         depth_weight: float = .02,  # of the depth prior, a centimetre
+        empty_weight: float = .05, # of what is seen where there is nothing
     ):
         self.field, self.deformer, self.packed = field, deformer, Packed(field)
-        self.huber, self.alpha_weight, self.depth_weight = huber, alpha_weight, depth_weight
+        self.huber, self.alpha_weight, self.depth_weight, self.empty_weight = huber, alpha_weight, depth_weight, empty_weight
 
     def __call__(self,
         poses: Poses,
@@ -208,7 +210,7 @@ class OnePass:
         length = (step*(np.linalg.norm(d, axis=1)*np.float32(100))[:, None]).reshape(-1)     # centimetres
         conditions = np.asarray(conditions)[shares[:, 0]]
         gradients, sums = np.zeros((len(shares), plan.weights), np.float32), np.zeros((len(shares), 2))
-        per_ray = [np.float32(f/R) for f in (1, self.alpha_weight, 100*self.depth_weight)]
+        per_ray = [np.float32(f/R) for f in (1, self.alpha_weight, 100*self.depth_weight, self.empty_weight)]
         truth = truth._replace(weight=truth.weight*np.float32(10/(3*R)))
         _pass(shares, features, direction, mouth, height, length, depth, tuple(truth), plan.layers, plan.first, plan.rows, plan.features, self.packed.weights, self.packed.turned,
               self.packed.told(conditions), self.field.grid.width if c.condition == 'mouth' else -1, c.degree, plan.features + c.outputs, np.float32(c.surface),

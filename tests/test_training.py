@@ -42,7 +42,7 @@ def batch(scene, R, S, seed=0):
     pixels = np.sort(rng.choice(np.flatnonzero(band.mask), R))
     o, d = camera.rays(np.stack([pixels % 64 + .5, pixels//64 + .5], 1).astype(np.float32))
     slot = (np.arange(R) >= R//3).astype(np.int32)
-    truth = Truth(noise(R, 3), noise(R), noise(R, 3), 1 + 2*noise(R), (noise(R) < .7).astype(np.float32), .75 + .1*noise(R))
+    truth = Truth(noise(R, 3), noise(R)*(noise(R) < .7), noise(R, 3), 1 + 2*noise(R), (noise(R) < .7).astype(np.float32), .75 + .1*noise(R))
     return (poses, slot, o, d, np.stack(band.at(pixels)), noise(R, S), noise(2, 16)[slot]), truth
 
 
@@ -65,9 +65,9 @@ def by_torch(field, deformer, rays, truth, config):
 @pytest.mark.parametrize('changes', SHAPES)
 @pytest.mark.parametrize('R, S', [(150, 12), (37, 7), (3, 200)])
 def test_one_pass_is_torchs(scene, changes, R, S):
-    field, config = noisy(changes), AvatarConfig(alpha_weight=.5, depth_weight=.1)
+    field, config = noisy(changes), AvatarConfig(alpha_weight=.5, depth_weight=.1, empty_weight=.3)
     rays, truth = batch(scene, R, S)
-    found = OnePass(field, scene[0], config.huber, config.alpha_weight, config.depth_weight)(*rays, truth)
+    found = OnePass(field, scene[0], config.huber, config.alpha_weight, config.depth_weight, config.empty_weight)(*rays, truth)
     grads = [p.grad.clone() for p in field.parameters()]
     for p in field.parameters(): p.grad = None
     assert found == pytest.approx(by_torch(field, scene[0], rays, truth, config), rel=1e-5)
