@@ -2030,6 +2030,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ophav_nb.restore.Sheet._view': ('restore.html#sheet._view', 'ophav_nb/restore.py'),
                                   'ophav_nb.restore.Sheet.look': ('restore.html#sheet.look', 'ophav_nb/restore.py'),
                                   'ophav_nb.restore.Sheet.place': ('restore.html#sheet.place', 'ophav_nb/restore.py'),
+                                  'ophav_nb.restore._aligned': ('restore.html#_aligned', 'ophav_nb/restore.py'),
                                   'ophav_nb.restore._blur_inside': ('restore.html#_blur_inside', 'ophav_nb/restore.py'),
                                   'ophav_nb.restore._inverse': ('restore.html#_inverse', 'ophav_nb/restore.py'),
                                   'ophav_nb.restore._polygon': ('restore.html#_polygon', 'ophav_nb/restore.py'),

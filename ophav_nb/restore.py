@@ -227,6 +227,7 @@ class DetailConfig:
     radius: float = .11          # Gaussian that separates detail from colour, inter-ocular distances
     rim: float = 3.              # px of the silhouette left out, at 256 px
     limit: float = .25           # largest detail kept, 0..1
+    away: float = 2.             # farthest that an edge of the render may lie from its place, px at 256 px
     unlike: float = .08          # difference of colour, 0..1, from which on the portrait shows another thing there than the head (a collar before its neck, hair over a cheek that was bared)
     gain: float = 1.5            # largest amplification
     sharpness: float = 1.1       # target, in units of the portrait's own: training on it takes some away again
@@ -240,6 +241,17 @@ def _blur_inside(image, weight, sigma):
     "Gaussian mean over what has weight (normalised convolution)."
     w = ndimage.gaussian_filter(weight, sigma)[..., None]
     return ndimage.gaussian_filter(image*weight[..., None], (sigma, sigma, 0))/np.maximum(w, 1e-3)
+
+def _aligned(render, image, core, sigma, most, rounds: int = 3):
+    "A render [H, W, 3], moved to where the portrait has the same things, smoothly and by `most` pixels at most (Lucas and Kanade): an edge that lies half a pixel beside its place is no missing detail."
+    grey, blur, shift = image.mean(-1), lambda a: ndimage.gaussian_filter(a*core, sigma), np.zeros((2, *core.shape), np.float32)
+    at, noise, moved = np.indices(core.shape, np.float32), 1e-4, render        # of a picture's slope, squared: where there is none, nothing moves
+    for _ in range(rounds):
+        d, (gy, gx) = grey - moved.mean(-1), np.gradient(moved.mean(-1))
+        a, b, c, u, v = blur(gy*gy) + noise, blur(gy*gx), blur(gx*gx) + noise, blur(gy*d), blur(gx*d)
+        shift = np.clip(shift + np.stack([c*u - b*v, a*v - b*u])/(a*c - b*b), -most, most)
+        moved = np.stack([ndimage.map_coordinates(render[..., k], at + shift, order=3, mode='nearest') for k in range(3)], -1)
+    return moved.astype(np.float32)
 
 # %% ../nbs/15_restore.ipynb #c018
 class DetailRestorer:
@@ -309,7 +321,8 @@ class DetailRestorer:
         render = to_float(reference)
         if render.shape[:2] != size: render = np.clip(resize(render, size), 0, 1)
         core = (ndimage.binary_erosion((self.alpha > .9) & (render[..., 3] > .9), iterations=2)).astype(np.float32)
-        missing, sigma = (self.image - render[..., :3])*core[..., None], self.config.radius*self.sheet.eyes
+        sigma, most = self.config.radius*self.sheet.eyes, self.config.away*size[1]/256
+        missing = (self.image - _aligned(render[..., :3], self.image, core, sigma, most))*core[..., None]
         unlike = np.abs(_blur_inside(missing, core, sigma)).max(-1)
         core *= _ramp(unlike, self.config.unlike, .5*self.config.unlike)     # what is another thing is no detail of this one
         missing = (missing - _blur_inside(missing, core, sigma))*core[..., None]

@@ -319,7 +319,7 @@ class Rounds:
         "Artifacts and parameters that a part of round k depends on."
         c, its, last = self.config, lambda part: self.name(k, part), lambda part: [self.name(k - 1, part)] if k else []
         if part == 'renders': return last('avatar'), dict(frames=len(self.plan(k).source), new_share=c.new_share, seed=self.seed, samples=c.samples) | self.given_portrait
-        if part == 'restored': return [its('renders')], dict(restorer=c.restorer_name, settings=c.settings, silhouettes='own', detail='alike')     # those of older runs were made crisper, or with collars on their necks, and are redone
+        if part == 'restored': return [its('renders')], dict(restorer=c.restorer_name, settings=c.settings, silhouettes='own', detail='aligned')     # those of older runs were made crisper, or with collars on necks and brows beside their places, and are redone
         if part == 'dataset': return [its('restored')], dict(replay=c.replay) | ({} if self.coarse_params.get('parser', 'default') == 'default' else dict(codes='coarse'))
         if part == 'avatar': return [its('dataset')] + last('avatar'), dict(steps=c.steps if k else c.steps0, lr_scale=c.lr_scale if k else 1., finer=c.finer if k else 1., seed=self.seed, avatar=c.avatar)
         return [its('avatar')] + last('check'), dict(frames=c.check_frames) | ({} if c.samples is None else dict(samples=c.samples)) | self.given_portrait
