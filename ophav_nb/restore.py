@@ -323,7 +323,7 @@ class DetailRestorer:
         core = (ndimage.binary_erosion((self.alpha > .9) & (render[..., 3] > .9), iterations=2)).astype(np.float32)
         sigma, most = self.config.radius*self.sheet.eyes, self.config.away*size[1]/256
         missing = (self.image - _aligned(render[..., :3], self.image, core, sigma, most))*core[..., None]
-        unlike = np.abs(_blur_inside(missing, core, sigma)).max(-1)
+        unlike = np.abs(_blur_inside(missing, core, .5*sigma)).max(-1)       # half as blurred: a sliver of a collar counts, a lash hardly
         core *= _ramp(unlike, self.config.unlike, .5*self.config.unlike)     # what is another thing is no detail of this one
         missing = (missing - _blur_inside(missing, core, sigma))*core[..., None]
         self.detail = np.clip(missing, -self.config.limit, self.config.limit).astype(np.float32)
