@@ -589,14 +589,14 @@ def trained_range(
 def beyond(
     motion: Motion,
     known: np.ndarray,       # `trained_range`
-    orbit: float = 0.,       # the camera's own swing to each side, degrees
+    orbit: float | np.ndarray = 0.,     # the camera's own swing, degrees, one number or one a frame [T]
     told: np.ndarray | None = None,     # what the field would be told of each frame, `HeadModel.condition`, [T,16]
     clamped: np.ndarray | None = None,  # and what it is told: `Avatar.clamped` of it
     slack: float = 3.,       # degrees that are forgiven
     little: float = .5,      # of the conditioning, of about unit variance, likewise
 ) -> dict[str, np.ndarray]:  # of `ANGLES` and 'expression' those that leave the trained range, and in which frames, bool [T]
     "What of a motion an avatar was not trained on."
-    angles, wide = shown_angles(motion), np.array([orbit, 0., 0., 0.])
+    angles, wide = shown_angles(motion), np.abs(orbit).reshape(-1, 1) * [1., 0., 0., 0.]
     found = dict(zip(ANGLES, ((angles - wide < known[0] - slack) | (angles + wide > known[1] + slack)).T))
     if told is not None: found["expression"] = (np.abs(told - clamped) > little).any(1)
     return {name: where for name, where in found.items() if where.any()}
@@ -791,11 +791,10 @@ def animate(
     played = turned(retarget(asked, portrait.track), yaw, pitch)
     avatar, known = Avatar.load(run.path("avatar"), device=device), trained_range(seen_motion(run)[1])
     told = avatar.head.condition(played.expression, played.joints).numpy()
-    warn_of(beyond(played, known, orbit, told, avatar.clamped(told)), known)
-    cameras = None
+    angles, cameras = orbit * np.sin(np.linspace(0, 2 * np.pi, len(played), endpoint=False)), None
+    warn_of(beyond(played, known, angles, told, avatar.clamped(told)), known)
     if orbit:
         target = played.translation.mean(0)
-        angles = orbit * np.sin(np.linspace(0, 2 * np.pi, len(played), endpoint=False))
         cameras = [portrait.track.camera.resized(size, size).orbit(np.radians(a), 0., target) for a in angles]
     return play(run, portrait, avatar, played, Path(out), size, background, cameras)
 

@@ -100,6 +100,8 @@ def test_what_was_not_trained_is_named(caplog):
     neck.joints[:, 1, 1] = np.radians(50)
     lean.joints[:, 0] = np.radians([0, 0, 30])
     assert set(beyond(neck, known)) == {"yaw"} and set(beyond(lean, known)) == {"roll"} and set(beyond(still, known, orbit=40.)) == {"yaw"}
+    swing = 40. * np.sin(np.linspace(0, 2 * np.pi, len(still)))
+    assert 0 < beyond(still, known, orbit=swing)["yaw"].mean() < 1      # only the frames that the camera is far aside in
     wild = scripted("neutral", 1.)
     wild.expression[:10], wild.joints[:10, 2, 0] = 5., 1.2
     told, train = (HEAD.condition(m.expression, m.joints).numpy() for m in (wild, scripted("range", 12.)))
