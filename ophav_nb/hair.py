@@ -36,6 +36,9 @@ class Hair:
         standing = p.normals0*p.thickness[:, None]
         self.close = float(1 - smoothstep(.0015, .0025, np.median(p.thickness[p.scalp])))
         self.over, self.over_colour = self._goes_on_beside()
+        self.logs, self.height = np.log(blurred(p.image, p.size/512) + .04), self._height()
+        self.unlike = unlikeness(self.logs, sampled(self.logs, p.T0[p.well_seen()]))     # the face's skin
+        self.hangs = self._hanging_beside(alpha)
         self.thick = standing.copy()                                            # metres [V, 3]
         self._press_ears()
         bare = self.ears_shown[:, None]
@@ -52,6 +55,14 @@ class Hair:
         self.mane, self.frayed = self._mane(alpha), self._raggedness()
 
 @patch_to(Hair)
+def _height(self) -> np.ndarray:
+    "Above the eyes, along the face, in distances between them, [H, W]."
+    p = self.portrayed
+    eyes = p.landmarks[[468, 473], :2].mean(0)
+    up = eyes - p.landmarks[152, :2]
+    return (np.mgrid[:p.size, :p.size].T + .5 - eyes) @ (up/np.linalg.norm(up))/p.eyes_apart
+
+@patch_to(Hair)
 def _goes_on_beside(self, reach: float = .08) -> tuple:
     "Where hair, veil or hood goes on beyond the head's outline it also covers the side behind that outline: how much, [H, W], and its colour, [H, W, 3]."
     p, px = self.portrayed, self.portrayed.size/512
@@ -63,6 +74,27 @@ def _goes_on_beside(self, reach: float = .08) -> tuple:
     if not inner.any(): return 0*covered, p.bled
     i, j = ndi.distance_transform_edt(~inner, return_distances=False, return_indices=True)
     return covered, blurred(p.bled[i, j], 2*px)
+
+@patch_to(Hair)
+def _hanging_beside(self, alpha) -> np.ndarray:
+    "How much rather than in the face's colours each pixel is in those of what stands beside the head from above the eyes down to the mouth: hair, be it under a hat or lighter than at the crown; [H, W], -9 where nothing tells."
+    p, unit = self.portrayed, self.portrayed.eyes_apart
+    grown = lambda some, by: ndi.binary_dilation(some, iterations=max(1, int(by*unit)))
+    head = grown(p.raster0.mask, .06) | grown(p.ear_in_view('left') | p.ear_in_view('right'), .15)
+    beside = ndi.binary_erosion(self.told, iterations=max(1, int(4*p.size/512))) & (alpha > .5) & ~head & (np.abs(self.height + .3) < 1)
+    beside = ndi.binary_opening(beside, iterations=max(1, int(.03*unit)))
+    more, (x, y), (u, v) = np.full(head.shape, -9.), p.landmarks[152, :2], p.landmarks[[468, 473], :2].mean(0)
+    right = (np.arange(p.size) - x)*(v - y) < (np.arange(p.size)[:, None] - y)*(u - x)        # of the picture: the person's left
+    crown = self.told & (self.height > .5) & (ndi.distance_transform_edt(np.pad(p.matte > .5, 1, mode='edge'))[1:-1, 1:-1] < .3*unit)
+    if crown.sum() < 30: return more
+    as_crown = sum(self.unlike) > sum(unlikeness(self.logs, self.logs[crown]))
+    for side, here in (('left', right), ('right', ~right)):
+        some, low = beside & here, beside & here & (self.height < -.3)
+        rows = len(np.unique(np.floor(self.height[low]*20)))                       # of 20: no ear, no nape is as high
+        if rows < 12 or as_crown[low].mean() > .5 or p.turned_away(side) > .5: continue
+        away, width = unlikeness(self.logs, self.logs[some])
+        more[here] = np.where(away < 9, np.clip(self.unlike[0] + self.unlike[1] - away - width, -9, 9) + 3*~head, -9)[here]
+    return more
 
 @patch_to(Hair)
 def _press_ears(self, least: float = .5):
@@ -77,7 +109,7 @@ def _press_ears(self, least: float = .5):
         lit = .35*np.clip(np.median(sampled(p.light, p.landmarks[cheek]))/.8, .65, 1)      # less on a side in shadow
         view = p.ear_in_view(side) & (p.certain > .9)
         on = view & (p.matte > .9)                                               # a person's ears may be smaller than the model's
-        self.ear_bare[side] = p.skinlike(lit)[on].mean() if on.sum() > .3*view.sum() else 0
+        self.ear_bare[side] = (p.skinlike(lit) & (self.hangs < 1))[on].mean() if on.sum() > .3*view.sum() else 0
         self.ears_shown[mine] = self.ear_bare[side] > least
     covered = sampled(self.over, p.P0)
     for side, other in (('left', 'right'), ('right', 'left')):
@@ -112,14 +144,10 @@ def _side_hair(self, away, near, low) -> tuple:
 def _told_by_colour(self) -> tuple:
     "Is the head bald? Which pixels are in the hair's colours rather than in the face's, outside the face and inside the matte's rim; and those with what of it hangs over cheek and jaw, with the shadows between; bool [H, W] each."
     p = self.portrayed
-    eyes, chin = p.landmarks[[468, 473], :2], p.landmarks[152, :2]
-    unit, up = p.eyes_apart, eyes.mean(0) - chin
-    up, (y, x) = up/np.linalg.norm(up), np.mgrid[:p.size, :p.size] + .5
-    level = ((x - eyes[:, 0].mean())*up[0] + (y - eyes[:, 1].mean())*up[1])/unit
-    around, logs = (self.likely > .5) & self.told, np.log(blurred(p.image, p.size/512) + .04)
+    unit, level, logs, (away, width) = p.eyes_apart, self.height, self.logs, self.unlike
+    around = (self.likely > .5) & self.told
     deep = ndi.distance_transform_edt(np.pad(p.matte > .5, 1, mode='edge'))[1:-1, 1:-1]
-    crown, face = around & (level > .5) & (deep < .3*unit), p.well_seen()
-    away, width = unlikeness(logs, sampled(logs, p.T0[face]))                     # from the face's skin
+    crown = around & (level > .5) & (deep < .3*unit)
     self.unlike_skin = ndi.gaussian_filter(away, p.size/512) > 2.5
     outline = (p.matte > .5) & (level > .5) & (deep < .1*unit)
     cut = self.cut = bool(outline.any()) and p.certain[outline].mean() < .5         # a crown that the picture cuts off tells nothing
@@ -130,7 +158,7 @@ def _told_by_colour(self) -> tuple:
     else:
         top = crown & (level > np.quantile(level[crown], .75)) & (deep > .08*unit)
         if self._is_bald(top, away): return True, *self._side_hair(np.minimum(away, unlikeness(logs, logs[top])[0]), (level > -.5) & (deep < .35*unit), level < .35)
-        more = away + width - sum(unlikeness(logs, logs[crown]))
+        more = np.maximum(away + width - sum(unlikeness(logs, logs[crown])), self.hangs)
         bare = (p.raster0.face >= 0) & ~p.scalp[p.faces[p.raster0.face]].all(-1) & (level < 0)
         prior = np.where(level > 0, 5*np.exp(-(deep/(.3*unit))**2), 0) - 4*bare         # hair is rather at the outline, and rather not on a cheek
         like = around & (ndi.gaussian_filter(np.clip(more, -9, 9) + prior, 1.5*p.size/512) > 1)

@@ -691,6 +691,20 @@ def test_hair_goes_on_where_nothing_is_seen(head):
     assert np.allclose(an.sheet.rim_shown(p.facing0), 1)                                # at rest the outline is the portrait's
 
 
+def test_hair_under_a_hat_is_hair(head):
+    "A black hat tells nothing of the light hair under it: what stands beside the head down to the mouth does."
+    an = turned_portrait(head, 0, hood=True)
+    p, y = an.portrayed, np.arange(SIZE)[:, None]
+    light, eyes = np.array([150, 140, 100])/255, p.landmarks[[468, 473], 1].mean()
+    hood = (np.abs(p.image - np.array([40, 20, 12])/255).max(-1) < .02) & (p.matte > .5)
+    picture = np.where((hood & (y > eyes - .4*p.eyes_apart))[..., None], light, p.image).astype(np.float32)
+    hair = MeshAnimator(picture, p.track, head, p.matte, supersample=1).hair
+    low = ndi.binary_erosion(hood, iterations=6) & (y > eyes) & (y < p.landmarks[13, 1])
+    assert hair.hangs[low].min() > 0 and hair.seen[low].mean() > .9
+    assert not hair.seen[p.raster0.mask & (y > eyes)].any()
+    assert (an.hair.hangs == -9).all()                                                  # all of one colour is told by its crown
+
+
 def test_a_hairline_is_sharper_than_its_triangles():
     "Black hair over white skin, its weight 0 at one side of a square and 1 at the other."
     corners, faces, n = np.float32([[0, 0, 1], [64, 0, 1], [64, 64, 1], [0, 64, 1]]), np.int32([[0, 1, 2], [0, 2, 3]]), np.zeros(4)
