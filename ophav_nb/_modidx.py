@@ -2279,7 +2279,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.unseen.Back._strands_at': ('unseen.html#back._strands_at', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Back.hull': ('unseen.html#back.hull', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Back.paint': ('unseen.html#back.paint', 'ophav_nb/unseen.py'),
-                                 'ophav_nb.unseen.Back.to_camera': ('unseen.html#back.to_camera', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen': ('unseen.html#unseen', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen.__init__': ('unseen.html#unseen.__init__', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen._in_ears': ('unseen.html#unseen._in_ears', 'ophav_nb/unseen.py'),

@@ -59,7 +59,7 @@ class MeshAnimator:
         m, u = self.mouth, self.unseen
         self.seen, self.openings = np.where(m.inside, 0, u.seen).astype(np.float32), p.openings()
         self.fixed = fixed_columns(p.T0, self.eyes.shut_at, self.seen, m.numbers, u.mirror, np.where(m.inside, 0, u.mirror_seen), np.where(m.inside, m.from_edge, u.twin_light),
-                                   np.zeros(len(p.V0)), u.relit, u.grain_at)
+                                   np.where(m.inside, 0, u.copied), u.relit, u.grain_at)
         self.state = p.unmoved                          # mesh, pose and jaw of the last frame
 
     def person_offset(self) -> np.ndarray:   # metres, float32 [V, 3]
@@ -84,7 +84,7 @@ def _render(self, V, A, jaw: float, size: int, layers: int = 4) -> np.ndarray:
     "One frame from the mesh in the head's own space and its pose; of its layers the lowest so many."
     p, s, sheet, eyes = self.portrayed, self.supersample, self.sheet, self.eyes
     camera = p.camera.resized(size*s, size*s).moved(A)
-    H = self.back.hull(V)
+    H, outwards = self.back.hull(V)
     screen, hull = camera.project(sheet.moved(V)), camera.project(H)
     ends = np.concatenate([screen[sheet.of_head, :2], hull[self.back.back[:, 4] > .02, :2]])
     lo, hi = np.maximum(np.floor(ends.min(0)/s).astype(int), 0), np.minimum(np.ceil(ends.max(0)/s).astype(int), size)
@@ -92,7 +92,7 @@ def _render(self, V, A, jaw: float, size: int, layers: int = 4) -> np.ndarray:
     if (hi <= lo).any(): return out
     offset, (w, h) = np.array([lo[0]*s, lo[1]*s, 0]), (hi - lo)*s                # a window around the head
     fine = np.zeros((h, w, 4), np.float32)
-    self.back.paint(hull - offset, self.flesh, fine, self.back.to_camera(H, camera))
+    self.back.paint(hull - offset, self.flesh, fine, facing(H, outwards, camera))
     r = rasterize(screen - offset, sheet.faces, h, w)
     N = vertex_normals(V, p.faces)
     shown = facing(V, N, camera)

@@ -215,7 +215,7 @@ def paint(self,
     screen = _between(camera.moved(p.A0).project(sheet.still), camera.moved(A).project(moved_to), self.follows)
     r = rasterize(screen, sheet.person_faces, size*s, size*s)
     fine = np.zeros((size*s, size*s, 4), np.float32)
-    back = _between(camera.moved(p.A0).project(self.back.hull0), camera.moved(A).project(self.back.hull(V)), self.back.attached)
+    back = _between(camera.moved(p.A0).project(self.back.hull0), camera.moved(A).project(self.back.hull(V)[0]), self.back.attached)
     self.back.paint(back, self.flesh, fine)                          # goes up behind the jaw, its upper end turning with the head
     paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, self.flesh, self.flesh_alpha, self.sides_shown(V, A), self.stays, fine)
     if self.strands is not None: paint_sheet(r.face, r.bary, sheet.person_faces, sheet.source, *self.strands, self.in_place(moved_to, A), self.stays, fine)

@@ -27,7 +27,7 @@ AT_OUTLINE = (.1, .3)   # of the cosine to the camera: up to where a cheek may b
 
 class Unseen:
     """Of each vertex: how well the portrait shows it, all told (`seen`), its own colour where it does not (`own`, [V, 3]; `bare`: without the hair that covers it), where its twin on the other side is (`mirror`, pixels [V, 2]), how much that is
-    worth (`mirror_seen`), its light, and light here relative to there (`twin_light`, `relit`). And the grain that made-up skin gets (`grain`, `grain_at`: see `_skins_grain`)."""
+    worth (`mirror_seen`) and how much of it is taken as it is (`copied`), its light, and light here relative to there (`twin_light`, `relit`). And the grain that made-up skin gets (`grain`, `grain_at`: see `_skins_grain`)."""
 
     def __init__(self,
         portrayed: Portrayed,
@@ -51,6 +51,7 @@ class Unseen:
         self.bare = self.own.copy()
         self.own += (self.covered*~p.neck)[:, None]*(sampled(hair.over_colour, P) - self.own)
         self.mirror_seen *= 1 - self.covered
+        self.copied = (p.away*p.is_face*smoothstep(.005, .02, np.abs(V[:, 0]))*self.mirror_seen).astype(np.float32)       # not a nostril's edge
         near = ndi.gaussian_filter(ndi.maximum_filter(hair.near, 2*int(.35*p.eyes_apart) + 1), .05*p.eyes_apart)      # sides are not quite alike
         self.mirror_seen *= 1 - smoothstep(.1, .5, sampled(near, self.mirror))                      # no shadow of the other side's hair
         seen *= np.maximum(smoothstep(*RIM, p.facing0), smoothstep(.5, .95, inner)).astype(np.float32)     # a slope's pixels in the matte's rim hold something of the background
@@ -58,6 +59,8 @@ class Unseen:
         self.twin_light = p.over_skin(colour, w)[p.twin].sum(1)
         light = self.own.mean(1)
         self.relit = np.clip(light/np.maximum(light[p.twin], .02), .5, 1.8)
+        even = np.exp(p.over_skin(np.log(self.relit)[:, None], .003 + (w > .5)*(w[p.twin] > .5))[:, 0])        # as where both are shown
+        self.relit += self.copied*(even - self.relit)
         self.mirror_seen *= 1 - smoothstep(1.2, 1.6, self.relit)                    # what lies in shadow there shows its noise, made as light as here
         seen[p.eye_vertices] = 1
         self.seen = seen
@@ -164,7 +167,7 @@ class Back:
         finer = lambda x: np.concatenate([x, x[self.edges].mean(1)]).astype(np.float32)
         moving = lambda opacity: np.concatenate([(hairy/np.maximum(seen, .01))[:, None], np.clip(bald, 0, 1), opacity[:, None], np.full((len(seen), 1), 9)], 1).astype(np.float32)        # 9: nowhere aslant
         self.fixed, self.back, self.neck, self.attached = (finer(x) for x in (fixed, moving(back), moving(neck), self.attached))
-        self.kind, self.full, self.hull0 = np.full(len(self.faces), OF_HULL, np.int8), np.ones((2, 2), np.float32), self.hull(p.V0)
+        self.kind, self.full, self.hull0 = np.full(len(self.faces), OF_HULL, np.int8), np.ones((2, 2), np.float32), self.hull(p.V0)[0]
 
 @patch_to(Back)
 def _dressed(self, unseen, hair, Q, strands, seen) -> np.ndarray:
@@ -172,7 +175,7 @@ def _dressed(self, unseen, hair, Q, strands, seen) -> np.ndarray:
     p, s = self.portrayed, self.portrayed.scalp
     of = lambda skin, scalp=0.: np.where(s.reshape(-1, *[1]*(np.ndim(skin) - 1)), scalp, skin)
     return fixed_columns(of(p.T0, Q[:, :2]), strands, seen, np.zeros(len(s)), of(unseen.mirror), of(unseen.mirror_seen),
-                         of(unseen.twin_light), of(hair.ears_copied*unseen.mirror_seen), of(unseen.relit), unseen.grain_at)
+                         of(unseen.twin_light), of(np.maximum(hair.ears_copied*unseen.mirror_seen, unseen.copied)), of(unseen.relit), unseen.grain_at)
 
 @patch_to(Back)
 def _gives_way(self, clothes, hair) -> np.ndarray:
@@ -226,8 +229,8 @@ def _cut_in_four(self):
 @patch_to(Back)
 def hull(self,
     V,            # a mesh, [V, 3]
-) -> np.ndarray:  # [V + E, 3]
-    "Skin and the outside of the hair; on the scalp each triangle is cut in four and the new points lie on the arc that the normals tell, or one would see corners in the outline."
+) -> tuple:       # [V + E, 3] each
+    "Skin and the outside of the hair, and its normals; on the scalp each triangle is cut in four and the new points lie on the arc that the normals tell, or one would see corners in the outline."
     scalp = self.portrayed.scalp
     H = V + self.thick
     (i, j), N = self.edges.T, vertex_normals(H, self.portrayed.skin_faces)
@@ -235,22 +238,14 @@ def hull(self,
     bulge = (d*N[j]).sum(1, keepdims=True)*N[j] - (d*N[i]).sum(1, keepdims=True)*N[i]
     bulge *= both
     H = H - self.half_in @ bulge                                               # as thick as before on the whole
-    return np.concatenate([H, .5*(H[i] + H[j]) + bulge])
-
-@patch_to(Back)
-def to_camera(self,
-    H,            # the hull's points, [V + E, 3]
-    camera,
-) -> np.ndarray:  # [V + E]
-    "How the hull faces a camera, as a cosine."
-    return facing(H, vertex_normals(H, self.faces), camera)
+    return np.concatenate([H, .5*(H[i] + H[j]) + bulge]), np.concatenate([N, N[i] + N[j]])
 
 @patch_to(Back)
 def paint(self,
     screen,       # of the hull, pixels [V + E, 3]
     skin,         # the portrait with lips shut and without clothes, [H, W, 3]
     out,          # painted over: premultiplied RGBA, [h, w, 4]
-    aslant=None,  # how it faces the camera (see `to_camera`), [V + E]; None: only what stands under a body, no more than the neck, which has no outline of hair
+    aslant=None,  # how it faces the camera, as a cosine, [V + E]; None: only what stands under a body, no more than the neck, which has no outline of hair
 ):
     "Sides and back of the head, or the neck, as far out as the hair."
     r = rasterize(screen, self.faces, *out.shape[:2])

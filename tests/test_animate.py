@@ -677,6 +677,25 @@ def test_a_hood_covers_the_side_turned_away(head):
     assert front.turned_away('left') == front.turned_away('right') == 0
 
 
+def test_a_side_turned_away_is_as_the_other(head):
+    "A mark on the cheek that is shown is on both when the head turns back; on a face seen from the front nothing is copied."
+    an = turned_portrait(head, -35)
+    p, (y, x) = an.portrayed, np.mgrid[:SIZE, :SIZE] + .5
+    away = 1 if p.turned_away('left') > .5 else -1
+    assert p.away.max() > .5
+    cheek = np.flatnonzero(p.is_face & (away*p.rest[:, 0] < -.025) & (p.facing0 > .8) & (np.abs(p.level + .035) < .01))[0]
+    picture = p.image.copy()
+    picture[np.hypot(x - p.T0[cheek, 0], y - p.T0[cheek, 1]) < 5] = [.1, .6, .2]
+    made, pose = MeshAnimator(picture, p.track, head, p.matte, supersample=1), state(p.track, head, yaw=20)
+    frames = made.frame(*pose), an.frame(*pose)
+    V, A, _ = p.at(*pose)
+    other = np.flatnonzero(p.twin == cheek)
+    u, v = p.camera.moved(A).project(V[other].astype(np.float64)).mean(0)[:2].astype(int)
+    greener = [f[v - 1:v + 2, u - 1:u + 2, 1].mean() - f[v - 1:v + 2, u - 1:u + 2, 0].mean() for f in frames]
+    assert greener[0] > greener[1] + .15, (greener, u, v)
+    assert not turned_portrait(head, 0).unseen.copied.any()
+
+
 def test_hair_goes_on_where_nothing_is_seen(head):
     an = turned_portrait(head, 0, hood=True)
     p, hair, back, hood = an.portrayed, an.hair, an.back, np.array([40, 20, 12])/255
@@ -779,8 +798,11 @@ def test_of_an_ear_shown_as_a_sliver_the_rest_is_like_the_other(head):
 
 def test_the_hull_has_no_corners(animator):
     p, back = animator.portrayed, animator.back
-    hull, n = back.hull(p.V0), len(p.V0)
+    (hull, outwards), n = back.hull(p.V0), len(p.V0)
     i, j = back.edges.T
+    on = p.scalp & (p.level > .02)
+    N = outwards[:n][on]
+    assert (N/np.linalg.norm(N, axis=1, keepdims=True)*vertex_normals(hull, back.faces)[:n][on]).sum(1).min() > .95
     flat = p.V0 + back.thick
     assert np.abs(hull[n:] - .5*(hull[i] + hull[j])).max() > .0005     # arcs on the scalp
     rim = p.scalp[i] & p.scalp[j]
