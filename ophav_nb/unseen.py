@@ -51,7 +51,7 @@ class Unseen:
         self.bare = self.own.copy()
         self.own += (self.covered*~p.neck)[:, None]*(sampled(hair.over_colour, P) - self.own)
         self.mirror_seen *= 1 - self.covered
-        self.copied = (p.away*p.is_face*smoothstep(.005, .02, np.abs(V[:, 0]))*self.mirror_seen).astype(np.float32)       # not a nostril's edge
+        self.copied = (p.away*p.is_face*smoothstep(.005, .02, np.abs(V[:, 0]))*(self.sure*smoothstep(.5, .75, p.facing0))[p.twin]*(1 - self.covered)).astype(np.float32)       # no nostril's edge, no outline
         near = ndi.gaussian_filter(ndi.maximum_filter(hair.near, 2*int(.35*p.eyes_apart) + 1), .05*p.eyes_apart)      # sides are not quite alike
         self.mirror_seen *= 1 - smoothstep(.1, .5, sampled(near, self.mirror))                      # no shadow of the other side's hair
         seen *= np.maximum(smoothstep(*RIM, p.facing0), smoothstep(.5, .95, inner)).astype(np.float32)     # a slope's pixels in the matte's rim hold something of the background
