@@ -2281,6 +2281,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.unseen.Back.paint': ('unseen.html#back.paint', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen': ('unseen.html#unseen', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen.__init__': ('unseen.html#unseen.__init__', 'ophav_nb/unseen.py'),
+                                 'ophav_nb.unseen.Unseen._half_hidden': ('unseen.html#unseen._half_hidden', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen._in_ears': ('unseen.html#unseen._in_ears', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen._lips_within': ('unseen.html#unseen._lips_within', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen._lit_by_ground': ('unseen.html#unseen._lit_by_ground', 'ophav_nb/unseen.py'),

@@ -95,12 +95,12 @@ def fixed_columns(
     twin_seen,  # how well that is shown, [V]
     light,      # of the twin (sum of three colours); of teeth: from their biting edge, millimetres, [V]
     copied,     # how much of the twin's very colours is taken (hair, an ear), [V]
-    relit,      # light here relative to the twin's, [V]
+    relit,      # light here relative to the twin's, [V] or of each colour [V, 3]
     grain_at,   # its place in the grain that skin has where it is made up, pixels, [V, 2]
-) -> np.ndarray:  # float32 [V, 14]
+) -> np.ndarray:  # float32 [V, 16]
     "What `paint_mesh` is told of each vertex once and for all."
     column = lambda x: np.asarray(x)[:, None]
-    return np.concatenate([place, shut, column(seen), column(tooth), twin, column(twin_seen), column(light), column(copied), column(relit), grain_at], 1).astype(np.float32)
+    return np.concatenate([place, shut, column(seen), column(tooth), twin, column(twin_seen), column(light), column(copied), np.broadcast_to(np.asarray(relit).reshape(len(place), -1), (len(place), 3)), grain_at], 1).astype(np.float32)
 
 @kernel(inline=True)
 def _eye(eyes, whites, lashes, x, y, wide, lit, lash_x, lash_y):
@@ -143,7 +143,7 @@ def _strands_left(aslant, noise, x, y):
 def paint_mesh(
     face, bary, faces,             # as in `paint_sheet`
     kind,                          # of each triangle, int8 [F]
-    fixed,                         # of each vertex, what stays (see `fixed_columns`), [V, 14]
+    fixed,                         # of each vertex, what stays (see `fixed_columns`), [V, 16]
     moving,                        # of each vertex, what a frame decides: weight of lids, own colour (3), opacity (of an eye: of its whites, light, place under the lid (2)), [V, 5]; of a hull also how aslant it is (see `_strands_left`), [V, 6]
     skin, lids,                    # the portrait with lips shut, and with lids shut, too, [H, W, 3]
     eyes, whites, lashes,          # its eyes made whole, opened wide, and what lids and lashes leave of their light, [H, W, 3]
@@ -169,7 +169,7 @@ def paint_mesh(
             if kind[f] == OF_EYE: cr, cg, cb = _eye(eyes, whites, lashes, sx, sy, a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0], cr, cg, cb)
             else:
                 seen = a*fixed[p, 4] + b*fixed[q, 4] + c*fixed[r, 4]
-                gx, gy = a*fixed[p, 12] + b*fixed[q, 12] + c*fixed[r, 12], a*fixed[p, 13] + b*fixed[q, 13] + c*fixed[r, 13]
+                gx, gy = a*fixed[p, 14] + b*fixed[q, 14] + c*fixed[r, 14], a*fixed[p, 15] + b*fixed[q, 15] + c*fixed[r, 15]
                 twin = a*fixed[p, 8] + b*fixed[q, 8] + c*fixed[r, 8]
                 if kind[f] <= OF_SKIN and seen < 1:                    # a twin brings its own
                     light = 1 + (_look1(grain[0], gx, gy) - 1)*max(1 - twin, np.float32(0))
@@ -180,8 +180,9 @@ def paint_mesh(
                     light = a*fixed[p, 9] + b*fixed[q, 9] + c*fixed[r, 9]
                     light = 1 + twin*(min(max((kr + kg + kb)/max(light, np.float32(.05)), np.float32(.6)), np.float32(1.35)) - 1)
                     cr, cg, cb = cr*light, cg*light, cb*light
-                    light = a*fixed[p, 11] + b*fixed[q, 11] + c*fixed[r, 11]
-                    cr, cg, cb = cr + copied*(kr*light - cr), cg + copied*(kg*light - cg), cb + copied*(kb*light - cb)
+                    cr += copied*(kr*(a*fixed[p, 11] + b*fixed[q, 11] + c*fixed[r, 11]) - cr)
+                    cg += copied*(kg*(a*fixed[p, 12] + b*fixed[q, 12] + c*fixed[r, 12]) - cg)
+                    cb += copied*(kb*(a*fixed[p, 13] + b*fixed[q, 13] + c*fixed[r, 13]) - cb)
                 shut = a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0]
                 if kind[f] == OF_HULL and shut > 0:
                     seen, shut = _hairline(seen, shut, _look1(grain[1], np.float32(.6)*gx, np.float32(.25)*gy))       # drawn out downwards, as strands are
