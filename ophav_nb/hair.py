@@ -91,7 +91,7 @@ def _hanging_beside(self, alpha) -> np.ndarray:
     for side, here in (('left', right), ('right', ~right)):
         some, low = beside & here, beside & here & (self.height < -.3)
         rows = len(np.unique(np.floor(self.height[low]*20)))                       # of 20: no ear, no nape is as high
-        if rows < 12 or as_crown[low].mean() > .5 or p.turned_away(side) > .5: continue
+        if rows < 12 or as_crown[low].mean() > .35 or p.turned_away(side) > .5: continue
         away, width = unlikeness(self.logs, self.logs[some])
         more[here] = np.where(away < 9, np.clip(self.unlike[0] + self.unlike[1] - away - width, -9, 9) + 3*~head, -9)[here]
     return more
