@@ -180,9 +180,8 @@ def paint_mesh(
                     light = a*fixed[p, 9] + b*fixed[q, 9] + c*fixed[r, 9]
                     light = 1 + twin*(min(max((kr + kg + kb)/max(light, np.float32(.05)), np.float32(.6)), np.float32(1.35)) - 1)
                     cr, cg, cb = cr*light, cg*light, cb*light
-                    cr += copied*(kr*(a*fixed[p, 11] + b*fixed[q, 11] + c*fixed[r, 11]) - cr)
-                    cg += copied*(kg*(a*fixed[p, 12] + b*fixed[q, 12] + c*fixed[r, 12]) - cg)
-                    cb += copied*(kb*(a*fixed[p, 13] + b*fixed[q, 13] + c*fixed[r, 13]) - cb)
+                    kr, kg, kb = kr*(a*fixed[p, 11] + b*fixed[q, 11] + c*fixed[r, 11]), kg*(a*fixed[p, 12] + b*fixed[q, 12] + c*fixed[r, 12]), kb*(a*fixed[p, 13] + b*fixed[q, 13] + c*fixed[r, 13])
+                    cr, cg, cb = cr + copied*(kr - cr), cg + copied*(kg - cg), cb + copied*(kb - cb)
                 shut = a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0]
                 if kind[f] == OF_HULL and shut > 0:
                     seen, shut = _hairline(seen, shut, _look1(grain[1], np.float32(.6)*gx, np.float32(.25)*gy))       # drawn out downwards, as strands are
