@@ -195,6 +195,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.avatar.Trainer.report': ('avatar.html#trainer.report', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.Trainer.resume': ('avatar.html#trainer.resume', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.Trainer.run': ('avatar.html#trainer.run', 'ophav_nb/avatar.py'),
+                                 'ophav_nb.avatar.Trainer.told': ('avatar.html#trainer.told', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.Trainer.trained': ('avatar.html#trainer.trained', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar._avatar_of': ('avatar.html#_avatar_of', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar._look_up': ('avatar.html#_look_up', 'ophav_nb/avatar.py'),

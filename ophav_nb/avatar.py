@@ -73,6 +73,7 @@ class AvatarConfig:
     patch: float = 0.             # weight of the differences between neighbouring pixels, on patches that half of the rays then form
     pose_rate: float = 0.         # learning rate of each training frame's own camera (radians, metres); 0: as tracked
     told_rate: float = 0.         # learning rate of what each training frame is told of its expression, beside the tracked; 0: as tracked
+    told_noise: float = 1.        # noise on what a step's frames are told, in standard deviations over the film: expressions that no frame shows are then like those nearby
     code_rate: float = 1e-2       # learning rate of each training frame's appearance code, where the field takes one
     occupancy: int = 0            # cells along an axis of a grid that skips empty space in training (INSTA: 128); 0: the band alone bounds it
     fill: bool = True             # what that grid saves goes into more rays: a step asks the field about `rays` x `samples` points, about, whatever is skipped
@@ -303,6 +304,7 @@ class Batch:
         self.patches = np.array(patches, np.int64).reshape(-1, PATCH**2)   # rays of each patch; they share a background
         background[self.patches] = background[self.patches[:, :1]]
         self.truth = self._truth(pool, np.concatenate([p[2] for p in parts]), background)
+        self.stray = np.repeat(c.told_noise*rng.standard_normal((len(parts), c.field.condition_size), np.float32), each, 0)   # a frame's rays are told the same
 
     @property
     def rays(self) -> tuple:
@@ -439,7 +441,8 @@ class Trainer:
         self.config = replace(avatar.config, samples=samples or avatar.config.samples)
         self.folder = None if folder is None else Path(folder)
         self.pool = FramePool(data, avatar.deformer, avatar.widths, self.config, avatar.outer, avatar.lids, seed, None if avatar.device.type == 'cpu' else avatar.device, self.steps)
-        self.condition = torch.from_numpy(avatar.clamped(data.condition)).to(avatar.device)
+        self.condition = avatar.clamped(data.condition)
+        self.spread = self.condition[data.train].std(0)
         c, field = self.config, avatar.field
         self.rates = [c.table_rate*lr_scale, c.network_rate*lr_scale]
         self.own = Corrections(np.flatnonzero(data.train), len(data), c).to(avatar.device)
@@ -477,22 +480,25 @@ class Trainer:
         c = self.config
         return Batch(self.pool, step, self.seed, c.mouth_weight if step >= c.mouth_start*self.steps else 1., self.rays)
 
+    def told(self, batch: Batch) -> np.ndarray:
+        "What each ray's frame is told, [R, C]: its expression, not quite (`told_noise`)."
+        return self.condition[batch.frame] + self.spread*batch.stray
+
     def arrays(self, batch: Batch) -> tuple:
         "A batch as `loss_of` takes it."
-        return batch.frame, batch.slot, batch.o, batch.d, *along(batch.d, batch.limits, batch.jitter), *batch.truth
+        return batch.frame, self.told(batch), batch.slot, batch.o, batch.d, *along(batch.d, batch.limits, batch.jitter), *batch.truth
 
-    def loss_of(self, frame, slot, o, d, depth, length, *truth, patches=None) -> tuple:
+    def loss_of(self, frame, told, slot, o, d, depth, length, *truth, patches=None) -> tuple:
         "Loss and squared error of a batch's arrays."
-        told, frame = self.condition[frame.long()], frame.long()
-        code, pose, more = (self.own.of(k, frame) for k in ('code', 'pose', 'told'))
+        code, pose, more = (self.own.of(k, frame.long()) for k in ('code', 'pose', 'told'))
         told = told if more is None else told + more
         rendered, t = shade_samples(self.avatar.field, self.avatar.deformer, self.pool.poses, slot, o, d, depth, length, told, code, pose, self.occupancy)
         return losses(rendered, t, Truth(*truth), self.config, patches)
 
     def by_torch(self, batch: Batch) -> tuple:
         "The same as `gradients` in torch operations; what comes back are tensors on the field's device."
-        frame, *others = self.arrays(batch)
-        loss, square = self.loss_of(torch.from_numpy(frame).to(self.avatar.device), *others, patches=batch.patches)
+        frame, told, *others = self.arrays(batch)
+        loss, square = self.loss_of(*(torch.from_numpy(a).to(self.avatar.device) for a in (frame, told)), *others, patches=batch.patches)
         self.scaler.scale(loss).backward()
         return loss.detach(), square
 
@@ -521,7 +527,7 @@ class Trainer:
 
     def gradients(self, batch: Batch) -> tuple:
         "Loss and mean squared error of a batch, and the parameters' gradients, which were none before. Where these are not finite, neither is the loss."
-        if self.one_pass is not None: return self.one_pass(self.pool.poses, *batch.rays, self.condition[torch.from_numpy(batch.frame).long()].numpy(), batch.truth)
+        if self.one_pass is not None: return self.one_pass(self.pool.poses, *batch.rays, self.told(batch), batch.truth)
         whole = len(batch.slot) == max(1, self.config.rays//self.config.frames)*self.config.frames    # frames without a head give no rays
         loss, square = (self.replayed if self.records and whole else self.by_torch)(batch)
         if not self.scaler.is_enabled():     # which looks itself, and leaves such a step out

@@ -284,7 +284,7 @@ def test_gradients_that_are_no_numbers_are_left_out(head, film, backend, caplog)
     "A step whose loss is finite, but not its gradients, reaches neither the weights nor their average."
     avatar = Avatar.create(head, film.shape, replace(SMALL, field=replace(SMALL.field, backend=backend, precision='float32')))
     trainer = Trainer(avatar, film, 9, None, None, 0, 1., 1e9, 10**9)
-    trainer.condition = torch.from_numpy(film.condition)
+    trainer.condition = film.condition
     for trainer.step in range(3): trainer.one()
     average, batch = [p.clone() for p in avatar.shown.parameters()], trainer.batch(3)
     weights = [p.clone() for p in avatar.field.parameters()]
@@ -300,6 +300,22 @@ def test_gradients_that_are_no_numbers_are_left_out(head, film, backend, caplog)
     assert np.isfinite(trainer.one())
     avatar.shown.density_network[0].weight[0, 0] = torch.nan
     with pytest.raises(RuntimeError, match='averaged weights'): trainer.recover()
+
+
+def test_frames_are_told_their_expression_with_noise(head, film):
+    "All rays of a frame the same, another in each step, the same again when a training is resumed; as much as the film's expressions differ."
+    def trainer(noise): return Trainer(Avatar.create(head, film.shape, replace(SMALL, told_noise=noise)), film, 9, None, None, 0, 1., 1e9, 10**9)
+    plain, noisy = trainer(0.), trainer(.5)
+    a, b = plain.batch(3), noisy.batch(3)
+    assert np.array_equal(a.jitter, b.jitter) and np.array_equal(a.frame, b.frame)      # all else is drawn as without
+    assert np.array_equal(plain.told(a), plain.condition[a.frame])
+    away = noisy.told(b) - noisy.condition[b.frame]
+    assert np.array_equal(noisy.told(b), trainer(.5).told(noisy.batch(3))) and not np.array_equal(away, noisy.told(c := noisy.batch(4)) - noisy.condition[c.frame])
+    each = len(b.frame)//SMALL.frames
+    assert all(np.ptp(away[k:k + each], 0).max() < 1e-6 for k in range(0, len(away), each))
+    many = np.concatenate([(noisy.told(c) - noisy.condition[c.frame])[::each] for c in map(noisy.batch, range(40))])
+    moved = noisy.spread > 1e-3
+    assert np.allclose(many.std(0)[moved]/noisy.spread[moved], .5, rtol=.3) and np.abs(many[:, ~moved]).max(initial=0) < 1e-2
 
 
 def test_errors(head, film, trained, tmp_path):
