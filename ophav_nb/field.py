@@ -40,7 +40,7 @@ class FieldConfig:
     width: int = 64             # of the hidden layers
     outputs: int = 16           # of the density network: the density's logarithm, then features
     degree: int = 3             # bands of spherical harmonics; 0: colour does not depend on the direction
-    condition: Literal['mouth', 'everywhere', 'none'] = 'everywhere'  # where the field is told the mouth's shape
+    condition: Literal['mouth', 'everywhere', 'none'] = 'everywhere'  # where the field is told of mouth and lids
     condition_size: int = 16    # numbers: as many as `HeadModel.condition` gives
     condition_rest: float = 0.  # what samples away from the mouth are told instead (INSTA: ones)
     appearance: int = 0         # numbers a training frame may use to explain its own light; 0: none

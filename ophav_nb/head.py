@@ -257,8 +257,8 @@ def landmarks(self,
 def condition(self,
     expression,        # [T, E]
     joints=None,       # [T, 5, 3]; of them only the jaw
-) -> torch.Tensor:     # [T, 16], about unit variance while someone talks, 0 at rest
-    "What a field is told about a frame: a fixed projection of mouth shapes and jaw."
+) -> torch.Tensor:     # [T, 16], about unit variance while someone talks and blinks, 0 at rest
+    "What a field is told about a frame: a fixed projection of mouth shapes, jaw and lids."
     expression = _tensor(expression, self.device).reshape(-1, self.n_expression)
     if joints is None: return expression @ self.condition_matrix[:, :self.n_expression].T
     jaw = _tensor(joints, self.device).reshape(-1, len(JOINTS), 3)[:, 2]

@@ -175,11 +175,19 @@ def test_gaze_moves_the_pupil(head):
 
 def test_condition(head):
     e = head.expression
-    codes = head.condition(torch.stack([e(), e(eyeBlink=1, browInnerUp=1, eyeWide=1), e(jawOpen=.4), e(mouthSmile=.4)]))
+    codes = head.condition(torch.stack([e(), e(browInnerUp=1, eyeWide=1), e(jawOpen=.4), e(mouthSmile=.4)]))
     assert codes.shape == (4, 16) and codes[:2].abs().max() == 0 and (codes[2:].abs().amax(1) > .5).all() and codes.abs().max() < 6
     joints = np.zeros((1, 5, 3), np.float32)
     joints[0, 2, 0] = .4*np.radians(20.5)
     assert torch.allclose(head.condition(np.zeros((1, 52)), joints)[0], codes[2], atol=.05)
+
+
+def test_lids_are_told(head):
+    e = head.expression
+    left, right, half, talk = head.condition(torch.stack([e(eyeBlinkLeft=1), e(eyeBlinkRight=1), e(eyeBlinkLeft=.5), e(jawOpen=.4, mouthSmile=.4, mouthPucker=.3)]))
+    assert head.condition_matrix.shape == (16, head.n_expression + 3)
+    assert left.nonzero().tolist() == [[14]] and right.nonzero().tolist() == [[15]] and torch.equal(2*half, left)  # each lid has a number of its own,
+    assert left[14] == right[15] and 1 < left[14] < 6 and not talk[14:].any()                                       # of the others' size, and no mouth moves it
 
 
 def test_errors(head, tmp_path):
