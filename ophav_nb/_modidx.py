@@ -207,6 +207,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.avatar._setting': ('avatar.html#_setting', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.compile_ahead': ('avatar.html#compile_ahead', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.compile_kernels': ('avatar.html#compile_kernels', 'ophav_nb/avatar.py'),
+                                 'ophav_nb.avatar.lids_told': ('avatar.html#lids_told', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.load_avatar': ('avatar.html#load_avatar', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.losses': ('avatar.html#losses', 'ophav_nb/avatar.py'),
                                  'ophav_nb.avatar.memory_mb': ('avatar.html#memory_mb', 'ophav_nb/avatar.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'ANIMATED', 'PATCH', 'MORE', 'AvatarConfig', 'read_recipe', 'toy_film', 'person_arrays', 'person_head',
-           'FramePool', 'Batch', 'patch_loss', 'losses', 'Avatar', 'Corrections', 'status_mb', 'memory_mb', 'Trainer',
-           'pick_backend', 'read_about', 'load_avatar', 'compile_kernels', 'compile_ahead']
+           'FramePool', 'Batch', 'patch_loss', 'losses', 'Avatar', 'Corrections', 'status_mb', 'memory_mb', 'lids_told',
+           'Trainer', 'pick_backend', 'read_about', 'load_avatar', 'compile_kernels', 'compile_ahead']
 
 # %% ../nbs/14_avatar.ipynb #c003
 import copy
@@ -41,7 +41,7 @@ from .training import AveragedAdam, OnePass, Truth, one_pass_serves
 
 # %% ../nbs/14_avatar.ipynb #c005
 logger = logging.getLogger(__name__)
-ANIMATED = dict(mouth_weight=4.)   # what training does otherwise on an animator's film: mouths +.5 to +1.3 dB, skin -.1 to -.25 (measured; on real films nothing gained, lids lost)
+ANIMATED = dict(mouth_weight=4., told_noise=1.)   # what training does otherwise on an animator's film. Mouths +.5 to +1.3 dB, skin -.1 to -.25 (measured; on real films nothing gained, lids lost); motions that it was not trained on +.1 to +1.4 dB, its own -.1 (on real films, whose looks do follow expressions, -.5)
 
 # %% ../nbs/14_avatar.ipynb #c008
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class AvatarConfig:
     patch: float = 0.             # weight of the differences between neighbouring pixels, on patches that half of the rays then form
     pose_rate: float = 0.         # learning rate of each training frame's own camera (radians, metres); 0: as tracked
     told_rate: float = 0.         # learning rate of what each training frame is told of its expression, beside the tracked; 0: as tracked
-    told_noise: float = 1.        # noise on what a step's frames are told, in standard deviations over the film: expressions that no frame shows are then like those nearby
+    told_noise: float = .2        # noise on what a step's frames are told of mouths, in standard deviations over the film: shapes that no frame shows are then like those nearby (on an animator's film: `ANIMATED`)
     code_rate: float = 1e-2       # learning rate of each training frame's appearance code, where the field takes one
     occupancy: int = 0            # cells along an axis of a grid that skips empty space in training (INSTA: 128); 0: the band alone bounds it
     fill: bool = True             # what that grid saves goes into more rays: a step asks the field about `rays` x `samples` points, about, whatever is skipped
@@ -434,6 +434,14 @@ def memory_mb(device='cpu') -> float:
 
 MORE = 4   # times the configured rays that a step takes at most: all their samples go through the march, wanted or not
 
+def lids_told(
+    head: HeadModel,
+) -> np.ndarray:      # bool [16]
+    "Which of the numbers that a field is told (`HeadModel.condition`) are the lids'."
+    lids = [i for i, n in enumerate(head.expression_names) if n.startswith('eyeBlink')]
+    return (head.condition_matrix[:, lids] != 0).any(1).cpu().numpy()
+
+
 class Trainer:
     "One call of `Avatar.fit`: optimiser, average, checkpoints, log."
     def __init__(self, avatar: Avatar, data: HeadDataset, steps: int, folder, log, seed: int, lr_scale: float, every: float, log_every: int, samples: int = None):
@@ -442,7 +450,7 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.pool = FramePool(data, avatar.deformer, avatar.widths, self.config, avatar.outer, avatar.lids, seed, None if avatar.device.type == 'cpu' else avatar.device, self.steps)
         self.condition = avatar.clamped(data.condition)
-        self.spread = self.condition[data.train].std(0)
+        self.spread = self.condition[data.train].std(0)*~lids_told(avatar.head)
         c, field = self.config, avatar.field
         self.rates = [c.table_rate*lr_scale, c.network_rate*lr_scale]
         self.own = Corrections(np.flatnonzero(data.train), len(data), c).to(avatar.device)

@@ -11,7 +11,7 @@ import torch
 
 import ophav_nb  # noqa: F401
 import ophav_nb.avatar as avatar_module
-from ophav_nb.avatar import Avatar, AvatarConfig, Batch, FramePool, Trainer, toy_film
+from ophav_nb.avatar import Avatar, AvatarConfig, Batch, FramePool, Trainer, lids_told, toy_film
 from ophav_nb.dataset import UNKNOWN, HeadDataset
 from ophav_nb.field import field_config
 from ophav_nb.geometry import facing_camera
@@ -314,7 +314,8 @@ def test_frames_are_told_their_expression_with_noise(head, film):
     each = len(b.frame)//SMALL.frames
     assert all(np.ptp(away[k:k + each], 0).max() < 1e-6 for k in range(0, len(away), each))
     many = np.concatenate([(noisy.told(c) - noisy.condition[c.frame])[::each] for c in map(noisy.batch, range(40))])
-    moved = noisy.spread > 1e-3
+    moved, lids = noisy.spread > 1e-3, lids_told(head)
+    assert lids.sum() == 2 and not away[:, lids].any()                                   # lids are told as they are: half shut is not nearly open
     assert np.allclose(many.std(0)[moved]/noisy.spread[moved], .5, rtol=.3) and np.abs(many[:, ~moved]).max(initial=0) < 1e-2
 
 
