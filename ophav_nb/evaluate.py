@@ -117,7 +117,7 @@ def add_clip(
 
 def add_photometric(
     run: Run,
-    film: SimpleNamespace,
+    film: SimpleNamespace,  # as of `add_clip`
     head: HeadModel,
 ) -> SimpleNamespace:       # the same film, with its faces fitted to the picture
     "Artifact `photometric`: the film's track, refined for a field that is trained on the film itself."

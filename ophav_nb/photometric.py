@@ -70,7 +70,7 @@ class _Skin:
         self.at = skin_points(track, head, track.first, size, most)
         self.person = LandmarkModel(head, self.fit.model.n_shape, track.shape, self.at).person(self.fit.shape)
         self.frames = [slice(k, k + CHUNK) for k in range(0, len(track), CHUNK)]
-        self.faces = self._facing(track, head)
+        self.facing = self._facing(track, head)
 
     def _facing(self, track: Track, head: HeadModel) -> Tensor:
         "How much each point counts in each frame for being turned to the camera, [T,N]."
@@ -95,7 +95,7 @@ class _Skin:
         inside = torch.stack([p[..., 1] for p in corner]).amin(0)*((place >= 0) & (place < size - 1)).all(-1)
         p00, p01, p10, p11 = (p[..., 0] for p in corner)
         top, bottom = p00 + (p01 - p00)*fx, p10 + (p11 - p10)*fx
-        value, counts = top + (bottom - top)*fy, inside*self.faces[some]
+        value, counts = top + (bottom - top)*fy, inside*self.facing[some]
         if not derivatives: return value, counts
         slope = torch.stack([(p01 - p00)*(1 - fy) + (p11 - p10)*fy, bottom - top], -1)
         along = (slope[..., None, :] @ (_pixel_rate(Y, fit.logf.exp()*self.scale) @ fit.R[some, None]))[..., 0, :]
@@ -136,10 +136,9 @@ def photometric_refit(
     "Expression, jaw and eyes of a film's frames, refined until each point of the skin looks the same in all of them (Face2Face, section 4, with the film's own mean as albedo). A film in which this makes nothing better keeps its track."
     with torch.no_grad():
         skin = _Skin(track, head, frames, matte, min(size, frames.shape[1]), points, weight)
-        fit, before = skin.fit, None
+        fit, before = skin.fit, skin.settle()
         fit.target = fit.project(fit.model.person(fit.shape).points(fit.z, False), fit.R, fit.tau)[0]      # where the landmarks' fit has the face
         for _ in progress(range(passes), desc="photometric"):
-            before = skin.settle() if before is None else before
             _fit_frames(fit, steps, pose=False, smooth=True, beside=skin)
             after = skin.settle()
     if not after < before:

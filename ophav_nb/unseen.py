@@ -56,7 +56,8 @@ class Unseen:
         seen *= np.maximum(smoothstep(*RIM, p.facing0), smoothstep(.5, .95, inner)).astype(np.float32)     # a slope's pixels in the matte's rim hold something of the background
         seen *= 1 - self._lit_by_ground()
         self.twin_light = p.over_skin(colour, w)[p.twin].sum(1)
-        self.relit = np.clip(self.own.mean(1)/np.maximum(self.own.mean(1)[p.twin], .02), .5, 1.8)
+        light = self.own.mean(1)
+        self.relit = np.clip(light/np.maximum(light[p.twin], .02), .5, 1.8)
         self.mirror_seen *= 1 - smoothstep(1.2, 1.6, self.relit)                    # what lies in shadow there shows its noise, made as light as here
         self.copied, self.relit = self._half_hidden(w)
         seen[p.eye_vertices] = 1
