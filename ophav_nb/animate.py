@@ -101,8 +101,7 @@ def _render(self, V, A, jaw: float, size: int, layers: int = 4) -> np.ndarray:
     mesh = rasterize(camera.project(V) - offset, p.faces, h, w)
     if layers > 2: paint_mesh(mesh.face, mesh.bary, p.faces, p.kind, self.fixed, self._moving(V, N, camera, shown), self.skin, eyes.lids, eyes.eyes, eyes.whites, eyes.lashes, self.clothes.alpha, self.unseen.grain, fine)
     if layers > 3:
-        self.mouth.paint_teeth(V, camera, offset, mesh, fine)
-        self.mouth.meet_lips(V, camera, offset, mesh, fine)
+        self.mouth.paint(V, camera, offset, mesh, fine)
     shrink(fine, s, int(lo[0]), int(lo[1]), p.cut(p.camera.resized(size, size).moved(A), jaw), out)
     return out
 

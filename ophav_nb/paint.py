@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OF_HULL', 'OF_SKIN', 'OF_EYE', 'OF_MOUTH', 'OF_TEETH', 'stretched', 'paint_sheet', 'fixed_columns', 'paint_mesh',
-           'paint_own_teeth', 'close_slits', 'shrink']
+           'paint_own_teeth', 'close_slits', 'soften', 'shrink']
 
 # %% ../nbs/07c_paint.ipynb #c003
 import numpy as np
@@ -114,11 +114,13 @@ def _eye(eyes, whites, lashes, x, y, wide, lit, lash_x, lash_y):
 
 @kernel(inline=True)
 def _tooth(number, up):
-    "Light on round teeth: gaps between them, wider towards a biting edge (`up`: millimetres from it) that is thin."
+    "Light on round, wet teeth: gaps between them, wider towards a biting edge (`up`: millimetres from it) that is thin; a highlight on those in front."
     u = np.abs(number - np.round(number))
     edge = np.exp(-up*np.float32(.8))
-    side, gap = np.float32(1) - 2*u, u*np.float32(11)*(np.float32(1) - np.float32(.55)*edge)
-    return (np.float32(1) - (np.float32(.13) + np.float32(.15)*edge)*np.exp(-gap*gap))*(np.float32(1) - np.float32(.10)*side*side)*(np.float32(1) - np.float32(.13)*edge)
+    side, gap = np.float32(1) - 2*u, u*np.float32(10)*(np.float32(1) - np.float32(.55)*edge)
+    middle, high, front = np.float32(2.2)*side, np.float32(.4)*up - np.float32(1.8), np.float32(.4)*number
+    wet = np.float32(.09)*np.exp(-middle*middle - high*high - front*front)
+    return (np.float32(1) - (np.float32(.14) + np.float32(.3)*edge)*np.exp(-gap*gap))*(np.float32(1) - np.float32(.08)*side*side)*(np.float32(1) - np.float32(.13)*edge)*(np.float32(1) + wet)
 
 @kernel(inline=True)
 def _hairline(seen, hairy, noise):
@@ -277,6 +279,29 @@ def close_slits(
             for c in range(3):
                 lip = np.float32(.5)*(out[first-1, x, c] + out[y, x, c])*np.float32(.68)
                 for i in range(first, y): out[i, x, c] += t*(lip - out[i, x, c])
+
+@kernel
+def soften(
+    picture,  # premultiplied RGBA, changed in place, [h, w, 4]
+    weights,  # of a symmetric filter, the middle one first, [R+1]
+    share,    # of the softened picture at each pixel, 0..1, [h, w]
+):
+    "What is drawn with a ruler is softened as a lens does."
+    h, w = share.shape
+    rows = np.empty_like(picture)
+    for y in range(h):
+        for x in range(w):
+            for c in range(4):
+                v = weights[0]*picture[y, x, c]
+                for k in range(1, len(weights)): v += weights[k]*(picture[y, max(x - k, 0), c] + picture[y, min(x + k, w - 1), c])
+                rows[y, x, c] = v
+    for y in range(h):
+        for x in range(w):
+            if share[y, x] <= 0: continue
+            for c in range(4):
+                v = weights[0]*rows[y, x, c]
+                for k in range(1, len(weights)): v += weights[k]*(rows[max(y - k, 0), x, c] + rows[min(y + k, h - 1), x, c])
+                picture[y, x, c] += share[y, x]*(v - picture[y, x, c])
 
 # %% ../nbs/07c_paint.ipynb #c016
 @kernel(parallel=True)

@@ -17,7 +17,7 @@ from ophav_nb.layers import EYES, NeckCut, bleed, draw_curve, head_alpha, inflat
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import resize
-from ophav_nb.mouth import Mouth
+from ophav_nb.mouth import Mouth, edge_blur
 from ophav_nb.paint import OF_HULL, OF_SKIN, fixed_columns, paint_mesh, paint_sheet
 from ophav_nb.portrayed import Portrayed, facing
 from ophav_nb.run import InputError
@@ -250,6 +250,25 @@ def test_mouth_opens_dark_and_closes(animator, portrait, head):
     closed = animator.frame(*state(track, head))
     L = track.landmarks[0]
     assert np.abs(closed[int(L[13, 1]), int(L[13, 0]), :3] - f[int(y), int(x), :3]).mean() > .05
+
+
+def test_made_up_insides_of_a_mouth_are_as_soft_as_the_portrait(animator, portrait, head):
+    _, track, _ = portrait
+    mouth, (e, j, t) = animator.mouth, state(track, head, jaw=16)
+    kept, frames = mouth.blur, []
+    for mouth.blur in (.5, 3.):
+        frames.append(animator.frame(e, j, t)[..., :3])
+    mouth.blur = kept
+    V, A, _ = animator.state
+    q = animator.portrayed.camera.moved(A).project(animator.portrayed.points(V, INNER_LIPS))[:, :2]
+    inside = polygon_mask(q, *frames[0].shape[:2]) > .5
+    sharp, soft = (np.abs(np.gradient(f.mean(-1))).max(0) for f in frames)
+    assert soft[inside].max() < .8*sharp[inside].max()                                   # no stickers
+    far = ndi.distance_transform_edt(~inside) > 20
+    assert (frames[0][far] == frames[1][far]).all()
+    image = animator.portrayed.image
+    assert edge_blur(ndi.gaussian_filter(image, (2, 2, 0)), np.ones(image.shape[:2], bool)) > 1.5*edge_blur(image, np.ones(image.shape[:2], bool))
+    assert edge_blur(np.zeros((8, 8, 3)), np.zeros((8, 8), bool)) == 1                   # nothing is known
 
 
 def open_mouth(portrait, head, moved=0.):
