@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'CURVES', 'MEASURES', 'SPANS', 'STYLE', 'LESSONS', 'MEANINGS', 'RunView', 'rgb', 'overlay', 'dots', 'posed',
-           'png', 'jpeg', 'Panel', 'example_run', 'inspect_coarse', 'inspect_fit', 'Curves', 'joined', 'draw_curves',
-           'training_curves', 'rounds_strip', 'inspect_drift', 'draw_measures', 'drift_picture', 'draw_views',
-           'inspect_run', 'write_report']
+           'png', 'jpeg', 'Panel', 'example_run', 'inspect_coarse', 'inspect_fit', 'Curves', 'round_ends', 'joined',
+           'draw_curves', 'training_curves', 'rounds_strip', 'inspect_drift', 'draw_measures', 'drift_picture',
+           'draw_views', 'inspect_run', 'write_report']
 
 # %% ../nbs/18_inspect.ipynb #c004
 import base64
@@ -14,6 +14,8 @@ import html
 import io
 import json
 import logging
+import shlex
+import textwrap
 import time
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from .geometry import axis_angle_to_matrix, interpolate, matrix_to_axis_angle, rasterize, vertex_normals
 from .flame import load_head
@@ -198,12 +200,21 @@ def _note(text): return Panel([widgets.HTML(f'<em>{html.escape(text)}</em>')], l
 def _picture(width=None):
     return widgets.Image(format='jpeg', layout=widgets.Layout(max_width='100%', width=f'{width}px' if width else None, min_width='480px', object_fit='contain', align_self='flex-start'))   # neither stretched over the page nor a stamp
 
+def _said(text, letters=70):
+    "A line of text as a picture."
+    lines = textwrap.wrap(text, letters)
+    page = Image.new('RGB', (8*letters, 20*len(lines) + 12), 'white')
+    ImageDraw.Draw(page).multiline_text((6, 6), '\n'.join(lines), fill='black', font=ImageFont.load_default(14))
+    return np.asarray(page)
+
 def _slider(count, description='frame'):
     return widgets.IntSlider(0, 0, max(count - 1, 0), description=description, continuous_update=True, layout=widgets.Layout(width='480px'))
 
 def _live(slider_widgets, image, draw):
-    "Redraw when a control changes; errors are shown, not lost in the kernel's log."
-    def update(_=None): image.value = jpeg(draw())
+    "Redraw when a control changes; what is wrong with a file is said in the picture's place, not lost in the kernel's log."
+    def update(_=None):
+        try: image.value = jpeg(draw())
+        except InputError as error: image.value = jpeg(_said(str(error)))
     for w in slider_widgets: w.observe(update, 'value')
     update()
 
@@ -311,6 +322,7 @@ def inspect_coarse(
             motion, shape, camera = view.film
             shown = overlay(shown, posed(view.head, motion, shape, min(i, len(motion) - 1)), camera, view.head, opacity.value)
         return strip([portrait, rgb(shown)]) if portrait is not None else rgb(shown)
+    opacity.observe(lambda _: setattr(mesh, 'value', True), 'value')   # whoever moves it wants to see the mesh
     _live([frame, mesh, opacity], image, draw)
     def still():
         some = np.linspace(0, len(paths) - 1, min(4, len(paths))).round().astype(int)
@@ -403,8 +415,16 @@ class Curves(Panel):
         self._last = time.monotonic()
         with self.figure.batch_update():
             for trace, name in zip(self.figure.data, CURVES): trace.x, trace.y = joined(self.rows, name)
+            self.figure.layout.shapes = [dict(type='line', xref=t.xaxis, yref=f'{t.yaxis} domain', x0=at, x1=at, y0=0, y1=1, line=dict(color='#999', width=1, dash='dash'))
+                                         for t in self.figure.data for at in round_ends(self.rows)]
         rows = [r for k in sorted(self.rows) for r in self.rows[k]]
-        if rows: self.text.value = ', '.join(f'{k} {v:,.4g}' for k, v in rows[-1].items() if isinstance(v, (int, float)))
+        if rows: self.text.value = ', '.join(f'{CURVES.get(k, [k])[0]} {v:{",.0f" if v >= 1000 else ".4g"}}' for k, v in rows[-1].items() if isinstance(v, (int, float)))
+
+def round_ends(
+    rows: dict,   # round -> rows
+) -> list[int]:
+    "The steps at which a round ends and another begins, counted from the first one's."
+    return np.cumsum([max((r['step'] for r in rows[k]), default=0) for k in sorted(rows)])[:-1].tolist()
 
 def joined(
     rows: dict,   # round -> rows
@@ -433,7 +453,7 @@ def draw_curves(
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=.3)
-        for at in np.cumsum([max((r['step'] for r in rows[k]), default=0) for k in sorted(rows)])[:-1]: axis.axvline(at, color='.6', lw=.8, ls='--')
+        for at in round_ends(rows): axis.axvline(at, color='.6', lw=.8, ls='--')
     return _drawn(figure)
 
 def _drawn(figure) -> np.ndarray:
@@ -495,7 +515,7 @@ def inspect_drift(
         parts += [frame, image]
     restored = [k for k in view.rounds if view.frames('rounds', k, 'renders') and view.frames('rounds', k, 'restored')]
     if restored: parts += _before_after(view, restored)
-    if view.metrics(): parts.append(_measures_figure(view.metrics()))
+    if view.metrics(): parts.append(_measures_figure(view.metrics(), view.choice.get('chosen')))
     parts.append(widgets.HTML(_reason(view)))
     if not checks and not view.metrics(): return _note('No round is finished yet.')
     return Panel(parts, lambda: drift_picture(view))
@@ -515,12 +535,14 @@ def _before_after(view, rounds):
     _live([which, border, frame], image, draw)
     return [widgets.HTML('<b>render · half of each · restored</b>'), widgets.HBox([which, frame, border]), image]
 
-def _measures_figure(metrics):
+def _measures_figure(metrics, chosen=None):
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
     names = [m for m in MEASURES if any(row.get(m) is not None for row in metrics.values())]
     figure = go.FigureWidget(make_subplots(rows=1, cols=max(1, len(names)), subplot_titles=[MEASURES[m] for m in names]))
     for n, m in enumerate(names): figure.add_scatter(x=list(metrics), y=[row.get(m) for row in metrics.values()], mode='lines+markers', showlegend=False, row=1, col=n + 1)
+    for n, m in enumerate(names):
+        if metrics.get(chosen, {}).get(m) is not None: figure.add_scatter(x=[chosen], y=[metrics[chosen][m]], mode='markers', marker=dict(symbol='circle-open', size=14, color='crimson'), hoverinfo='skip', showlegend=False, row=1, col=n + 1)
     figure.update_xaxes(title='round', dtick=1)
     for n, m in enumerate(names): figure.update_yaxes(range=_limits(m, [row[m] for row in metrics.values() if row.get(m) is not None]), row=1, col=n + 1)
     figure.update_layout(height=240, width=min(860, 190*max(1, len(names)) + 60), margin=dict(l=40, r=10, t=30, b=40), template='plotly_white')
@@ -599,7 +621,7 @@ def inspect_run(
 
 # %% ../nbs/18_inspect.ipynb #c032
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:920px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}img,video{max-width:100%}
+h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}img,video{max-width:100%}video{min-width:min(100%,480px)}
 table{border-collapse:collapse;font-size:13px}td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #eee}
 td:first-child,th:first-child{text-align:left}.notice{background:#fff4d6;border-left:4px solid #e0a800;padding:.6em 1em}
 td:first-child{white-space:nowrap}tr.chosen{background:#eaf6ea;font-weight:600}figure{margin:1em 0}figcaption{font-size:13px;color:#555}
@@ -682,7 +704,7 @@ def write_report(
                 ('Drift', 'drift', _img(draw_measures(metrics, choice.get('chosen')), 'measures over the rounds; red: the chosen one', 'png', wide=True)
                  + (f'<p>{_reason(view)}</p>' if choice else '') + (_table(metrics, choice.get('chosen')) if metrics else '')),
                 ('Views', 'views', _views_section(view)),
-                ('Training', 'training', _img(draw_curves({k: view.log(k) for k in view.rounds}), 'all rounds, one after the other', 'png', wide=True))]
+                ('Training', 'training', _img(draw_curves({k: view.log(k) for k in view.rounds}), 'over the steps of all rounds, one after the other', 'png', wide=True))]
     body = ''.join(f'<h2>{title}</h2><p>{html.escape(LESSONS[name])}</p>{content}' for title, name, content in sections if content) + _next_section(view)
     details = html.escape(json.dumps(_public(info), indent=1, ensure_ascii=False))
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -695,10 +717,13 @@ def write_report(
 def _next_section(view):
     "What one can do with a finished run, as commands."
     if not view.path('avatar', 'avatar.safetensors').is_file(): return ''
-    name = html.escape(view.folder.absolute().name)
-    return (f'<h2>What next</h2><p>Seen from the folder that holds <code>{name}</code>:</p><pre>ophav animate {name} --motion talk --yaw 15 --out side.mp4    # another motion or view\n'
-            f'ophav animate {name} --motion FILM --out driven.mp4            # another person’s film drives it\n'
-            f'ophav inspect {name}                                           # every stage, with sliders, in JupyterLab</pre>')
+    name = view.folder.absolute().name
+    commands = [(f'animate {shlex.quote(name)} --motion talk --yaw 15 --out side.mp4', 'another motion or view'),
+                (f'animate {shlex.quote(name)} --motion FILM --out driven.mp4', 'another person’s film drives it'),
+                (f'inspect {shlex.quote(name)}', 'every stage, with sliders, in JupyterLab')]
+    wide = max(len(c) for c, _ in commands)
+    lines = '\n'.join(f'ophav {c:{wide}}   # {why}' for c, why in commands)
+    return f'<h2>What next</h2><p>Seen from the folder that holds <code>{html.escape(name)}</code>:</p><pre>{html.escape(lines)}</pre>'
 
 def _views_section(view):
     "The avatar from a grid of views."

@@ -1,8 +1,10 @@
 "Widgets over a toy run: what they show, what they show of a run that is not finished, their still pictures; the report."
 import ophav_nb  # noqa: F401, before torch: it decides about threads
 import base64
+import html
 import io
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -42,6 +44,47 @@ def test_coarse_frames_follow_the_slider(run):
     plain = shown(image)
     box.value = True
     assert np.abs(shown(image).astype(int) - plain).max() > 50
+
+
+def test_opacity_lays_the_mesh_over_the_frame(run):
+    panel = inspect_coarse(run)
+    image, box, opacity = controls(panel, 'Image')[0], controls(panel, 'Checkbox')[0], controls(panel, 'FloatSlider')[0]
+    plain = shown(image)
+    opacity.value = .8                    # a slider that is moved does something, whether the mesh was asked for or not
+    assert box.value and np.abs(shown(image).astype(int) - plain).max() > 50
+
+
+def test_a_damaged_frame_is_said_in_the_pictures_place(run, tmp_path):
+    folder = tmp_path/'run'
+    shutil.copytree(run, folder)
+    panel = inspect_coarse(folder)
+    whole = shown(controls(panel, 'Image')[0])
+    (folder/'coarse'/'frames'/'00002.png').write_bytes(b'')
+    controls(panel, 'IntSlider')[0].value = 2
+    said = shown(controls(panel, 'Image')[0])
+    assert said.shape != whole.shape and .01 < (said < 128).mean() < .5
+    controls(panel, 'IntSlider')[0].value = 0
+    assert (shown(controls(panel, 'Image')[0]) == whole).all()
+
+
+def test_live_plots_mark_rounds_and_the_chosen_one(run):
+    "What the texts beside them say: a dashed line where a round begins, a ring around the chosen round."
+    lines = training_curves(run).figure.layout.shapes
+    assert len(lines) == 4*2 and {line.x0 for line in lines} == {1200, 2400} and lines[0].line.dash == 'dash'
+    plot = controls(inspect_drift(run), 'FigureWidget')[0]
+    rings = [t for t in plot.data if t.mode == 'markers']
+    assert len(rings) == 6 and {t.x[0] for t in rings} == {RunView(run).choice['chosen']}
+
+
+def test_what_next_can_be_pasted_into_a_shell(run, tmp_path):
+    folder = tmp_path/"Ann's portrait"
+    shutil.copytree(run, folder)
+    (folder/'avatar').mkdir(exist_ok=True)
+    (folder/'avatar'/'avatar.safetensors').write_bytes(b'')
+    text = html.unescape(write_report(folder).read_text().split('What next')[1].split('<pre>')[1].split('</pre>')[0])
+    words = [shlex.split(line, comments=True) for line in text.splitlines()]
+    assert [w[:3] for w in words] == [['ophav', 'animate', folder.name]]*2 + [['ophav', 'inspect', folder.name]]
+    assert len({line.index('#') for line in text.splitlines()}) == 1
 
 
 def test_fit_opacity_and_landmarks(run):
