@@ -224,6 +224,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ophav_nb.batch._braces': ('batch.html#_braces', 'ophav_nb/batch.py'),
                                 'ophav_nb.batch._check_parameters': ('batch.html#_check_parameters', 'ophav_nb/batch.py'),
                                 'ophav_nb.batch._check_results': ('batch.html#_check_results', 'ophav_nb/batch.py'),
+                                'ophav_nb.batch._check_seen': ('batch.html#_check_seen', 'ophav_nb/batch.py'),
                                 'ophav_nb.batch._check_values': ('batch.html#_check_values', 'ophav_nb/batch.py'),
                                 'ophav_nb.batch._clean': ('batch.html#_clean', 'ophav_nb/batch.py'),
                                 'ophav_nb.batch._dask': ('batch.html#_dask', 'ophav_nb/batch.py'),

@@ -134,6 +134,12 @@ def _placed(value, base: Path):
     return str(base/value) if isinstance(value, str) and (Path(value).suffix or len(Path(value).parts) > 1) and os.path.isfile(base/value) else value
 
 
+def _check_seen(name: str, value, base: Path) -> None:
+    "A file that is there seen from here, but not from the sweep's folder, would be missed only in the run that wants it."
+    if isinstance(value, str) and Path(value).suffix and not os.path.exists(base/value) and os.path.isfile(value):
+        raise InputError(f"{name}: files are seen from the sweep's folder, and {base/value} is not there; give {os.path.relpath(value, base)}")
+
+
 def _values(key: str, value, base: Path) -> list:
     "The values that a grid's entry stands for."
     found = []
@@ -215,6 +221,7 @@ def read_sweep(
         name = next(n for n in itertools.chain([wanted], (f"{wanted}-{i}" for i in itertools.count(2))) if n not in taken)
         taken.add(name)
         parameters = {**(sweep.get("parameters") or {}), **values}
+        for k, v in parameters.items(): _check_seen(k, v, base)
         items.append({"name": name, "parameters": {k: _placed(v, base) for k, v in parameters.items()}})
     for item in items:
         _check_parameters(notebook, item["parameters"])
@@ -304,13 +311,15 @@ def write_table(
     text = io.StringIO()
     writer = csv.DictWriter(text, head, extrasaction="ignore"); writer.writeheader(); writer.writerows(flat)
     write_atomic(Path(out)/"table.csv", text.getvalue())
-    write_atomic(Path(out)/"table.html", _page(flat, head[:-1], Path(out)))
+    write_atomic(Path(out)/"table.html", _page(flat, head[:-2], Path(out)))
     return Path(out)/"table.csv"
 
 
 def _page(rows: list[dict], head: list[str], out: Path) -> str:
     def _cell(row, key):
         value = row.get(key, "")
+        if key == "status" and row["error"]: return f'<td class="why">{html.escape("failed: " + row["error"])}</td>'
+        if isinstance(value, str) and os.path.isabs(value): return f'<td title="{html.escape(value)}">{html.escape(Path(value).name)}</td>'   # whole paths leave no room for numbers
         text = html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
         if key != "name": return f"<td>{text}</td>"
         results = _results(row["name"], row, out)
@@ -319,7 +328,8 @@ def _page(rows: list[dict], head: list[str], out: Path) -> str:
     def _link(f): return quote(f.relative_to(home).as_posix()) if f.is_relative_to(home := Path(os.path.abspath(out))) else f.as_uri()
     body = "\n".join(f'<tr class="{r["status"]}">' + "".join(_cell(r, k) for k in head) + "</tr>" for r in rows)
     return ('<!doctype html><meta charset="utf-8"><title>sweep</title><style>body{font:14px sans-serif}table{border-collapse:'
-            'collapse}td,th{border:1px solid #ccc;padding:3px 8px;text-align:left}.failed{background:#fdd}.kept{color:#666}</style>'
+            'collapse}td,th{border:1px solid #ccc;padding:3px 8px;text-align:left}tr{background:#fff}.failed{background:#fdd}.kept{color:#666}'
+            '.why{min-width:24em}td:first-child,th:first-child{position:sticky;left:0;background:inherit}</style>'
             f"<table><tr>{''.join(f'<th>{html.escape(k)}</th>' for k in head)}</tr>\n{body}</table>\n")
 
 # %% ../nbs/21_batch.ipynb #c019

@@ -159,6 +159,25 @@ def test_own_places_of_results(tmp_path, small, monkeypatch):
     assert 'href="my%20own/report.html"' in page and f'href="{(tmp_path/"far"/"report.html").as_uri()}"' in page
 
 
+def test_files_seen_from_here_only_are_said_before_the_night(tmp_path, small, monkeypatch):
+    (tmp_path/"sweeps").mkdir()
+    (tmp_path/"a.jpg").write_text("one")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path/"sweeps"/"s.yaml"
+    path.write_text("notebook: ../small.ipynb\nparameters: {portrait: a.jpg}")
+    with pytest.raises(InputError, match=r"portrait: files are seen from the sweep's folder.*; give \.\./a\.jpg"): read_sweep(path)
+    path.write_text("notebook: ../small.ipynb\nparameters: {portrait: ../a.jpg}")
+    assert read_sweep(path)[1][0]["parameters"]["portrait"].endswith("a.jpg")
+
+
+def test_page_of_a_sweep_has_room_for_numbers(tmp_path):
+    row = dict(name="a", status="failed", seconds=1., path=str(tmp_path/"a.ipynb"), error="no <face>; use another", parameters={"portrait": "/far/away/me.jpg"}, metrics={"psnr": 1.})
+    text = batch.write_table([row], tmp_path).read_text()
+    page = (tmp_path/"table.html").read_text()
+    assert "failed: no &lt;face&gt;; use another</td>" in page and '<td title="/far/away/me.jpg">me.jpg</td>' in page
+    assert "/far/away/me.jpg" in text and "no <face>" in text      # the file for programs keeps all of it
+
+
 def test_changed_input_files_are_noticed(tmp_path, small):
     face = tmp_path/"a.jpg"
     face.write_text("one")
