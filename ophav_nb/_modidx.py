@@ -1880,6 +1880,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ophav_nb.pipeline.unusual': ('pipeline.html#unusual', 'ophav_nb/pipeline.py'),
                                    'ophav_nb.pipeline.warn_of': ('pipeline.html#warn_of', 'ophav_nb/pipeline.py'),
                                    'ophav_nb.pipeline.warn_of_another': ('pipeline.html#warn_of_another', 'ophav_nb/pipeline.py'),
+                                   'ophav_nb.pipeline.warn_of_other_portrait': ( 'pipeline.html#warn_of_other_portrait',
+                                                                                 'ophav_nb/pipeline.py'),
                                    'ophav_nb.pipeline.write_coarse': ('pipeline.html#write_coarse', 'ophav_nb/pipeline.py'),
                                    'ophav_nb.pipeline.write_coarse_video': ('pipeline.html#write_coarse_video', 'ophav_nb/pipeline.py'),
                                    'ophav_nb.pipeline.write_run_report': ('pipeline.html#write_run_report', 'ophav_nb/pipeline.py')},

@@ -109,7 +109,8 @@ def _add_animate(commands) -> None:
   ophav animate runs/me --motion talk --out talk.mp4
   ophav animate runs/me --motion other.mp4 --out driven.mp4 --size 512      another person's film drives it
   ophav animate runs/me --motion talk --out side.mp4 --yaw 15 --pitch -5    the head turned
-  ophav animate runs/me --motion talk --out round.mp4 --orbit 20            the camera swings around the head""", _animate)
+  ophav animate runs/me --motion talk --out round.mp4 --orbit 20            the camera swings around the head
+Films have no sound; ffmpeg -i driven.mp4 -i other.mp4 -map 0:v -map 1:a -c copy heard.mp4 adds that of the driving one.""", _animate)
     p.add_argument("folder", metavar="RUN", help="the folder that create made")
     p.add_argument("--motion", default="talk", help=f"{_MOTION} (default: talk)")
     p.add_argument("--out", required=True, help="the film, .mp4")
@@ -118,7 +119,7 @@ def _add_animate(commands) -> None:
     _option(p, "--orbit", "the camera swings by so many degrees to both sides (default: 0)", type=_finite)
     _option(p, "--size", "side of the rendered head, pixels, 16 to 2048 (default: 320)", type=_side)
     _option(p, "--seconds", "length of a script's motion (default: 8)", type=_seconds)
-    _option(p, "--background", "portrait (default) or white", choices=("portrait", "white"), metavar="NAME")
+    _option(p, "--background", "portrait (default) or white; always white with --orbit: a body does not turn", choices=("portrait", "white"), metavar="NAME")
     _common(p)
 
 

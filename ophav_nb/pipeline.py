@@ -9,8 +9,8 @@ __all__ = ['log', 'PRESETS', 'ANOTHER', 'FILM_NOTE', 'VIEWS', 'ANGLES', 'KINDS',
            'add_coarse_network', 'driving_film', 'write_coarse_video', 'add_coarse_film', 'warn_of_another',
            'write_coarse', 'frame_pose', 'film_metadata', 'add_dataset', 'shrink', 'add_film', 'shown_motion',
            'publish', 'shown_part', 'play', 'add_views', 'shown_angles', 'trained_range', 'beyond', 'warn_of', 'create',
-           'check_kinds', 'compiling', 'train_rounds', 'copy_folder', 'write_run_report', 'check_avatar', 'check_out',
-           'animate', 'turned']
+           'warn_of_other_portrait', 'check_kinds', 'compiling', 'train_rounds', 'copy_folder', 'write_run_report',
+           'check_avatar', 'check_out', 'animate', 'turned']
 
 # %% ../nbs/19_pipeline.ipynb #c002
 import json
@@ -656,6 +656,7 @@ def create(
     run = Run(out, params)
     with run, at_half_precision(half), compiling(device == "cpu" and not run.path("avatar").exists()) as ready:
         seed_all(seed)
+        warn_of_other_portrait(run)
         add_portrait(run, image, settings.crop, face, device, matte, detector)
         add_track(run, model)
         add_motion(run, motion, settings, Track.load(run.path("track", "track.npz")), seed, device=device, finder=detector)
@@ -669,6 +670,14 @@ def create(
         add_views(run, device)
         write_run_report(run)
     return run
+
+
+def warn_of_other_portrait(
+    run: Run,   # with the parameters of this command
+) -> None:
+    "Say that a folder holds the avatar of another portrait, which this command replaces: most often the folder was to be another one."
+    before, now = (shown_name(p.get("portrait", "")) for p in (run.info.get("parameters", {}), run.params))
+    if before and before != now: log.warning("%s holds the avatar of %s, which that of %s replaces; to keep both, stop now and choose another --out", run.folder, before, now)
 
 
 _PATH = (str, Path)

@@ -345,7 +345,10 @@ class Run:
     def info(self) -> dict:
         "What run.json says."
         path = self.folder/"run.json"
-        return read_json(path, "delete it and give the command that made this folder again: what is finished is kept") if path.exists() else {}
+        found = read_json(path, "delete it and give the command that made this folder again: what is finished is kept") if path.exists() else {}
+        if isinstance(made := found.get("format"), int) and made > FORMAT:   # its files may mean something else, and to make them anew here would lose them
+            raise InputError(f"{self.folder} was made by a newer ophav ({found.get('versions', {}).get('ophav-nb', 'unknown')}; format {made}, this one knows {FORMAT}); update this one, or choose another folder")
+        return found
 
     @property
     def params(self) -> dict:

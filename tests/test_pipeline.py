@@ -1,6 +1,7 @@
 "The pipeline's parts that need no network: motions of a person, what an avatar has seen."
 import json
 import os
+from pathlib import Path
 from subprocess import TimeoutExpired
 from types import SimpleNamespace
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 import ophav_nb.pipeline as pipeline
+from ophav_nb.avatar import Avatar, AvatarConfig
+from ophav_nb.field import field_config
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.inspect import write_report
@@ -15,7 +18,7 @@ from ophav_nb.layers import head_alpha
 from ophav_nb.motion import head_angles, scripted
 from ophav_nb.media import read_image, read_video, write_image
 from ophav_nb.pipeline import (PRESETS, VIEWS, add_film, add_motion, add_portrait, add_track, add_views, beyond, compiling, load_driven, load_portrait, play, seen_motion,
-                               shown_part, trained_range, warn_of)
+                               shown_part, trained_range, warn_of, warn_of_other_portrait)
 from ophav_nb.rounds import mesh_landmarks, write_frames
 from ophav_nb.run import InputError, Run, file_hash, write_atomic
 from ophav_nb.track import Track, landmark_error
@@ -111,6 +114,27 @@ def test_what_was_not_trained_is_named(caplog):
     assert not caplog.records
     warn_of(far, known)
     assert caplog.messages[0].startswith("40% of the frames leave what the avatar was trained on: jaw (trained from 0 to") and "expression (held" in caplog.messages[0]
+
+
+def test_another_portrait_in_the_same_folder_is_said(tmp_path, caplog):
+    run = Run(tmp_path/"run", dict(portrait="faces/anna.jpg"))
+    run.make("part", lambda folder: (folder/"a.txt").write_text("a"))
+    warn_of_other_portrait(Run(tmp_path/"run", dict(portrait="elsewhere/anna.jpg")))
+    assert "holds" not in caplog.text
+    warn_of_other_portrait(Run(tmp_path/"run", dict(portrait="faces/bert.jpg")))
+    warn_of_other_portrait(Run(tmp_path/"new", dict(portrait="faces/bert.jpg")))
+    assert caplog.text.count("holds the avatar of anna.jpg, which that of bert.jpg replaces") == 1 == caplog.text.count("holds")
+
+
+def test_python_of_the_readme(filmed, monkeypatch):
+    "What README shows runs as it stands there, in a folder with a finished run."
+    small = AvatarConfig(field=field_config(levels=4, features=4, log2_size=10, scale=1.6))
+    Avatar.create(HEAD, load_driven(filmed, HEAD).track.shape, small).save(filmed.path("avatar"))
+    text = (Path(__file__).parents[1]/"README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    assert '"runs/astronaut"' in text and "resized(256, 256)" in text
+    monkeypatch.chdir(filmed.folder)
+    exec(text.replace("runs/astronaut", str(filmed.folder)).replace("256, 256", "32, 32"), {})
+    assert sorted(p.name for p in Path().glob("view*.png")) == [f"view{i}.png" for i in range(5)]
 
 
 def test_rounds_below_none(tmp_path):

@@ -200,6 +200,15 @@ def test_run_json(tmp_path):
     assert Run.open(tmp_path/"r").params["seed"] == 5
 
 
+def test_a_run_of_a_newer_format_is_left_alone(tmp_path):
+    run = Run(tmp_path/"run", dict(a=1))
+    run.make("part", lambda folder: (folder/"a.txt").write_text("a"))
+    run.note(format=run_module.FORMAT + 1, versions={"ophav-nb": "9.1"})
+    for again in (lambda: Run(tmp_path/"run", dict(a=2)), lambda: Run.open(tmp_path/"run").params):
+        with pytest.raises(InputError, match=r"made by a newer ophav \(9\.1; format"): again()
+    assert (tmp_path/"run"/"part"/"a.txt").read_text() == "a"
+
+
 def test_keys_see_arrays_and_formats(monkeypatch):
     a = np.arange(3.)
     assert make_key({"a": a}, {}) == make_key({"a": a.copy()}, {}) != make_key({"a": a + 1}, {})
