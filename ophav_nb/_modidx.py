@@ -351,6 +351,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ophav_nb.cli._add_create': ('cli.html#_add_create', 'ophav_nb/cli.py'),
                               'ophav_nb.cli._add_evaluate': ('cli.html#_add_evaluate', 'ophav_nb/cli.py'),
                               'ophav_nb.cli._add_others': ('cli.html#_add_others', 'ophav_nb/cli.py'),
+                              'ophav_nb.cli._aligned': ('cli.html#_aligned', 'ophav_nb/cli.py'),
                               'ophav_nb.cli._animate': ('cli.html#_animate', 'ophav_nb/cli.py'),
                               'ophav_nb.cli._assets': ('cli.html#_assets', 'ophav_nb/cli.py'),
                               'ophav_nb.cli._backends': ('cli.html#_backends', 'ophav_nb/cli.py'),

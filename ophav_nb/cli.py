@@ -52,7 +52,7 @@ presets (training film, side of its pictures, steps of round 0):
   standard  1,500 frames, 512 px, 12,000 steps    half an hour on two cores
   paper     4,500 frames, 512 px, 30,000 steps    INSTA's own networks; wants a GPU
 The same command again continues where it stopped; changed options redo only what they touch.""", _create)
-    p.add_argument("portrait", help="a picture with one face, or the word astronaut")
+    p.add_argument("portrait", help="a picture with a face (of several, --face says which), or the word astronaut")
     p.add_argument("--out", required=True, help="the run's folder; everything is written there")
     _option(p, "--motion", f"what the film shows: {_MOTION} (default: talk)")
     _option(p, "--face", "which face, counted from 1 at the left, where there are several", type=int, metavar="N")
@@ -219,6 +219,14 @@ def _animate(args) -> int:
     return 0
 
 
+def _aligned(table: str) -> str:
+    "A table in markdown whose columns stand below each other on a terminal, too."
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    cell = lambda text, k: "-"*widths[k] if text == "---" else text.rjust(widths[k]) if k else text.ljust(widths[k])
+    return "\n".join("| " + " | ".join(cell(text, k) for k, text in enumerate(row)) + " |" for row in rows)
+
+
 def _evaluate(args) -> int:
     if bool(args.clip) == bool(args.folder): raise InputError("give either --clip FILM, or a run with --motion FILM")
     if args.folder and not args.motion: raise InputError("--motion FILM is missing: the film that drives the run")
@@ -230,7 +238,10 @@ def _evaluate(args) -> int:
         if useless := set(options) - {"motion", "out", "preset", "device"}:
             raise InputError(f"--{sorted(useless)[0]} goes with --clip; a finished run keeps what it was made with")
         result = evaluate.evaluate_run(args.folder, **options)
-    _say(evaluate.results_table(result), f"measures: {Path(args.out)/'metrics.json'}")
+    _say(_aligned(evaluate.results_table(result)))
+    if result.get("reason"): _say(f"*: the chosen round ({result['reason']})")
+    if result.get("missing"): _say(f"not measured: {', '.join(result['missing'])}; metrics.json says what each needs")
+    _say(*(f"{what}: {Path(args.out)/name}" for what, name in (("measures", "metrics.json"), ("comparison", "comparison.mp4"), ("pictures", "strip.png")) if (Path(args.out)/name).exists()))
     return 0
 
 
@@ -264,8 +275,8 @@ def _weights(args) -> int:
         return 0
     for row in weights.weights_table():
         _say(f"{row['name']} ({row['file']})", f"    {'here: ' + row['present'] if row['present'] else 'not here'}",
-             *(f"    {k}: {row[k]}" for k in ("licence", "page", "enables", "without", "bytes", "sha256") if row[k]),
-             *([f"    bytes: about {row['about']} (its tensors)"] if row["about"] else []),
+             *(f"    {k}: {row[k]}" for k in ("licence", "page", "enables", "without", "sha256") if row[k]),
+             *([f"    size: {'about ' if row['about'] else ''}{(row['bytes'] or row['about'])/1e6:,.0f} MB"] if row["bytes"] or row["about"] else []),
              *([f"    fetch it: ophav weights get {row['name']}"] if row["direct"] and not row["present"] else []))
     return 0
 

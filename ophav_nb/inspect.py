@@ -418,7 +418,7 @@ class Curves(Panel):
             self.figure.layout.shapes = [dict(type='line', xref=t.xaxis, yref=f'{t.yaxis} domain', x0=at, x1=at, y0=0, y1=1, line=dict(color='#999', width=1, dash='dash'))
                                          for t in self.figure.data for at in round_ends(self.rows)]
         rows = [r for k in sorted(self.rows) for r in self.rows[k]]
-        if rows: self.text.value = ', '.join(f'{CURVES.get(k, [k])[0]} {v:{",.0f" if v >= 1000 else ".4g"}}' for k, v in rows[-1].items() if isinstance(v, (int, float)))
+        if rows: self.text.value = ' · '.join(f'{CURVES.get(k, [k])[0]} {v:{",.0f" if v >= 1000 else ".4g"}}' for k, v in rows[-1].items() if isinstance(v, (int, float)))
 
 def round_ends(
     rows: dict,   # round -> rows

@@ -40,7 +40,17 @@ def one_line(capsys, *argv):
 
 def test_an_evaluation_ends_with_its_table(calls, capsys):
     assert main(["evaluate", "--clip", "c.mp4", "--out", "e"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "a table"
+    assert capsys.readouterr().out.splitlines()[0] == "| a table |"
+
+
+def test_a_table_stands_straight_on_a_terminal(calls, monkeypatch, capsys):
+    fake = sys.modules["ophav_nb.evaluate"]
+    fake.results_table = lambda result: "| row | psnr_head |\n| --- | --- |\n| source | 9.30 |\n| round0 * | 21.95 |"
+    fake.evaluate_clip = lambda **options: dict(reason="round 0: nothing is better", missing={"lpips": "needs weights", "fid": "too"})
+    assert main(["evaluate", "--clip", "c.mp4", "--out", "e"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == ["| row      | psnr_head |", "| -------- | --------- |", "| source   |      9.30 |", "| round0 * |     21.95 |"]
+    assert lines[4] == "*: the chosen round (round 0: nothing is better)" and lines[5].startswith("not measured: lpips, fid;")
 
 
 @pytest.mark.parametrize("argv, said", [
