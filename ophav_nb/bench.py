@@ -43,7 +43,7 @@ from .metrics import psnr
 from .nearest import TriangleTree
 from .render import FINE, render_view
 from .restore import DetailRestorer, frame_context
-from .run import InputError, progress, write_atomic
+from .run import InputError, progress, read_json, write_atomic
 from .track import track_film, track_portrait
 from .training import TILE, AveragedAdam, OnePass, Truth
 
@@ -684,8 +684,9 @@ def bench(
     names, makers = _chosen(parts), PARTS | MORE
     old = None
     if compare is not None:
-        try: old = json.loads(Path(compare).read_text(encoding='utf-8'))
-        except (OSError, ValueError) as cause: raise InputError(f'{compare}: cannot be read as an earlier bench.json ({cause})') from cause
+        if not Path(compare).is_file(): raise InputError(f'{compare}: no such file; give an earlier bench.json')
+        old = read_json(Path(compare), 'give an earlier bench.json')
+        if not isinstance(old.get('parts'), dict): raise InputError(f'{compare} is no earlier bench.json: it holds no parts; `ophav bench --out FILE` writes one')
     result = dict(format=2, machine=machine(), quick=quick, parts={}, reached=False)
     meanwhile = Path(out).with_name(Path(out).name + '.partial') if out else None
     def save(path):

@@ -49,8 +49,10 @@ def test_command(tmp_path):
     before['parts']['raster']['ratio']['torch'] *= 10
     assert [r['lost'] for r in compare_benches(before, result)] == [True] and not compare_benches(result, result)[0]['lost']
     with pytest.raises(InputError, match='no part'): bench(['everything'], out=None)
-    (tmp_path/'bad.json').write_text('{')
-    with pytest.raises(InputError, match='earlier'): bench('raster', compare=tmp_path/'bad.json', out=None)
+    for text, said in (('{', 'is damaged; give an earlier'), ('[1]', 'is damaged; give an earlier'), ('{"rows": {}}', 'holds no parts')):
+        (tmp_path/'bad.json').write_text(text)
+        with pytest.raises(InputError, match=said): bench('raster', compare=tmp_path/'bad.json', out=None)      # before minutes are spent
+    with pytest.raises(InputError, match='no such file'): bench('raster', compare=tmp_path/'none.json', out=None)
 
 
 def test_samples_a_second_and_files_of_before(tmp_path):
