@@ -1850,6 +1850,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ophav_nb.pipeline.beyond': ('pipeline.html#beyond', 'ophav_nb/pipeline.py'),
                                    'ophav_nb.pipeline.check_avatar': ('pipeline.html#check_avatar', 'ophav_nb/pipeline.py'),
                                    'ophav_nb.pipeline.check_kinds': ('pipeline.html#check_kinds', 'ophav_nb/pipeline.py'),
+                                   'ophav_nb.pipeline.check_length': ('pipeline.html#check_length', 'ophav_nb/pipeline.py'),
                                    'ophav_nb.pipeline.check_out': ('pipeline.html#check_out', 'ophav_nb/pipeline.py'),
                                    'ophav_nb.pipeline.compiling': ('pipeline.html#compiling', 'ophav_nb/pipeline.py'),
                                    'ophav_nb.pipeline.copy_folder': ('pipeline.html#copy_folder', 'ophav_nb/pipeline.py'),

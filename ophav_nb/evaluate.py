@@ -30,14 +30,14 @@ from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Det
 from .geometry import Camera
 from .flame import load_head
 from .head import HeadModel, Motion
-from .media import Film, VideoWriter, iter_video, on_background, read_array, read_image, resize, to_float, to_uint8, write_image
+from .media import Film, VideoWriter, on_background, read_array, read_image, resize, to_float, to_uint8, write_image
 from .metrics import (Truth, correlation, flicker, head_mask, identity_distance, identity_embedding, inter_ocular, interior_mask, landmark_distance,
                               known_mean, lid_gap, measures_json, missing_metrics, mouth_gap, network_metrics, present_networks, psnr, sharpness, sharpness_mask,
                               worst_over_median)
 from .motion import retarget, scripted
 from .nets.blocks import at_half_precision
 from .photometric import photometric_refit
-from .pipeline import check_avatar, driven_key, frame_pose, get_preset, halved, head_key, load_driven, matting_detector, run_head, unusual
+from .pipeline import check_avatar, check_length, driven_key, frame_pose, get_preset, halved, head_key, load_driven, matting_detector, run_head, unusual
 from .regions import make_parser, parsed_heads
 from .rounds import RoundsConfig, mesh_landmarks, read_frames, render_plan, run_rounds, shown_portrait, write_frames
 from .run import MEND, InputError, Run, file_hash, pick_device, progress, read_json, seed_all, write_atomic
@@ -102,7 +102,7 @@ def add_clip(
     "Artifact `clip`: the head's crops, their mattes, and the track."
     def build(folder):
         frames = Film(clip, max_frames=preset.frames)
-        if (seen := sum(1 for _ in iter_video(clip, max_frames=5))) < 5: raise InputError(f"{clip} has only {seen} frame{'s'[:seen > 1]}; an evaluation needs some seconds of film")
+        check_length(clip, 'an evaluation')
         detector = matting_detector(matte, device, finder)
         crop, square, alpha, track = track_film(frames, detector, head, size=preset.crop, fps=frames.fps)
         track = echo(square, alpha, track, head, detector)

@@ -6,11 +6,11 @@
 __all__ = ['log', 'PRESETS', 'ANOTHER', 'FILM_NOTE', 'VIEWS', 'ANGLES', 'KINDS', 'Preset', 'get_preset', 'matting_detector',
            'unusual', 'halved', 'add_portrait', 'add_track', 'head_key', 'run_head', 'load_portrait', 'own_motion',
            'seen_motion', 'load_driven', 'driven_key', 'add_motion', 'resolve_motion', 'film_motion', 'add_coarse',
-           'add_coarse_network', 'driving_film', 'write_coarse_video', 'add_coarse_film', 'warn_of_another',
-           'write_coarse', 'frame_pose', 'film_metadata', 'add_dataset', 'shrink', 'add_film', 'shown_motion',
-           'publish', 'shown_part', 'play', 'add_views', 'shown_angles', 'trained_range', 'beyond', 'warn_of', 'create',
-           'warn_of_other_portrait', 'check_kinds', 'compiling', 'train_rounds', 'copy_folder', 'write_run_report',
-           'check_avatar', 'check_out', 'animate', 'turned']
+           'add_coarse_network', 'driving_film', 'write_coarse_video', 'add_coarse_film', 'check_length',
+           'warn_of_another', 'write_coarse', 'frame_pose', 'film_metadata', 'add_dataset', 'shrink', 'add_film',
+           'shown_motion', 'publish', 'shown_part', 'play', 'add_views', 'shown_angles', 'trained_range', 'beyond',
+           'warn_of', 'create', 'warn_of_other_portrait', 'check_kinds', 'compiling', 'train_rounds', 'copy_folder',
+           'write_run_report', 'check_avatar', 'check_out', 'animate', 'turned']
 
 # %% ../nbs/19_pipeline.ipynb #c002
 import json
@@ -360,6 +360,7 @@ def add_coarse_film(
 ) -> None:
     "Artifact `coarse` from a film that exists: it is cropped, matted and tracked (`coarse/track.npz`)."
     def build(folder: Path) -> None:
+        check_length(film, "an avatar")
         frames = Film(film, max_frames=preset.frames)
         _, square, cut, track = track_film(frames, matting_detector(matte, device, finder), head, size=preset.crop, fps=frames.fps)
         warn_of_another(load_portrait(run), square, track)
@@ -369,6 +370,16 @@ def add_coarse_film(
         track.save(folder / "track.npz")
 
     run.make("coarse", build, needs=["portrait", "track"], params=dict(film=file_hash(film), crop=preset.crop, frames=preset.frames, film_size=preset.film_size, matte=matte) | unusual(detector=finder) | halved(matte))
+
+
+def check_length(
+    film: str | Path,
+    what: str,        # needs it, 'an avatar'
+    least: int = 5,   # frames: fewer are a picture, or a film whose rest is lost
+) -> None:
+    "Raise `InputError` where a film is too short to learn from or to be compared with."
+    seen = sum(1 for _ in iter_video(film, max_frames=least))
+    if seen < least: raise InputError(f"{film} has only {seen} frame{'s'[:seen > 1]}; {what} needs some seconds of film")
 
 
 def warn_of_another(

@@ -16,8 +16,8 @@ from ophav_nb.head import HeadModel, Motion
 from ophav_nb.inspect import write_report
 from ophav_nb.layers import head_alpha
 from ophav_nb.motion import head_angles, scripted
-from ophav_nb.media import read_image, read_video, write_image
-from ophav_nb.pipeline import (PRESETS, VIEWS, add_film, add_motion, add_portrait, add_track, add_views, beyond, compiling, load_driven, load_portrait, play, seen_motion,
+from ophav_nb.media import read_image, read_video, write_image, write_video
+from ophav_nb.pipeline import (PRESETS, VIEWS, add_coarse_film, add_film, add_motion, add_portrait, add_track, add_views, beyond, compiling, load_driven, load_portrait, play, seen_motion,
                                shown_part, trained_range, warn_of, warn_of_other_portrait)
 from ophav_nb.rounds import mesh_landmarks, write_frames
 from ophav_nb.run import InputError, Run, file_hash, write_atomic
@@ -294,6 +294,14 @@ def test_frames_that_a_power_cut_damaged_are_made_again(tmp_path, left):
     damaged.write_bytes(damaged.read_bytes()[:-5] if left == "short" else left)
     write_frames(tmp_path / "frames", 4, lambda missing: (asked.append(missing), [frames[i] for i in missing])[1])
     assert asked[2:] == [[2]] and (pipeline.read_stored(damaged) == 20).all()
+
+
+def test_a_film_of_few_frames_makes_no_avatar(tmp_path):
+    film = write_video(tmp_path / "short.mp4", np.zeros((3, 64, 64, 3), np.uint8))
+    run = Run(tmp_path / "run", {})
+    for name in ("portrait", "track"): run.make(name, lambda folder: None)
+    with pytest.raises(InputError, match="short.mp4 has only 3 frames; an avatar needs some seconds of film"): add_coarse_film(run, film, HEAD, PRESETS["smoke"])
+    pipeline.check_length(write_video(tmp_path / "long.mp4", np.zeros((5, 64, 64, 3), np.uint8)), "an avatar")
 
 
 def test_a_film_of_another_person_is_told(monkeypatch, caplog):
