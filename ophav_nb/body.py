@@ -102,6 +102,7 @@ class Body:
         reach, px, person = .065*p.size, p.size/512, clothes.person
         cloth = clothes.cloth*clothes._dilated(ndi.binary_opening((clothes.cloth > .5) & (p.matte > .8), iterations=max(1, int(3*px))), 5*px)       # a head's rim, which has the background's hue, is no cloth
         self.following = self._following(clothes.hanging)
+        self.beside_head = self._beside_head(clothes)
         self.follows = sampled(self.following, sheet.source)                    # of the sheet's points
         self.stays = np.zeros(len(self.follows), np.float32)                    # and none of it gives way
         beneath = self._neck_beneath()
@@ -133,6 +134,14 @@ def _following(self, hanging) -> np.ndarray:
     out *= 1 - smoothstep(0, .8*unit, np.arange(h) - low)[:, None]
     out = np.where(inside > .1*unit, 1, out)
     return ndi.gaussian_filter(out, .05*unit).astype(np.float32)
+
+@patch_to(Body)
+def _beside_head(self, clothes) -> np.ndarray:
+    "Neither of the head nor of the bare neck (up to its collar), bool [H, W]."
+    p, grown = self.portrayed, clothes._dilated
+    skin = ndi.gaussian_filter(p.skinlike(.1).astype(np.float32), 2*p.size/512) > .3
+    neck = grown(clothes.core | p.neck_seen, .25*p.eyes_apart) & grown(skin, 4*p.size/512)
+    return ~(neck | grown(clothes.core, .1*p.eyes_apart))
 
 @patch_to(Body)
 def _neck_beneath(self) -> np.ndarray:
@@ -190,16 +199,17 @@ def sides_shown(self,
 
 @patch_to(Body)
 def _clothes_behind(self) -> np.ndarray:
-    "The ground, on which the clothes go on behind jaw and neck, where the portrait shows them on either side, float32 [H, W, 3]."
-    p = self.portrayed
-    cloth = ndi.binary_erosion(self.clothes[..., 3] > .9, iterations=max(1, int(4*p.size/512)))
+    "The ground, on which clothes go on behind jaw and neck, where the portrait shows them on either side: beside the head as it shows them (what moves away a little uncovers more of the same), behind it from there into the head's shadow; float32 [H, W, 3]."
+    p, px, unit = self.portrayed, self.portrayed.size/512, self.portrayed.eyes_apart
+    cloth = ndi.binary_erosion(self.clothes[..., 3] > .9, iterations=max(1, int(4*px)))
     if not cloth.any(): return self.empty
     known = cloth | (p.matte < .1)
     share = push_pull(np.where(cloth, 1, 0)[..., None].astype(np.float32).repeat(3, -1), known.astype(np.float32))[..., 0]
-    i, j = ndi.distance_transform_edt(~cloth, return_distances=False, return_indices=True)
-    colour = blurred(p.image[i, j], .008*p.size)
     a = (smoothstep(.25, .45, share)*(p.matte > .1))[..., None]
-    return (self.empty*(1 - a) + .55*colour*a).astype(np.float32)              # in the head's shadow
+    own = ndi.binary_erosion(p.matte > .9, iterations=max(1, int(3*px))) & self.beside_head | cloth
+    away, (i, j) = ndi.distance_transform_edt(~own, return_indices=True)
+    colour = blurred(p.image[i, j], .008*p.size)*(1 - .45*smoothstep(0, .4*unit, away))[..., None]
+    return (self.empty*(1 - a) + np.where(own[..., None], p.image, colour)*a).astype(np.float32)
 
 # %% ../nbs/07k_body.ipynb #c010
 @patch_to(Body)
@@ -273,6 +283,7 @@ def settle(self,
     under = np.clip((aim - self.clothes[..., :3]*cloth)/np.maximum(1 - cloth, .1), low, high)
     b, colours = _laid_on(under, over(ground, self.paint(V, A, p.size)))
     b *= 1 - smoothstep(.5, .95, a[..., 0])                                     # what the head hides says nothing of what is under it
+    b *= p.certain > 0                                                          # beyond the picture's border there is nothing to be told
     self.strands = colours, (b*(self.edge | ndi.binary_dilation(self.slides))).astype(np.float32)
     under = over(over(ground, self.paint(V, A, p.size)), self.clothes)
     unlike = ndi.grey_closing(np.abs(p.image - under).max(-1)*~self.edge*self.covered, 5)
