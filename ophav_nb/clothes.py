@@ -37,6 +37,7 @@ class Clothes:
         self.cloth[self._as_it_goes_on()] = 1
         self.cloth[self._closed(self.cloth)] = 1
         self.cloth[self._cut_off()] = 1
+        self.cloth[self._enclosed()] = 0
         self.alpha = self._head_alone(stray)
         self.person = np.maximum(p.matte*p.certain, self.alpha)
         self.flesh, self.dressed, self.bare_away = self._undressed()
@@ -221,6 +222,20 @@ def _cut_off(self) -> np.ndarray:
     high = [k + 1 for k, at in enumerate(box) if at[0].start < p.landmarks[152, 1] + .1*self.unit]
     large = np.flatnonzero(np.bincount(label.ravel()) > .8*self.unit**2)
     return (label > 0) & ~np.isin(label, np.concatenate([high, large]))
+
+@patch_to(Clothes)
+def _enclosed(self) -> np.ndarray:
+    "Pieces that lie amid hair and skin alone are dark gaps between strands and neck: small, and neither other cloth nor the background nor the picture's border is near; bool [H, W]."
+    p, near = self.portrayed, max(2, int(.06*self.unit))
+    label = ndi.label((self.cloth > .5) & (p.matte > .4))[0]
+    small = np.bincount(label.ravel()) < .3*self.unit**2
+    small[0] = False
+    out = np.zeros(label.shape, bool)
+    for k in np.flatnonzero(small):
+        piece = label == k
+        ring = self._dilated(piece, near) & ~piece
+        if not (ring & ((p.matte < .4) | (p.certain < 1) | (label > 0))).any(): out |= ndi.binary_dilation(piece, iterations=2)
+    return out
 
 # %% ../nbs/07e_clothes.ipynb #c008
 @patch_to(Clothes)
