@@ -89,7 +89,9 @@ def _skins_grain(self) -> tuple:
     fine = light - ndi.gaussian_filter(light, .04*p.eyes_apart)
     x, y = np.clip(p.landmarks[CHEEKS, :2].astype(int), half, np.array([w, h]) - half - 1).T
     patches = [fine[j - half:j + half + 1, i - half:i + half + 1] for i, j in zip(x, y)]
-    patch = sorted(patches, key=np.std)[len(patches)//2]
+    deviation = lambda a: 1.48*np.median(np.abs(a))                               # of what most of a patch is like
+    patch = sorted(patches, key=deviation)[1]                                     # others may hold glasses, strands or a nostril
+    patch = patch*min(1, deviation(patch)/max(patch.std(), 1e-6))
     window = np.outer(*[np.hanning(2*half + 3)[1:-1]]*2)
     noise = np.random.default_rng(0).standard_normal(np.ceil(at.max(0)[::-1]).astype(int) + 2 + 2*half)
     grain = fftconvolve(noise, patch*window/np.sqrt((window**2).sum()), mode='valid')
