@@ -134,11 +134,11 @@ def _hairline(seen, hairy, noise):
 
 @kernel(inline=True)
 def _strands_left(aslant, noise, x, y):
-    "How much of hair is left at its outline, 0..1: single strands stand farther out than others, drawn out towards the back, which is across most outlines. `aslant`: the cosine to the camera, relative to the outline's raggedness; `x`, `y`: the place in the grain."
+    "How much of hair is left at its outline, 0..1: single strands stand a little farther out than others, drawn out backwards and down, as hair hangs (across the outline they are the teeth of a comb). `aslant`: the cosine to the camera, relative to the outline's raggedness; `x`, `y`: the place in the grain."
     left = np.float32(1)
     if aslant < 4:
-        farther = _look1(noise, np.float32(1.5)*(np.float32(.7)*x + y) % (noise.shape[1] - 1), np.float32(.1)*x)
-        left = min(max(np.float32(.9)*(aslant - 1 - farther) + np.float32(.5), np.float32(0)), np.float32(1))
+        farther = min(_look1(noise, np.float32(1.5)*(y - np.float32(.7)*x) % (noise.shape[1] - 1), np.float32(.1)*x), np.float32(1.5))
+        left = min(max(np.float32(.7)*(aslant*aslant - 1 - np.float32(1.5)*farther) + np.float32(.5), np.float32(0)), np.float32(1))
     return left
 
 @kernel(parallel=True)
