@@ -1,4 +1,5 @@
 "The animators, on a portrait drawn from the open head itself: what is true is known."
+from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -777,7 +778,7 @@ def test_hairs_outline_is_as_ragged_as_the_portraits(portrait, head):
         out = np.zeros((64, 64, 4), np.float32)
         paint_mesh(r.face, r.bary, faces, np.full(2, OF_HULL, np.int8), fixed, np.float32([[hairy, 1, 1, 1, 1, a] for a in (6, 0, 0, 6)]), *[white]*5, full, noise, out)
         wide[hairy] = out[..., 3].sum(1)
-    assert (wide[0] == 64).all() and 45 < wide[1].mean() < 60 and wide[1].std() > 1
+    assert (wide[0] == 64).all() and 45 < wide[1].mean() < 60 and wide[1].std() > 1 and np.ptp(wide[1]) < 5        # no comb's teeth (6.1 across the outline)
     image, track, matte = portrait
     top, mattes = int(track.landmarks[0, 10, 1]), [matte, matte.copy()]
     for x in range(0, SIZE, 6): mattes[1][:top, x:x + 3] = ndi.maximum_filter1d(matte[:top, x:x + 3], 9, axis=0)
@@ -1006,6 +1007,47 @@ def test_made_up_skin_has_the_faces_grain(portrait, head):
         gone = whole - both()
         part.grain = grain
         assert (np.abs(gone) > .008).sum() > 100 and np.std(gone[np.abs(gone) > 1e-4]) > .002
+
+
+def test_glasses_and_strands_are_no_grain(portrait, head):
+    "Before half of the face, where its grain is looked up on both cheeks."
+    image, track, matte = portrait
+    y, x = np.mgrid[:SIZE, :SIZE]
+    before = (x < track.landmarks[0, 4, 0]) & (y > track.landmarks[0, 168, 1])
+    striped = np.where((before & (x//2 % 2 == 0))[..., None], 20, image).astype(np.uint8)
+    plain, made = (np.log(MeshAnimator(i, track, head, matte, supersample=1).unseen.grain[0]).std() for i in (image, striped))
+    assert made < max(1.5*plain, .015)
+
+
+def test_what_moves_a_little_uncovers_more_of_the_same(portrait, head):
+    "Beside neck and jaw, where clothes are near, the ground beneath is the portrait's own."
+    image, animator = dressed(head, portrait)
+    body, p = animator._settled(), animator.portrayed
+    there = body.beside_head & ndi.binary_erosion(p.matte > .9, iterations=2) & (np.arange(SIZE)[:, None] > p.landmarks[152, 1] + 2)
+    assert there.sum() > 200 and np.median(np.abs(body.ground - p.image)[there]) < .01
+
+
+def test_a_dark_gap_amid_hair_and_skin_is_no_cloth(animator):
+    "Nothing of it stays while all around it moves; but what is near other cloth or the outline may."
+    clothes, p = copy(animator.clothes), animator.portrayed
+    x, y = p.landmarks[152, :2].astype(int) - [0, 14]
+    def enclosed(*boxes):
+        clothes.cloth = np.zeros((SIZE, SIZE), np.float32)
+        for at in boxes: clothes.cloth[at] = 1
+        return clothes._enclosed()
+    left = int(np.flatnonzero(p.matte[y] > .5)[0])
+    piece, edge = np.s_[y:y + 8, x:x + 6], np.s_[y:y + 8, left:left + 6]
+    assert enclosed(piece)[piece].all() and not enclosed(piece, np.s_[y:y + 8, x + 7:x + 40])[piece].any() and not enclosed(edge).any()
+
+
+def test_nothing_is_carried_beyond_the_picture(head, portrait):
+    "No strands above a crown that ends with the picture."
+    image, track, matte = portrait
+    top = int(np.flatnonzero(matte.max(1) > .5)[0]) + 3
+    rows = np.arange(SIZE)[:, None]
+    cut = np.where((rows < top)[..., None], image[top], image)
+    body = MeshAnimator(cut, replace(track, picture=np.float32([0, top, SIZE, SIZE])), head, np.where(rows < top, matte[top], matte), supersample=1)._settled()
+    assert body.strands[1][top + 8:].max() > .3 and body.strands[1][:top].max() == 0
 
 
 @pytest.mark.parametrize('tone', [1, .25])
