@@ -91,6 +91,9 @@ def _depth(self, clothes, hair) -> np.ndarray:
     depth = np.where(outer.mask & ~hair.hides, outer.depth, np.where(hull.mask, hull.depth, 0))
     depth = np.where(self.lobes, np.where(p.raster0.mask, p.raster0.depth, 0), depth)
     away, (i, j) = ndi.distance_transform_edt(depth == 0, return_indices=True)
+    rim = (depth > 0) & (ndi.distance_transform_edt(depth > 0) <= 1)         # whose last pixels are as deep as chance will have it: smoothed along the outline, not across it
+    smooth, weight = (ndi.gaussian_filter(x.astype(np.float32), 3*h/512) for x in (np.where(rim, depth, 0), rim))
+    depth = np.where(rim & hull.mask & ~outer.mask, smooth/np.maximum(weight, 1e-6), depth)
     depth = np.where(away < 8*h/512, depth[i, j], 0)                          # strands beside the hull are as deep as its rim
     beyond = (p.matte > .5) & (depth == 0)                                    # hair or cloth that hangs farther than the hull: no step between the two
     trust = np.where(hair.hides | ~outer.mask, np.clip(ndi.distance_transform_edt(~beyond)/(30*h/512), 0, 1), 1)

@@ -22,6 +22,7 @@ from ophav_nb.mouth import Mouth, edge_blur
 from ophav_nb.paint import OF_HULL, OF_SKIN, fixed_columns, paint_mesh, paint_sheet
 from ophav_nb.portrayed import Portrayed, facing
 from ophav_nb.run import InputError
+from ophav_nb.sheet import Sheet
 from ophav_nb.track import Track, closing
 from ophav_nb.unseen import AT_OUTLINE
 
@@ -1178,3 +1179,19 @@ def test_an_ear_that_the_picture_cuts_off_is_not_shown(head, portrait):
     x = np.nonzero(a.ear_in_view('left'))[1].min() - 4
     hair = MeshAnimator(image, replace(track, picture=np.float32([0, 0, x, SIZE])), head, matte).hair
     assert hair.ear_bare['left'] == 0 and hair.ear_bare['right'] > .5
+
+
+def test_strands_beside_the_hull_are_as_deep_as_its_rim_without_a_comb(animator):
+    "Beyond the hull strands are as deep as its last pixels; these go to and fro, and a turned outline must not have their teeth."
+    p, outer = animator.portrayed, animator.hair.outer
+    inside = ndi.distance_transform_edt(ndi.binary_dilation(outer.mask, iterations=12))
+    depth = np.where(inside > 0, p.V0[:, 2].mean() + .6, 0).astype(np.float32)
+    depth[inside == 1] += np.random.default_rng(0).uniform(0, .04, (inside == 1).sum()).astype(np.float32)
+    hull = SimpleNamespace(mask=inside > 0, depth=depth)
+    alpha = ndi.binary_dilation(inside > 0, iterations=6).astype(np.float32)
+    sheet = SimpleNamespace(portrayed=p, lobes=np.zeros_like(outer.mask))
+    made = Sheet._depth(sheet, SimpleNamespace(alpha=alpha), SimpleNamespace(outer=outer, hull=hull, hides=hull.mask))
+    beside = (inside == 0) & (alpha > 0)
+    teeth = np.abs(np.diff(made, axis=0))[beside[1:] & beside[:-1]]
+    assert teeth.mean() < .0035
+    assert abs(made[beside].mean() - depth[inside == 1].mean()) < .01               # and on the whole as deep
