@@ -45,6 +45,14 @@ class Eyes:
         L = self.portrayed.points(V, list(eye['lids']))
         return float(np.linalg.norm(L[0] - L[1]))
 
+    def closed(self,
+        V,         # a mesh, [V, 3]
+        side,      # 'left' or 'right'
+    ) -> float:
+        "How far an eye is shut: 0 as in the portrait .. 1 shut; below 0 it is wider open."
+        start, end = self.gaps[side]
+        return (start - self.gap(V, EYES[side]))/max(start - end, 1e-5)
+
 @patch_to(Eyes)
 def _shade_seen(self) -> tuple:
     "The upper lids' shadow where the portrait's own throw it; and how far below its upper lid a pixel is, in openings of that eye; [H, W] each."
@@ -101,13 +109,11 @@ def weights(self,
     "How far shut lids are, how wide open or turned eyes."
     out = np.zeros(len(V), np.float32)
     for side, eye in EYES.items():
-        start, end = self.gaps[side]
-        gap = self.gap(V, eye)
-        closed = (start - gap)/max(start - end, 1e-5)
+        closed, wide = self.closed(V, side), self.gap(V, eye)/max(self.gaps[side][0], 1e-5)
         out += np.maximum(self.lid[side]*smoothstep(.06, .4, closed), self.rim[side]*smoothstep(.7, .95, closed))
         ball = self.balls[side]
         turned = np.linalg.norm(V[ball] - self.portrayed.V0[ball], axis=1).mean()/.012               # radians, about
-        out[ball] = max(smoothstep(1.05, 1.4, gap/max(start, 1e-5)), smoothstep(.06, .25, turned))
+        out[ball] = max(smoothstep(1.05, 1.4, wide), smoothstep(.06, .25, turned))
     return out
 
 @patch_to(Eyes)
@@ -121,7 +127,7 @@ def under_lids(self,
     for side, eye in EYES.items():
         mine = v[:, 0] > 0 if side == 'left' else v[:, 0] < 0
         lid, own = (line_at(v[mine, 0], p.points(P, eye['outline'][:9])) for P in (V, p.V0))
-        out[mine, 0] = lid_shade(lid - v[mine, 1])
+        out[mine, 0] = lid_shade(lid - v[mine, 1])*(1 - .6*smoothstep(.8, 1, self.closed(V, side)))   # what a shut lid leaves open of a wide eye is behind its lashes
         rest[mine, 1] += own - lid
     out[:, 1:] = p.camera0.project(rest.astype(np.float64))[:, :2] + (p.T0 - p.P0[:, :2])[p.eye_vertices]
     return out

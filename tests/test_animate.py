@@ -209,6 +209,13 @@ def test_lids_close(animator, portrait, head):
         assert np.abs(shut[y, x, :3] - skin).mean() < .6*np.abs(open_[y, x, :3] - skin).mean()
 
 
+def test_shut_lids_leave_no_specks(animator, portrait, head):
+    "What a shut lid does not quite cover of an eye is as dark as lashes; half shut, an eye keeps its light."
+    p, eyes = animator.portrayed, animator.eyes
+    light = lambda blink: eyes.under_lids(p.vertices(np.float32(state(portrait[1], head, eyeBlink=blink)[0])[None], p.source[1][None])[0])[:, 0]
+    assert light(1.).max() < .42 and light(.5).max() > .95
+
+
 def test_whites_of_eyes_that_show_none(portrait):
     "Where beside the iris there is only skin, an eye that opens wider gets a white; where there is a white, it stays, and at rest all stays."
     image, track, _ = portrait
