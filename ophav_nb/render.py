@@ -364,6 +364,7 @@ class _Way(NamedTuple):
     beside: np.ndarray
     blended: np.ndarray
     mouth: np.ndarray
+    eyes: np.ndarray
     smooth: bool
 
 class _Table(NamedTuple):
@@ -391,8 +392,8 @@ class _Networks(NamedTuple):
     surface: np.float32
 
 @kernel(inline=True)
-def _carry(rays, r, z, guess, q, j, T, B, C, P, A, leaves, F, canonical, rest, beside, blended, mouth, smooth, room, m, g, h):
-    "Canonical place and direction, height and share of the mouth of a point on a ray, into q; returns the leaf where its triangle was found."
+def _carry(rays, r, z, guess, q, j, T, B, C, P, A, leaves, F, canonical, rest, beside, blended, mouth, eyes, smooth, room, m, g, h):
+    "Canonical place and direction, height, share of the mouth, and whether it is at an eye, of a point on a ray, into q; returns the leaf where its triangle was found."
     dx, dy, dz = rays[r, 3], rays[r, 4], rays[r, 5]
     px, py, pz = rays[r, 0] + z*dx, rays[r, 1] + z*dy, rays[r, 2] + z*dz
     where, lane, v, w, square = nearest_triangle(px, py, pz, T, B, C, guess, room)
@@ -403,11 +404,14 @@ def _carry(rays, r, z, guess, q, j, T, B, C, P, A, leaves, F, canonical, rest, b
     n = float32(1)/max(np.sqrt(ex*ex + ey*ey + ez*ez), float32(1e-12))
     q[j, 3], q[j, 4], q[j, 5] = ex*n, ey*n, ez*n
     q[j, 6], q[j, 7] = np.sqrt(square), (float32(1) - v - w)*mouth[F[f, 0]] + v*mouth[F[f, 1]] + w*mouth[F[f, 2]]
+    q[j, 8] = eyes[f]
     return where
 
 @kernel(inline=True)
 def _alike(a, b, j, length):
-    "Row j from a to b: does a stretch of a ray stay straight and as long on its way to canonical space? Then what lies between need not be carried."
+    """Row j from a to b: does a stretch of a ray stay straight and as long on its way to canonical space? Then what lies between need not be carried.
+    At an eye it must: before and behind the sliver of an eyeball that a ray meets between the lids it may be theirs."""
+    if a[j, 8] + b[j, 8] > 0: return False
     x, y, z = b[j, 0] - a[j, 0], b[j, 1] - a[j, 1], b[j, 2] - a[j, 2]
     square, given = x*x + y*y + z*z, length*length
     return float32(.88)*given < square and square < float32(1.13)*given and a[j, 3]*b[j, 3] + a[j, 4]*b[j, 4] + a[j, 5]*b[j, 5] > float32(.994)
@@ -419,11 +423,11 @@ STRIDE = 3               # every how many samples are carried to canonical space
 RAY, AT, START, GUESS, LAST, NEXT = range(6)   # of a row of the tile: its ray (-1: none), sample, first sample, leaf, the samples carried last and ahead of time
 
 @kernel(inline=True)
-def _find(j, tile, last, ahead, now, rays, S, stride, first_leaf, T, B, C, P, A, leaves, F, canonical, rest, beside, blended, mouth, smooth, room, m, g, h):
+def _find(j, tile, last, ahead, now, rays, S, stride, first_leaf, T, B, C, P, A, leaves, F, canonical, rest, beside, blended, mouth, eyes, smooth, room, m, g, h):
     "What belongs to the sample of row j, into `now`: carried, or between two that were; returns the leaf where the next ray may begin."
     r, k, before = tile[RAY, j], tile[AT, j], tile[LAST, j]
     if k == tile[NEXT, j]:
-        for i in range(8): last[j, i] = now[j, i] = ahead[j, i]
+        for i in range(9): last[j, i] = now[j, i] = ahead[j, i]
         tile[LAST, j], tile[NEXT, j] = k, -1
         return first_leaf
     if 0 <= before < k:
@@ -432,15 +436,15 @@ def _find(j, tile, last, ahead, now, rays, S, stride, first_leaf, T, B, C, P, A,
         if goal > k:
             b = _place(goal, rays, r)[0]
             if tile[NEXT, j] != goal:                                                            # one ahead of time: kept, whether or not the way there is straight
-                tile[GUESS, j] = _carry(rays, r, b, tile[GUESS, j], ahead, j, T, B, C, P, A, leaves, F, canonical, rest, beside, blended, mouth, smooth, room, m, g, h)
+                tile[GUESS, j] = _carry(rays, r, b, tile[GUESS, j], ahead, j, T, B, C, P, A, leaves, F, canonical, rest, beside, blended, mouth, eyes, smooth, room, m, g, h)
                 tile[NEXT, j] = goal
             if _alike(last, ahead, j, (b - a)*rays[r, LENGTH]):
                 u = (_place(k, rays, r)[0] - a)/(b - a)
                 for i in range(8): now[j, i] = last[j, i] + u*(ahead[j, i] - last[j, i])
                 return first_leaf
     z, _ = _place(k, rays, r)
-    tile[GUESS, j] = _carry(rays, r, z, tile[GUESS, j], now, j, T, B, C, P, A, leaves, F, canonical, rest, beside, blended, mouth, smooth, room, m, g, h)
-    for i in range(8): last[j, i] = now[j, i]
+    tile[GUESS, j] = _carry(rays, r, z, tile[GUESS, j], now, j, T, B, C, P, A, leaves, F, canonical, rest, beside, blended, mouth, eyes, smooth, room, m, g, h)
+    for i in range(9): last[j, i] = now[j, i]
     tile[LAST, j] = k
     return tile[GUESS, j] if before < 0 else first_leaf
 
@@ -496,12 +500,12 @@ def _colours(weights, plan, first, flat, A, shown, ray, weight, begin, total, bi
 def _stretch(first, last, rays, spans, S, stride, way, table, networks, thin, coloured, rgba, span):
     """The rays from `first` to `last`: a tile of them at a time, each at a sample of its own; one that is done makes room for the next.
     (Inlined, for in the parallel loop itself the compiler knows that arrays do not overlap, which saves a third of the time.)"""
-    T, B, C, P, A, leaves, faces, canonical, rest, beside, blended, mouth, smooth = way      # once: each access counts references
+    T, B, C, P, A, leaves, faces, canonical, rest, beside, blended, mouth, eyes, smooth = way      # once: each access counts references
     values, scale, resolution, offset, size, hashed, like, low, inverse = table
     weights, plan, first_colour, rows, features, outputs, mouth_row, degree, surface = networks
     room, m, g, h = np.empty(ROOM, np.float32), np.empty(9, np.float32), np.empty(12, np.float32), np.empty(12, np.float32)
     tile, through = np.full((6, TILE), -1), np.ones(TILE, np.float32)
-    carried, ahead, now = np.zeros((TILE, 8), np.float32), np.zeros((TILE, 8), np.float32), np.zeros((TILE, 8), np.float32)
+    carried, ahead, now = np.zeros((TILE, 9), np.float32), np.zeros((TILE, 9), np.float32), np.zeros((TILE, 9), np.float32)
     flat, later, x = np.zeros(rows*TILE, np.float32), np.zeros(rows*TILE, np.float32), np.full((3, TILE), .5, np.float32)      # those on their way, and those that wait for a colour
     X, Y = flat.reshape((rows, TILE)), later.reshape((rows, TILE))
     entry, corner = np.empty(8*TILE, np.uint32), np.empty(8*TILE, np.float32)
@@ -517,7 +521,7 @@ def _stretch(first, last, rays, spans, S, stride, way, table, networks, thin, co
                 through[j], coming = float32(1), coming + 1
             alive += 1
             first_leaf = _find(j, tile, carried, ahead, now, rays, S, stride, first_leaf,
-                               T, B, C, P, A, leaves, faces, canonical, rest, beside, blended, mouth, smooth, room, m, g, h)
+                               T, B, C, P, A, leaves, faces, canonical, rest, beside, blended, mouth, eyes, smooth, room, m, g, h)
             for i in range(3): x[i, j] = _within((now[j, i] - low[i])*inverse)
             if mouth_row >= 0: X[mouth_row, j] = now[j, 7]
         encode_tile(x, values, scale, resolution, offset, size, hashed, like, entry, corner, flat)
@@ -568,7 +572,7 @@ def _view_fast(field, deformer, poses, o, d, limits, samples, begin=None, end=No
     rgba, span = np.zeros((R, 4), np.float32), np.zeros((R, 2), np.float32)
     rays = _as_rows(o, d, *limits, samples)
     spans = np.stack(np.broadcast_arrays(0 if begin is None else begin, samples if end is None else end, np.zeros(R))[:2], 1).astype(np.int64)
-    way = _Way(*(a[0] for a in poses), f.leaves, f.faces, f.canonical, f.rest, f.beside, f.blended, f.mouth, f.mapping == 'smooth')
+    way = _Way(*(a[0] for a in poses), f.leaves, f.faces, f.canonical, f.rest, f.beside, f.blended, f.mouth, f.scaled, f.mapping == 'smooth')      # `scaled`: the eyes
     table = _Table(field.grid.params.detach().numpy(), *field.grid.levels.for_kernels, f.low, np.float32(1/f.size))
     _view_kernel(rays, spans, samples, stride, way, table, _packed(field, condition, appearance), np.float32(thin), colours,
                              int(np.clip(R//(4*numba.get_num_threads()), TILE, 4096)), rgba, span)

@@ -8,6 +8,7 @@ import ophav_nb  # noqa: F401
 from ophav_nb import render
 from ophav_nb.deform import Deformer
 from ophav_nb.field import Field, field_config
+from ophav_nb.geometry import rasterize
 from ophav_nb.head import HeadModel
 from ophav_nb.render import STRIDE, _view_fast, band_widths, composite, mouth_amount, render_view, sample_depths, studio_camera, surface_band, widen_band
 
@@ -145,6 +146,27 @@ def test_interpolated_way_to_canonical_space(scene):
     late, _ = _view_fast(field, deformer, deformer.poses(open_mouth), o, d, band.at(pixels), 24, np.full(len(o), 14), np.full(len(o), 16), condition=np.zeros(16))
     solid = a[:, 3] > .99
     assert (late[solid, 3] > .9).mean() > .9                # who begins inside matter goes back, who ends inside goes on
+
+
+def test_every_sample_at_an_eye_is_carried(scene):
+    "Between the lids a ray meets an eyeball's sliver: what lies there is not interpolated from lid to lid, as it was (crumbs in eyes that turn)."
+    head, _, _, widths = scene
+    joints = np.zeros((1, 5, 3), np.float32)
+    joints[0, 3:, 1] = .35
+    pose = head(None, head.expression(eyeBlink=.15)[None], torch.from_numpy(joints))[0].numpy()
+    eyes = head.regions['left_eye_region'] | head.regions['right_eye_region']
+    deformer = Deformer(head.canonical().numpy(), head.faces, mouth_amount(head, head()[0].numpy()), scaled=eyes)
+    torch.manual_seed(0)
+    field, camera = Field(field_config(levels=4, log2_size=10, surface=6.)), studio_camera(128, width=.1, centre=(0, .03, .08))
+    with torch.no_grad():
+        field.grid.params.normal_(0, .1)
+        field.density_network[-1].bias[0] = 4.
+    band = surface_band(pose, head.faces, widths, camera)
+    skin = rasterize(camera.project(pose.astype(float)), head.faces, 128, 128)
+    pixels = np.flatnonzero(skin.mask & np.isin(skin.face, np.flatnonzero(head.regions['left_eyeball'] | head.regions['right_eyeball'])))
+    o, d = camera.rays(np.stack([pixels % 128 + .5, pixels//128 + .5], 1).astype(np.float32))
+    a, b = (_view_fast(field, deformer, deformer.poses(pose), o, d, band.at(pixels), 21, condition=np.zeros(16, np.float32), stride=n)[0] for n in (1, STRIDE))
+    assert len(pixels) > 300 and np.abs(a - b).max() < 2e-4        # .002 where they were interpolated
 
 
 def test_holes_are_looked_at_again(scene, monkeypatch):
