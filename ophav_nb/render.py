@@ -410,8 +410,8 @@ def _carry(rays, r, z, guess, q, j, T, B, C, P, A, leaves, F, canonical, rest, b
 @kernel(inline=True)
 def _alike(a, b, j, length):
     """Row j from a to b: does a stretch of a ray stay straight and as long on its way to canonical space? Then what lies between need not be carried.
-    At an eye it must: before and behind the sliver of an eyeball that a ray meets between the lids it may be theirs."""
-    if a[j, 8] + b[j, 8] > 0: return False
+    At eyes and mouth it must: before and behind the sliver of an eyeball or of teeth that a ray meets it may be the lids' or the lips'."""
+    if a[j, 7] + b[j, 7] + a[j, 8] + b[j, 8] > 0: return False
     x, y, z = b[j, 0] - a[j, 0], b[j, 1] - a[j, 1], b[j, 2] - a[j, 2]
     square, given = x*x + y*y + z*z, length*length
     return float32(.88)*given < square and square < float32(1.13)*given and a[j, 3]*b[j, 3] + a[j, 4]*b[j, 4] + a[j, 5]*b[j, 5] > float32(.994)
