@@ -91,7 +91,7 @@ NAMES = ["browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft", "bro
          "mouthUpperUpRight", "noseSneerLeft", "noseSneerRight", "tongueOut"]          # ARKit's names, alphabetical: the open basis
 JAW = len(NAMES)                                                                       # the jaw's column in a table of poses
 
-MOUTHS = [dict(mouthSmile=.9), dict(jaw=12), dict(mouthPucker=.9), dict(mouthSmile=.6, jaw=8, mouthUpperUp=.4), dict(mouthFrown=.8),
+MOUTHS = [dict(mouthSmile=.9), dict(jaw=12), dict(mouthPucker=.9), dict(mouthSmile=.6, jaw=8, mouthUpperUp=.4, eyeSquint=.6, cheekSquint=.5), dict(mouthFrown=.8),
           dict(mouthFunnel=.8, jaw=7), dict(mouthStretch=.8, jaw=4), dict(mouthPress=.8), dict(jaw=17, mouthLowerDown=.3),
           dict(mouthLeft=.7), dict(mouthRollLower=.7, mouthRollUpper=.5), dict(mouthUpperUp=.8, noseSneer=.5, jaw=3), dict(mouthRight=.7),
           dict(mouthDimple=.7), dict(mouthShrugLower=.8, mouthShrugUpper=.5), dict(mouthLowerDown=.9, jaw=4), dict(cheekPuff=.7),
@@ -182,12 +182,25 @@ def _range(seconds: float, t: np.ndarray, fps: float, seed: int) -> Motion:
     upper = _cycle(BROWS_AND_LIDS, len(at), .5 + .5*low_discrepancy(len(at), 1, seed + 2)[:, 0], rng)
     upper[0] = 0
     face = face + ease(at, upper, t)
+    face[:, [NAMES.index("eyeBlinkLeft"), NAMES.index("eyeBlinkRight")]] += _lids(seconds, t, (.35*pace, .8*pace), seed)
     start = np.cumsum(rng.uniform(.9, 1.9, int(seconds/.9) + 2)*pace)     # blinks, some of them half
     depth = np.where(rng.random(len(start)) < .3, rng.uniform(.35, .75, len(start)), 1.)
     gaze = _saccades(seconds, t, rng, 22, 12, (.35*pace, .9*pace))
     shift = ease(*(lambda k: (k, np.vstack([np.zeros(3), (low_discrepancy(len(k) - 1, 3, seed + 3) - .5)*[.02, .014, .03]])))(
         _knots(seconds, (.8, 1.4), rng)), t)
     return _motion(t, face, yaw, pitch, roll, gaze, blinks(t, start, depth), shift, fps)
+
+
+def _lids(seconds, t, hold, seed) -> np.ndarray:
+    "How far each lid is down between blinks, [T,2]: as on films of people half of the time hardly, else a little or half, one lower than the other; now and then a wink."
+    at = _knots(seconds, hold, np.random.default_rng([seed, 4]))
+    height, lean, wink = low_discrepancy(len(at), 3, seed + 4).T
+    down = np.maximum(2.5*height - 1.5, 0)                                # three of five stay up: an avatar's open eyes are to be as sharp as before
+    lean = .3*(2*lean - 1)**3*(down > 0)
+    lids = .55*down[:, None]**1.6 + np.maximum(np.stack([lean, -lean], 1), 0)
+    lids[wink > .94, int(seed) % 2] = .9
+    lids[0] = 0
+    return ease(at, lids, t)
 
 
 def _saccades(seconds, t, rng, wide, high, hold) -> np.ndarray:

@@ -57,6 +57,18 @@ def test_range_covers():
     with pytest.raises(InputError): scripted("dance")
 
 
+def test_range_holds_lids():
+    "Lids are held at any height and unequally, as on films of people, and still mostly up; a laugh narrows the eyes."
+    motion = scripted("range", 60)
+    lids = motion.expression[:, [NAMES.index("eyeBlinkLeft"), NAMES.index("eyeBlinkRight")]]
+    mean, apart = lids.mean(1), np.abs(np.diff(lids, axis=1))[:, 0]
+    slow = np.abs(np.gradient(mean))*motion.fps < 1
+    assert .35 < (mean < .05).mean() < .65 and (slow & (mean > .1) & (mean < .6)).mean() > .15
+    assert .05 < (apart > .1).mean() < .35 and apart.max() > .6
+    squint, smile = (motion.expression[:, NAMES.index(n)] for n in ("eyeSquintLeft", "mouthSmileLeft"))
+    assert ((squint > .2) & (smile > .3)).mean() > .04
+
+
 def test_speech():
     assert [n for n, _ in visemes("bob")] == ["closed", "o", "closed"]
     t = np.arange(50)/25
