@@ -283,19 +283,43 @@ def _lip_shade(self, V) -> np.ndarray:
     return np.where(teeth, .72 + .28*smoothstep(0, .004, below), .6 + .4*smoothstep(-.002, .018, below))     # farther in, the shadow is longer
 
 @patch_to(Mouth)
-def _stays(self, V) -> np.float32:
-    "1 while the lips are as in the portrait, 0 once they have moved."
-    p = self.portrayed
-    return np.float32(1 - smoothstep(.0006, .003, np.linalg.norm(p.points(V, INNER_LIPS) - p.points(p.V0, INNER_LIPS), axis=1).mean()))
-
-@patch_to(Mouth)
-def paint_teeth(self,
+def paint(self,
     V,          # the frame's mesh, [V, 3]
     camera,     # the frame's
     offset,     # where `out` stands in it, pixels [3]
     mesh,       # `Raster` of the mesh there
     out,        # painted over: premultiplied RGBA, [h, w, 4]
 ):
+    "Over the mesh's own inside of a mouth: what is made up becomes as soft as the portrait, its teeth are laid over that, slits close, and the lips' edges soften."
+    lips, stays = camera.project(self.portrayed.points(V, INNER_LIPS)) - offset, self._stays(V)
+    blur, own = self.blur*camera.width/self.portrayed.size, self.surface is not None
+    window, inside = self._inside_seen(lips, blur, mesh)
+    weights = np.exp(-.5*(np.arange(int(np.ceil(2.5*blur)) + 1, dtype=np.float32)/blur)**2)
+    def soft(share):
+        if stays < 1: soften(out[window], weights/(2*weights.sum() - 1), (1 - stays)*np.minimum(share, 1))
+    if own:
+        soft(3*inside)
+        self._paint_teeth(camera, offset, mesh, stays, out)
+    self._meet_lips(lips, camera, mesh, out)
+    soft(4*inside*(1 - inside) if own else 3*inside)                      # its own teeth are soft already
+
+@patch_to(Mouth)
+def _stays(self, V) -> np.float32:
+    "1 while the lips are as in the portrait, 0 once they have moved."
+    p = self.portrayed
+    return np.float32(1 - smoothstep(.0006, .003, np.linalg.norm(p.points(V, INNER_LIPS) - p.points(p.V0, INNER_LIPS), axis=1).mean()))
+
+@patch_to(Mouth)
+def _inside_seen(self, lips, blur, mesh) -> tuple:
+    "A window around the lips (slices), and how much of each of its pixels is the mouth's inside, blurred, [h', w']."
+    (h, w), margin = mesh.face.shape, 3*int(np.ceil(2.5*blur))
+    x0, y0 = np.clip(np.floor(lips[:, :2].min(0)).astype(int) - margin, 0, [w, h])
+    x1, y1 = np.clip(np.ceil(lips[:, :2].max(0)).astype(int) + margin, 0, [w, h])
+    face = mesh.face[y0:y1, x0:x1]
+    return (slice(y0, y1), slice(x0, x1)), ndi.gaussian_filter(((face >= 0) & (self.portrayed.kind[face] >= OF_MOUTH)).astype(np.float32), blur)
+
+@patch_to(Mouth)
+def _paint_teeth(self, camera, offset, mesh, stays, out):
     "The teeth that the portrait shows, in a window of their own."
     p, (h, w) = self.portrayed, out.shape[:2]
     q = camera.project(self.points) - offset
@@ -303,53 +327,14 @@ def paint_teeth(self,
     hi = np.clip(np.ceil(q[:, :2].max(0)).astype(int), 0, [w, h])
     if (hi <= lo).any(): return
     r = rasterize(q - [lo[0], lo[1], 0], self.surface, hi[1] - lo[1], hi[0] - lo[0])
-    paint_own_teeth(r.face, r.bary, self.surface, self.source, p.image, self.risen, self.teeth, self.between, self._stays(V), mesh.face, p.kind, lo[0], lo[1], out)
+    paint_own_teeth(r.face, r.bary, self.surface, self.source, p.image, self.risen, self.teeth, self.between, stays, mesh.face, p.kind, lo[0], lo[1], out)
 
 @patch_to(Mouth)
-def meet_lips(self,
-    V,          # the frame's mesh, [V, 3]
-    camera,     # the frame's
-    offset,     # where `out` stands in it, pixels [3]
-    mesh,       # `Raster` of the mesh there
-    out,        # painted over: premultiplied RGBA, [h, w, 4]
-    gap: float = .0011,   # metres
-):
-    "Close the slits that are thinner than `gap`, and draw the line between lips that meet where the portrait's own are parted and have none."
+def _meet_lips(self, lips, camera, mesh, out, gap: float = .0011):
+    "Close the slits that are thinner than `gap` metres, and draw the line between lips that meet where the portrait's own are parted and have none."
     p, (h, w) = self.portrayed, out.shape[:2]
-    q = camera.project(p.points(V, INNER_LIPS)) - offset
-    thin = gap*camera.focal/q[:, 2].mean()
-    x0, y0 = np.clip(np.floor(q[:, :2].min(0) - 3*thin).astype(int), 1, [w - 1, h - 1])
-    x1, y1 = np.clip(np.ceil(q[:, :2].max(0) + 3*thin).astype(int), 1, [w - 1, h - 1])
-    left, right = np.sort(q[[0, INNER_LIPS.index(308)], 0]).astype(np.float32)
+    thin = gap*camera.focal/lips[:, 2].mean()
+    x0, y0 = np.clip(np.floor(lips[:, :2].min(0) - 3*thin).astype(int), 1, [w - 1, h - 1])
+    x1, y1 = np.clip(np.ceil(lips[:, :2].max(0) + 3*thin).astype(int), 1, [w - 1, h - 1])
+    left, right = np.sort(lips[[0, INNER_LIPS.index(308)], 0]).astype(np.float32)
     close_slits(mesh.face, p.kind, self.lip_of, x0, x1, y0, y1, left, right, np.float32(thin), np.float32(p.parted), out)
-
-@patch_to(Mouth)
-def as_sharp(self,
-    V,          # the frame's mesh, [V, 3]
-    camera,     # the frame's
-    offset,     # where `out` stands in it, pixels [3]
-    mesh,       # `Raster` of the mesh there
-    out,        # changed in place: premultiplied RGBA, [h, w, 4]
-    edges: bool = False,   # only where lips end
-):
-    "What is made up between lips, and their edges over it, becomes as soft as the portrait is: rulers are sharper than lenses."
-    p, (h, w) = self.portrayed, out.shape[:2]
-    blur, stays = self.blur*camera.width/p.size, self._stays(V)
-    if stays == 1: return
-    q, reach = camera.project(p.points(V, INNER_LIPS)) - offset, int(np.ceil(2.5*blur))
-    x0, y0 = np.clip(np.floor(q[:, :2].min(0)).astype(int) - 3*reach, 0, [w, h])
-    x1, y1 = np.clip(np.ceil(q[:, :2].max(0)).astype(int) + 3*reach, 0, [w, h])
-    face = mesh.face[y0:y1, x0:x1]
-    inside = ndi.gaussian_filter(((face >= 0) & (p.kind[face] >= OF_MOUTH)).astype(np.float32), blur)
-    if not inside.any(): return
-    weights = np.exp(-.5*(np.arange(reach + 1, dtype=np.float32)/blur)**2)
-    soften(out[y0:y1, x0:x1], weights/(2*weights.sum() - 1), (1 - stays)*np.minimum(4*inside*(1 - inside) if edges else 3*inside, 1))
-
-@patch_to(Mouth)
-def paint(self, *frame):   # as in `as_sharp`
-    "What is made up is softened, the portrait's teeth are laid over it, the lips closed, and their edges softened."
-    if self.surface is not None:
-        self.as_sharp(*frame)
-        self.paint_teeth(*frame)
-    self.meet_lips(*frame)
-    self.as_sharp(*frame, edges=self.surface is not None)
