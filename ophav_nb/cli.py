@@ -110,7 +110,7 @@ def _add_animate(commands) -> None:
   ophav animate runs/me --motion other.mp4 --out driven.mp4 --size 512      another person's film drives it
   ophav animate runs/me --motion talk --out side.mp4 --yaw 15 --pitch -5    the head turned
   ophav animate runs/me --motion talk --out round.mp4 --orbit 20            the camera swings around the head
-Films have no sound; ffmpeg -i driven.mp4 -i other.mp4 -map 0:v -map 1:a -c copy heard.mp4 adds that of the driving one.""", _animate)
+A film that drives it is heard, too; scripts are silent.""", _animate)
     p.add_argument("folder", metavar="RUN", help="the folder that create made")
     p.add_argument("--motion", default="talk", help=f"{_MOTION} (default: talk)")
     p.add_argument("--out", required=True, help="the film, .mp4")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'PRESETS', 'ANOTHER', 'FILM_NOTE', 'VIEWS', 'ANGLES', 'KINDS', 'Preset', 'get_preset', 'matting_detector',
            'unusual', 'halved', 'add_portrait', 'add_track', 'head_key', 'run_head', 'load_portrait', 'own_motion',
-           'seen_motion', 'load_driven', 'driven_key', 'add_motion', 'resolve_motion', 'film_motion', 'add_coarse',
-           'add_coarse_network', 'driving_film', 'write_coarse_video', 'add_coarse_film', 'check_length',
+           'seen_motion', 'load_driven', 'driven_key', 'add_motion', 'resolve_motion', 'heard_with', 'film_motion',
+           'add_coarse', 'add_coarse_network', 'driving_film', 'write_coarse_video', 'add_coarse_film', 'check_length',
            'warn_of_another', 'write_coarse', 'frame_pose', 'film_metadata', 'add_dataset', 'shrink', 'add_film',
            'shown_motion', 'publish', 'shown_part', 'play', 'add_views', 'shown_angles', 'trained_range', 'beyond',
            'warn_of', 'create', 'warn_of_other_portrait', 'check_kinds', 'compiling', 'train_rounds', 'copy_folder',
@@ -257,6 +257,13 @@ def resolve_motion(
     return scripted(motion, seconds, fps=fps, seed=seed)
 
 
+def heard_with(
+    motion: str,      # as of `resolve_motion`
+) -> Path | None:
+    "The film whose sound belongs to a motion: it drives a mouth that speaks."
+    return path if (path := Path(motion)).suffix.lower() in VIDEO and path.is_file() else None
+
+
 def film_motion(
     film: str | Path,
     basis: str | None = None,  # of the head it is for; None: the open head's
@@ -477,9 +484,10 @@ def add_film(
     "The film of the chosen avatar over the portrait's background: artifact `film`, copied to `video.mp4`."
     def build(folder: Path) -> None:
         portrait = load_driven(run, run_head(run))
-        play(run, portrait, Avatar.load(run.path("avatar"), device=device), shown_motion(run, portrait.track), folder / "video.mp4", size=preset.film_size)
+        play(run, portrait, Avatar.load(run.path("avatar"), device=device), shown_motion(run, portrait.track), folder / "video.mp4", size=preset.film_size, sound=sound)
 
-    folder = run.make("film", build, needs=["avatar", "motion", "portrait", "track"], params=dict(size=preset.film_size) | driven_key(run))
+    sound = heard_with(run.params.get("motion", ""))
+    folder = run.make("film", build, needs=["avatar", "motion", "portrait", "track"], params=dict(size=preset.film_size) | driven_key(run) | (dict(sound=True) if sound else {}))
     return publish(folder / "video.mp4", run.path("video.mp4"))
 
 
@@ -531,6 +539,7 @@ def play(
     size: int = 320,              # side of the rendered head, pixels
     background: Literal["portrait", "white"] = "portrait",
     cameras: list | None = None,  # a camera a frame, where it moves
+    sound: Path | None = None,    # a film that is heard along with it
 ) -> Path:
     "Render the run's avatar through a motion into a film; over the portrait's background it shows what `shown_part` says."
     camera, whole = portrait.track.camera.resized(size, size), max(portrait.image.shape[0], size)
@@ -540,7 +549,7 @@ def play(
         plate = make_animator("mesh", image=portrait.image, track=portrait.track, head=head, matte=portrait.matte)
         part = shown_part(portrait, head, whole, plate.portrayed.matte)
     rendered = avatar.render(motion, camera if cameras is None else cameras)
-    with VideoWriter(path, motion.fps, metadata=film_metadata(run)) as video:
+    with VideoWriter(path, motion.fps, metadata=film_metadata(run), sound=sound) as video:
         for i, rgba in enumerate(progress(rendered, len(motion), f"film {Path(path).name}")):
             head_frame = to_uint8(rgba)
             video.add(plate.composite(shrink(head_frame, whole), **frame_pose(motion, i))[part] if plate else on_background(head_frame))
@@ -816,7 +825,7 @@ def animate(
     if orbit:
         target = played.translation.mean(0)
         cameras = [portrait.track.camera.resized(size, size).orbit(np.radians(a), 0., target) for a in angles]
-    return play(run, portrait, avatar, played, Path(out), size, background, cameras)
+    return play(run, portrait, avatar, played, Path(out), size, background, cameras, heard_with(motion))
 
 
 def turned(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from ophav_nb import media
-from ophav_nb.media import Crop, Film, VideoWriter, clip_info, iter_video, read_image, read_own, read_stored, read_video, resize, write_image, write_video
+from ophav_nb.media import SOUND_RATE, Crop, Film, VideoWriter, clip_info, iter_sound, iter_video, read_image, read_own, read_stored, read_video, resize, write_image, write_video
 from ophav_nb.run import InputError
 
 
@@ -247,6 +247,43 @@ def test_sound_alone_is_refused(tmp_path):
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono"); sound.rate = 44100
         film.mux(stream.encode(sound)); film.mux(stream.encode())
     with pytest.raises(InputError, match="no pictures"): read_video(tmp_path/"a.mp4")
+
+
+def with_beep(path, frames, rate, codec, at, late=0., mono=True):
+    """A film of 25 pictures a second with a beep of .1 s at `at`, its sound beginning `late` seconds after the pictures."""
+    with av.open(str(path), "w") as film:
+        stream, heard = film.add_stream("libx264", rate=25), film.add_stream(codec, rate=rate, layout="mono" if mono else "stereo")
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for frame in frames: film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        film.mux(stream.encode())
+        time = np.arange(round((len(frames)/25 - late)*rate))/rate + late
+        beep = (.5*np.sin(2*np.pi*1000*time)*(abs(time - at - .05) < .05)).astype(np.float32)
+        for i in range(0, len(beep) - 1023, 1024):
+            piece = av.AudioFrame.from_ndarray(np.repeat(beep[None, i:i + 1024], 1 if mono else 2, 0), "fltp", "mono" if mono else "stereo")
+            piece.sample_rate, piece.time_base, piece.pts = rate, Fraction(1, rate), i + round(late*rate)
+            film.mux(heard.encode(piece))
+        film.mux(heard.encode())
+    return path
+
+
+def beep_of(path):
+    heard = np.concatenate(list(iter_sound(path, 25.)), 1)
+    return np.flatnonzero(abs(heard[0]) > .2)[[0, -1]]/SOUND_RATE, heard.shape[1]/SOUND_RATE
+
+
+@pytest.mark.parametrize("name, rate, codec, late, mono", [("a.mp4", 44100, "aac", 0., True), ("a.mkv", 22050, "aac", .4, True), ("a.mkv", 48000, "ac3", 0., False)])
+def test_a_film_is_heard_along_with_another(tmp_path, moving, name, rate, codec, late, mono):
+    source = with_beep(tmp_path/name, moving, rate, codec, .5, late, mono)
+    assert np.allclose(beep_of(source)[0], (.5, .6), atol=.01)
+    (begins, ends), seconds = beep_of(write_video(tmp_path/"b.mp4", moving[:17], 25, sound=source))
+    assert np.allclose((begins, ends), (.5, .6), atol=.01) and abs(seconds - 17/25) < .03      # no longer than its pictures
+    assert beep_of(write_video(tmp_path/"c.mp4", np.repeat(moving, 2, 0), 25, sound=source))[1] < .9   # nor longer than the sound
+    with av.open(str(tmp_path/"b.mp4")) as film: assert [(s.type, s.codec_context.name) for s in film.streams] == [("video", "h264"), ("audio", "aac")]
+
+
+def test_a_film_without_sound_stays_silent(tmp_path, moving):
+    silent = write_video(tmp_path/"a.mp4", moving)
+    with av.open(str(write_video(tmp_path/"b.mp4", moving, sound=silent))) as film: assert [s.type for s in film.streams] == ["video"]
 
 
 def test_show_images_stays_small(face):
