@@ -396,7 +396,7 @@ def retarget(
     keep: float = .35,             # how much of the portrait's own mouth stays while the mouth is fully driven
     expression: float = 1.,        # gains
     pose: float = 1.,
-    reach: float = .05,            # metres that the head may leave its place
+    reach: float|tuple = (.05, .02, .05),   # metres that the head may leave its place: sideways, up and down (the shoulders stay, and a neck does not grow), along the view
 ) -> Motion:                       # absolute, for the portrait's camera
     "Another person's motion from the portrait's own pose and expression on."
     motion = relative(motion, neutral) if is_absolute(motion) or neutral is not None else motion
@@ -419,8 +419,7 @@ def retarget(
     joints[:, 2, 0] = np.clip(joints[:, 2, 0], 0, .45)
     joints[:, 3:] = np.clip(own.joints[:, 3:] + motion.joints[:, 3:], -.6, .6)
     shift = motion.translation*pose*[1, 1, max(-float(own.translation[0, 2]), .05)/.8]
-    size = np.linalg.norm(shift, axis=1, keepdims=True)
-    shift = shift*np.where(size > 1e-9, reach*np.tanh(size/reach)/np.maximum(size, 1e-9), 1)
+    shift = reach*np.tanh(shift/np.float32(reach))
     return Motion(face, joints, own.translation + shift, motion.fps, motion.basis)
 
 

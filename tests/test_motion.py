@@ -215,3 +215,10 @@ def test_flame_file(tmp_path, monkeypatch):
     motion = read_motion(path)
     assert len(motion) == 384 and motion.fps == 24 and motion.expression.max() == 0 and motion.basis == "open"
     assert .05 < np.abs(motion.joints[:, 3, 1]).max() < .5
+
+
+def test_a_head_leaves_its_place_less_up_and_down_than_sideways():
+    far = replace(Motion.still(3), translation=np.float32([[.5, 0, 0], [0, .5, 0], [0, .01, 0]]))
+    moved = retarget(far, Portrait).translation - Portrait.motion.translation[0]
+    np.testing.assert_allclose(moved[[0, 1], [0, 1]], (.05, .02), atol=1e-3)
+    assert .008 < moved[2, 1] < .01
