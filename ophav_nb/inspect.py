@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from .geometry import axis_angle_to_matrix, interpolate, matrix_to_axis_angle, rasterize, vertex_normals
 from .flame import load_head
 from .head import HeadModel, Motion
-from .media import on_background, read_array, read_image, read_own, read_stored, resize, show_images, strip, to_float, to_uint8, write_image
+from .media import lettering, on_background, read_array, read_image, read_own, read_stored, resize, show_images, strip, to_float, to_uint8, write_image
 from .rounds import check_numbers, read_log
 from .run import MEND, InputError, Run, read_json, shown_name, write_atomic
 from .track import Track
@@ -204,7 +204,7 @@ def _said(text, letters=70):
     "A line of text as a picture."
     lines = textwrap.wrap(text, letters)
     page = Image.new('RGB', (8*letters, 20*len(lines) + 12), 'white')
-    ImageDraw.Draw(page).multiline_text((6, 6), '\n'.join(lines), fill='black', font=ImageFont.load_default(14))
+    ImageDraw.Draw(page).multiline_text((6, 6), '\n'.join(lines), fill='black', font=lettering(13))
     return np.asarray(page)
 
 def _slider(count, description='frame'):

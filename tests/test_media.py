@@ -2,12 +2,14 @@
 import errno
 import os
 import struct
+import sys
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from ophav_nb import media
 from ophav_nb.media import SOUND_RATE, Crop, Film, VideoWriter, clip_info, iter_sound, iter_video, read_image, read_own, read_stored, read_video, resize, write_image, write_video
@@ -369,3 +371,38 @@ def test_a_film_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda number: (there.append(path.exists()), sync(number)))
     write_video(path, np.zeros((3, 16, 16, 3), np.uint8), fps=25)
     assert there == [False] and path.exists()
+
+
+def test_letters_beyond_ascii_are_no_boxes(face):
+    bar = lambda text: media.show_images([face], [text], width=200).array[:20]
+    assert len({bar(text).tobytes() for text in ("Zo\u00eb", "Zo\u00f6", "Zo\u0151", "Zo\u0441")}) == 4
+
+
+def test_a_phones_picture(tmp_path, face, monkeypatch):
+    path = tmp_path/"a.heic"
+    path.write_bytes(struct.pack(">I", 24) + b"ftypheic" + bytes(100))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(InputError, match="pip install pillow-heif.*or save it as JPEG"): read_image(path)
+    class Decoder(ImageFile.ImageFile):
+        format = "HEIF"
+        def _open(self): self._size, self._mode, self.tile = face.shape[1::-1], "RGB", []
+        def load(self): self.im = Image.fromarray(face).im
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN)); monkeypatch.setattr(Image, "ID", list(Image.ID))
+    register = lambda: Image.register_open("HEIF", Decoder, lambda start: start[4:12] == b"ftypheic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    assert np.array_equal(read_image(path), face)
+
+
+def test_a_film_that_ends_before_its_header_says(tmp_path, caplog):
+    noise = np.random.default_rng(0).integers(0, 255, (150, 64, 64, 3), dtype=np.uint8)      # large frames: one cluster of Matroska holds few of them
+    with av.open(str(tmp_path/"whole.mkv"), "w") as film:
+        stream = film.add_stream("libx264", rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for image in noise: film.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        film.mux(stream.encode())
+    assert sum(1 for _ in iter_video(tmp_path/"whole.mkv")) == len(noise) and not caplog.text
+    data = (tmp_path/"whole.mkv").read_bytes()
+    (tmp_path/"cut.mkv").write_bytes(data[:len(data)*6//10])
+    for _ in range(2): assert 0 < sum(1 for _ in iter_video(tmp_path/"cut.mkv")) < len(noise)
+    assert caplog.text.count("its header says 6.0 s") == 1
