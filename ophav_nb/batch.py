@@ -285,7 +285,6 @@ def run_one(
         row["status"] = "done"
     except (InputError, PapermillException, DeadKernelError, RuntimeError, OSError, ValueError) as error:
         row["error"] = _reason(error)
-        log.warning("%s failed: %s", item["name"], row["error"])
     row["seconds"] = round(time.perf_counter() - start, 1)
     if folder.is_dir(): write_atomic(folder/"row.json", json.dumps(row, indent=1) + "\n")
     return row
@@ -378,6 +377,7 @@ def run_sweep(
         for folder in (out, *(out/name for name in order)): remove_scraps(folder, below=False)
         for row in progress(_dask(dask, jobs) if dask else _threads(workers, jobs), len(jobs), "sweep"):
             rows[row["name"]] = row
+            if row["status"] == "failed": log.warning("%s failed: %s", row["name"], row["error"])
             write_table([rows[n] for n in order if n in rows], out)
     return [rows[n] for n in order]
 

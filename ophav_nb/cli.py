@@ -260,9 +260,8 @@ def _inspect(args) -> int:
 def _batch(args) -> int:
     from ophav_nb.batch import run_sweep
     rows = run_sweep(args.sweep, args.out, dask=args.dask, workers=args.workers)
-    failed = [r for r in rows if r["status"] == "failed"]
-    _say(*(f"failed: {r['name']}: {r['error']}" for r in failed))
-    _say(f"{len(rows) - len(failed)} of {len(rows)} done; table: {Path(args.out)/'table.html'}")
+    failed = sum(r["status"] == "failed" for r in rows)   # each was said when it failed
+    _say(f"{len(rows) - failed} of {len(rows)} done; table: {Path(args.out)/'table.html'}")
     return 1 if failed else 0
 
 

@@ -726,6 +726,7 @@ def compiling(
     process = compile_ahead() if wanted else None
     def ready():
         if process:
+            if process.poll() is None: log.info("kernels are being compiled, once on this machine: up to minutes")
             with suppress(TimeoutExpired): process.wait(most)
     try: yield ready
     finally:

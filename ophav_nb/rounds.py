@@ -271,15 +271,15 @@ def choose_round(
             out.append(f"the {' and '.join(lacks)} of round {k} could not be measured")
             continue
         slip = row['landmark_drift'] - first['landmark_drift']
-        if drift(row) > identity_slack: out.append(f"round {k} drifts from the person (identity distance {drift(row):+.3f})")
-        elif slip > landmark_slack: out.append(f"round {k} misses the poses (landmark drift {slip:+.2f} points)")
+        if drift(row) > identity_slack: out.append(f"round {k} drifts from the person (identity distance grows by {drift(row):.3f})")
+        elif slip > landmark_slack: out.append(f"round {k} misses the poses (landmark drift grows by {slip:.2f} points)")
         elif worthy(row) > worthy(rows[best]) + worth: best = k
         elif rows[best]['sharpness'] >= own: out.append(f"round {best} is as sharp as the portrait already, and round {k} not closer to the person by enough")
         else: out.append(f"round {k} is neither sharper than round {best} ({row['sharpness']/max(rows[best]['sharpness'], 1e-9) - 1:+.0%}) nor closer to the person by enough")
     row = rows[best]
     gain = row['sharpness']/max(first['sharpness'], 1e-9) - 1
-    why = (f"round {best} is {abs(gain):.0%} {'sharper' if gain >= 0 else 'softer'} than round 0, with identity distance {row['identity_distance'] - first['identity_distance']:+.3f} "
-           f"and landmark drift {row['landmark_drift'] - first['landmark_drift']:+.2f} points" if best else "no round is sharper or closer to the person, and in the same poses"
+    why = (f"round {best} is {abs(gain):.0%} {'sharper' if gain >= 0 else 'softer'} than round 0, its identity distance changes by {drift(row):+.3f} "
+           f"and its landmark drift by {row['landmark_drift'] - first['landmark_drift']:+.2f} points" if best else "no round is sharper or closer to the person, and in the same poses"
            if len(rows) > 1 else "it is the only one")
     return best, f"round {best}: {why}" + "".join(f"; {o}" for o in out) if not best else why + "".join(f"; {o}" for o in out)
 

@@ -334,6 +334,7 @@ class Run:
         self.folder, self._lock = Path(folder), FolderLock(Path(folder)/".lock")
         with explain_os_errors(folder): self._handler, self._fresh = None, not self.folder.exists()
         self.log = logging.getLogger("ophav_nb.runs")
+        self._told = set()    # artifacts that this object made or kept: said once
         self._asked = None if params is None else plain(params)    # stands in run.json as soon as the first artifact is there: a command that fails before leaves the old one
         if params is not None:
             self._refuse_others()
@@ -464,7 +465,8 @@ class Run:
         key, final, partial = make_key(params or {}, needed), self.folder/name, self.folder/f"{name}.partial"
         with self:
             if self.current(name, needs, params):
-                self.log.info("%s: kept", name)
+                if name not in self._told: self.log.info("%s: kept", name)
+                self._told.add(name)
                 self._describe()
                 return final
             manifest = {"name": name, "key": key, "params": plain(params or {}), "needs": needed, "format": FORMAT}
@@ -472,6 +474,7 @@ class Run:
             self._build(build, partial, manifest)
             self._describe()
             self._swap(partial, final)
+            self._told.add(name)
         return final
 
     def _why(self, name: str, new: dict, partial: Path) -> None:

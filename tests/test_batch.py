@@ -127,10 +127,11 @@ def test_dates_are_text_and_what_may_be_empty(tmp_path, small):
     assert read_sweep(sweep(tmp_path, "grid: {x: [null, 1]}"))[1][0]["parameters"] == {"x": None}
 
 
-def test_failures_are_rows_and_the_rest_is_kept(tmp_path, small):
+def test_failures_are_rows_and_the_rest_is_kept(tmp_path, small, caplog):
     path, out = sweep(tmp_path, "grid: {x: [1, fail, die]}"), tmp_path/"out"
     rows = run_sweep(path, out, workers=3)
     assert [r["status"] for r in rows] == ["done", "failed", "failed"]
+    assert caplog.text.count("fail failed: ValueError: first line second line") == 1
     assert rows[1]["error"] == "ValueError: first line second line" and "ernel" in rows[2]["error"]
     assert rows[0]["metrics"] == {"rows.a.psnr": 30.5, "x": 1}
     table = list(csv.DictReader(open(out/"table.csv")))

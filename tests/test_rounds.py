@@ -291,6 +291,8 @@ def test_guard():
     assert choose_round([base, row(sharpness=90., landmark_drift=.8)])[0] == 0
     number, reason = choose_round([base, row(sharpness=90.), row(sharpness=99., identity_distance=.34)])
     assert number == 1 and reason.startswith('round 1') and 'round 2 drifts from the person' in reason
+    assert 'identity distance grows by 0.0' in reason
+    assert 'its identity distance changes by -0.0' in choose_round([base, row(sharpness=90., identity_distance=.29)])[1]
     number, reason = choose_round([base, row(sharpness=None), row(sharpness=90.)])
     assert number == 2 and 'sharpness of round 1 could not be measured' in reason
     assert choose_round([row(sharpness=float('nan')), row(sharpness=90.)]) == (0, 'round 0: its sharpness could not be measured, so no later round can be compared with it')

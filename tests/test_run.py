@@ -344,3 +344,11 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, wri
     monkeypatch.setattr(os, "replace", lambda *a: (steps.append("named"), rename(*a)))
     write_atomic(tmp_path/"a", writer)
     assert steps == [(tmp_path/"a").stat().st_size, "named"]
+
+
+def test_what_is_kept_is_said_once(tmp_path, caplog):
+    caplog.set_level("INFO", "ophav_nb")
+    for _ in range(2):
+        run = Run(tmp_path/"r", {})
+        for _ in range(3): run.make("a", lambda folder: None)
+    assert caplog.text.count("a: made in") == caplog.text.count("a: kept") == 1
