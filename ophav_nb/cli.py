@@ -151,6 +151,11 @@ def _add_others(commands) -> None:
   ophav inspect runs/me                  JupyterLab with sliders over frames, fits, curves and drift
   ophav inspect runs/me --no-browser     only write the notebook and say where""", _inspect)
     p.add_argument("folder", metavar="RUN", help="the folder that create made, finished or not"); p.add_argument("--no-browser", action="store_true", help="do not start JupyterLab")
+    p = _command(commands, "compare", "lay runs beside each other: a table, and a film of their films", """\
+  ophav compare runs/a runs/b                    the parameters in which they differ, the chosen rounds' measures, minutes, megabytes
+  ophav compare sweeps/faces/*/run --out all.mp4    their films side by side""", _compare)
+    p.add_argument("folders", metavar="RUN", nargs="+", help="the folders that create made")
+    p.add_argument("--out", metavar="FILM", help="a film of their films side by side, .mp4")
     p = _command(commands, "batch", "run one notebook with many parameters, into one table", """\
   ophav batch faces.yaml --out sweeps/faces
   ophav batch faces.yaml --out sweeps/faces --dask tcp://scheduler:8786
@@ -211,8 +216,12 @@ def _create(args) -> int:
     return 0
 
 
+def _check_film(out: str) -> None:
+    if Path(out).suffix.lower() != ".mp4": raise InputError(f"--out {out}: films are written as .mp4")
+
+
 def _animate(args) -> int:
-    if Path(args.out).suffix.lower() != ".mp4": raise InputError(f"--out {args.out}: films are written as .mp4")
+    _check_film(args.out)
     from ophav_nb.pipeline import animate
     animate(args.folder, **_options(args, "folder"))
     _say(f"film: {args.out}")
@@ -255,6 +264,14 @@ def _inspect(args) -> int:
         raise InputError(f"JupyterLab is not installed: pip install 'ophav-nb[notebooks]', or open {notebook} in any Jupyter")
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []   # a container's only user
     return subprocess.call([sys.executable, "-m", "jupyterlab", str(notebook), *root])
+
+
+def _compare(args) -> int:
+    if args.out: _check_film(args.out)
+    from ophav_nb.inspect import compare_films, compare_runs
+    _say(_aligned(compare_runs([Run.open(folder) for folder in args.folders])))
+    if args.out: _say(f"film: {compare_films(args.folders, args.out)}")
+    return 0
 
 
 def _batch(args) -> int:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'DRAWINGS', 'SHORT', 'LONGEST', 'SOUND_RATE', 'to_uint8', 'to_float', 'on_background', 'open_picture',
            'read_image', 'read_own', 'read_stored', 'read_array', 'write_image', 'whole_png', 'Picture', 'strip',
-           'lettering', 'show_images', 'resize', 'Crop', 'Clip', 'clip_info', 'iter_video', 'read_video', 'iter_sound',
-           'Film', 'VideoWriter', 'write_video']
+           'lettering', 'titled', 'show_images', 'resize', 'Crop', 'Clip', 'clip_info', 'iter_video', 'read_video',
+           'iter_sound', 'Film', 'VideoWriter', 'write_video']
 
 # %% ../nbs/01_media.ipynb #c002
 import contextlib, functools, io, logging, os, re, warnings
@@ -246,7 +246,11 @@ def lettering(
     return ImageFont.truetype(Path(get_data_path())/"fonts"/"ttf"/"DejaVuSans.ttf", size)
 
 
-def _titled(image: np.ndarray, title: str, size: int = 14) -> np.ndarray:
+def titled(
+    image: np.ndarray,   # uint8 [H,W,3]
+    title: str,
+    size: int = 14,      # of the letters, px
+) -> np.ndarray:         # uint8 [H+size+8,W,3]
     "The image with a line of text above."
     bar = Image.new("RGB", (image.shape[1], size + 8), "white")
     ImageDraw.Draw(bar).text((2, 2), title, fill="black", font=lettering(size))
@@ -266,7 +270,7 @@ def show_images(
     cols = cols or min(len(images), 6)
     cell = min(max(i.shape[1] for i in images), width//cols - 4)
     images = [resize(i, (max(1, round(i.shape[0]*cell/i.shape[1])), cell)) for i in images]
-    if titles is not None: images = [_titled(i, str(t)) for i, t in zip(images, titles, strict=True)]
+    if titles is not None: images = [titled(i, str(t)) for i, t in zip(images, titles, strict=True)]
     rows = []
     for start in range(0, len(images), cols):
         row = images[start:start + cols]

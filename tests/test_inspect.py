@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ophav_nb.inspect import (MEANINGS, Curves, RunView, example_run, inspect_coarse, inspect_drift, inspect_fit, inspect_run,
+from ophav_nb.inspect import (MEANINGS, Curves, RunView, compare_films, compare_runs, example_run, inspect_coarse, inspect_drift, inspect_fit, inspect_run,
                               draw_views, joined, overlay, rounds_strip, training_curves, write_report)
+from ophav_nb.media import read_video, write_video
 from ophav_nb.rounds import check_numbers
 from ophav_nb.run import InputError
 
@@ -224,3 +225,21 @@ def test_an_axis_does_not_make_much_of_little():
     assert high - low > SPANS["identity_distance"] and low < .2479 < .2512 < high
     assert np.allclose(_limits("sharpness", [400., 600.]), (380, 620)) and _limits("flicker", [0., 0.])[0] < 0
     assert draw_measures({0: dict(sharpness=None, flicker=1.), 1: dict(sharpness=None, flicker=1.)}) is not None
+
+
+def test_runs_side_by_side(run, tmp_path):
+    run, other = (shutil.copytree(run, tmp_path/name) for name in ('eins', 'anders, größer'))
+    (run/'video.mp4').unlink(missing_ok=True); (other/'video.mp4').unlink(missing_ok=True)
+    about = json.loads((other/'run.json').read_text())
+    about['parameters'] |= dict(seed=7)
+    (other/'run.json').write_text(json.dumps(about))
+    head, _, first, second = [[c.strip() for c in line.strip('|').split('|')] for line in compare_runs([run, other]).splitlines()]
+    column = lambda name: (first[head.index(name)], second[head.index(name)])
+    assert column('seed') == ('0', '7') and 'preset' not in head and column('chosen') == ('1', '1') and column('identity distance') == ('0.32', '0.32')
+    assert (first[0], second[0]) == ('eins', 'anders, größer')
+    with pytest.raises(InputError, match='stands twice'): compare_runs([run, str(run)])
+    with pytest.raises(InputError, match='has no film yet'): compare_films([run, other], tmp_path/'a.mp4')
+    for folder, frames in ((run, 5), (other, 3)): write_video(folder/'video.mp4', np.zeros((frames, 64, 48, 3), np.uint8), 25)
+    film, fps = read_video(compare_films([run, other], tmp_path/'a.mp4', height=80))
+    assert fps == 25 and len(film) == 3 and film.shape[2] == 2*60 + 4
+    assert np.abs(film[0][:20, :60].astype(int) - film[0][:20, 64:]).max() > 100           # each has its own name above
