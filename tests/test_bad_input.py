@@ -117,3 +117,18 @@ def test_good_portraits(tmp_path, portrait, kind):
     between_eyes = np.linalg.norm(expected.landmarks[33, :2] - expected.landmarks[263, :2])
     off = np.linalg.norm(found.landmarks[:, :2]/scale - expected.landmarks[:, :2], axis=1).mean()
     assert off < .05*between_eyes, off/between_eyes
+
+
+def test_a_film_in_the_portraits_place(tmp_path, capsys, astronaut):
+    film = write_video(tmp_path/"me and you.mp4", [astronaut]*3, 25)
+    said = refused(capsys, tmp_path/"run", "create", film, "--preset", "smoke")
+    assert "is a film; give a picture" in said and "ffmpeg -i 'me and you.mp4'" in said
+
+
+def test_a_bad_coarse_film_leaves_older_parts_as_they_are(tmp_path, capsys, astronaut):
+    from ophav_nb.run import Run
+    run = Run(tmp_path/"run", dict(portrait="astronaut"))
+    run.make("motion", lambda folder: (folder/"old").touch())
+    film = write_video(tmp_path/"a.mp4", [astronaut]*3, 25)
+    assert main(["create", "astronaut", "--coarse", str(film), "--motion", "range", "--preset", "smoke", "--out", str(run.folder)]) == 2
+    assert "has only 3 frames" in capsys.readouterr().err and Run.open(run.folder).has("motion") and Run.open(run.folder).params == dict(portrait="astronaut")

@@ -146,6 +146,7 @@ def test_kernels_are_waited_for_and_not_left_running(monkeypatch):
     "The run waits for the process that compiles, not for ever, and ends it whatever happens."
     said = []
     class Process:
+        def poll(self): return None
         def wait(self, most): said.append('wait'); raise TimeoutExpired('compile', most)
         def kill(self): said.append('kill')
     monkeypatch.setattr(pipeline, 'compile_ahead', Process)
@@ -388,3 +389,10 @@ def test_options_of_a_notebook_are_of_their_kind(tmp_path, option, part):
     with pytest.raises(InputError, match="give a text or a path"): pipeline.create({"a": 1}, "o")
     with pytest.raises(InputError, match="unknown preset"): pipeline.get_preset({"a": 1})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_brief_motion_is_said(tmp_path, caplog):
+    for seconds in (.12, 1.):
+        scripted("talk", seconds).save(tmp_path / f"{seconds}.npz")
+        pipeline.resolve_motion(str(tmp_path / f"{seconds}.npz"), 8.)
+    assert caplog.text.count("has only 3 frames, 0.12 s") == caplog.text.count("has only") == 1
