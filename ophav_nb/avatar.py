@@ -445,7 +445,7 @@ def lids_told(
 class Trainer:
     "One call of `Avatar.fit`: optimiser, average, checkpoints, log."
     def __init__(self, avatar: Avatar, data: HeadDataset, steps: int, folder, log, seed: int, lr_scale: float, every: float, log_every: int, samples: int = None):
-        self.avatar, self.steps, self.seed, self.log, self.every, self.log_every = avatar, steps, seed, log, every, log_every
+        self.avatar, self.before, self.steps, self.seed, self.log, self.every, self.log_every = avatar, avatar.steps, steps, seed, log, every, log_every
         self.config = replace(avatar.config, samples=samples or avatar.config.samples)
         self.folder = None if folder is None else Path(folder)
         self.pool = FramePool(data, avatar.deformer, avatar.widths, self.config, avatar.outer, avatar.lids, seed, None if avatar.device.type == 'cpu' else avatar.device, self.steps)
@@ -700,7 +700,6 @@ def fit(self,
         self.told_range = np.stack([low - margin, high + margin])
     else: self.told_range = np.stack([np.minimum(self.told_range[0], rows.min(0)), np.maximum(self.told_range[1], rows.max(0))])
     trainer = Trainer(self, data, int(steps), folder, log, int(seed), float(lr_scale), every, log_every, samples)
-    trainer.before = before
     out = trainer.run()
     self.steps = before + int(steps)
     return out

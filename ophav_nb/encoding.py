@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .geometry import kernel
+from .run import say_once
 from .lanes import LANES, _Emit, _float, _int
 
 # %% ../nbs/10_encoding.ipynb #c005
@@ -384,12 +385,6 @@ tcnn = _Lazy('tinycudann', "Build it from github.com/NVlabs/tiny-cuda-nn (bindin
 gpu = _Lazy('ophav_nb.gpu', "It is written in Triton, which comes with torch for Linux; backend='auto' does without.")
 
 # %% ../nbs/10_encoding.ipynb #c019
-@lru_cache(maxsize=None)
-def _log_once(message): logger.info(message)
-
-@lru_cache(maxsize=None)
-def _warn_once(message): logger.warning(message)
-
 def gpu_kernels(
     device,   # where tensors live
 ) -> bool:
@@ -422,8 +417,8 @@ def resolve_backend(
     elif kind == 'cuda' and tcnn: chosen = 'tcnn'
     else:
         chosen = 'torch'
-        if kind == 'cuda': _warn_once(f'neither Triton ({_no_kernels()}) nor tinycudann ({tcnn._cause}) is usable: grid and march run as plain torch operations, much slower')
-    _log_once(f'hash grid on {kind}: {chosen}')
+        if kind == 'cuda': say_once(logger.warning, f'neither Triton ({_no_kernels()}) nor tinycudann ({tcnn._cause}) is usable: grid and march run as plain torch operations, much slower')
+    say_once(logger.info, f'hash grid on {kind}: {chosen}')
     return chosen
 
 # %% ../nbs/10_encoding.ipynb #c022
@@ -469,7 +464,7 @@ class HashGrid(nn.Module):
         "Encode positions. Where their own gradients are asked for, the torch reference stands in for numba and triton, which have none; tinycudann has its own."
         backend, flat = resolve_backend(self.backend, self.params.device), x.reshape(-1, 3)
         if flat.requires_grad and torch.is_grad_enabled() and backend in ('numba', 'triton'):
-            _log_once('gradients of positions were asked for: the hash grid runs as torch operations')
+            say_once(logger.info, 'gradients of positions were asked for: the hash grid runs as torch operations')
             backend = 'torch'
         if backend == 'tcnn': out = self._tcnn_forward(flat)
         elif backend == 'triton': out = gpu.grid_features(flat.float(), self.params, self.layout)

@@ -16,7 +16,8 @@ import torch
 from scipy.spatial.transform import Rotation, Slerp
 
 from .geometry import Camera, axis_angle_to_matrix, facing_camera, interpolate, rasterize, sample_bilinear, smoothstep, spread_over, vertex_normals
-from .run import InputError, asset, patch_to, write_atomic
+from .media import write_arrays
+from .run import InputError, asset, patch_to
 
 # %% ../nbs/03_head.ipynb #c006
 JOINTS = ('root', 'neck', 'jaw', 'left_eye', 'right_eye')
@@ -448,10 +449,7 @@ class Motion:
     ) -> Path:
         "Write it, atomically."
         arrays = dict(expression=self.expression, joints=self.joints, translation=self.translation, fps=self.fps, basis=self.basis)
-        def writer(temporary):
-            with open(temporary, 'wb') as file: np.savez_compressed(file, **arrays)
-        write_atomic(path, writer)
-        return Path(path)
+        return write_arrays(path, arrays)
 
     @classmethod
     def load(cls,

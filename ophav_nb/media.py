@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'VIDEO', 'DRAWINGS', 'SHORT', 'LONGEST', 'SOUND_RATE', 'to_uint8', 'to_float', 'on_background', 'open_picture',
-           'read_image', 'read_own', 'read_stored', 'read_array', 'write_image', 'whole_png', 'Picture', 'strip',
-           'lettering', 'titled', 'show_images', 'resize', 'Crop', 'Clip', 'clip_info', 'iter_video', 'read_video',
-           'iter_sound', 'Film', 'VideoWriter', 'write_video']
+           'read_image', 'read_own', 'read_stored', 'read_array', 'write_arrays', 'write_image', 'whole_png', 'Picture',
+           'strip', 'lettering', 'titled', 'show_images', 'resize', 'Crop', 'Clip', 'clip_info', 'iter_video',
+           'read_video', 'iter_sound', 'Film', 'VideoWriter', 'write_video']
 
 # %% ../nbs/01_media.ipynb #c002
 import contextlib, functools, io, logging, os, re, shlex, warnings
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from scipy.ndimage import gaussian_filter1d
 
-from .run import DAMAGE, MEND, InputError, check_readable, explain_os_errors, write_atomic
+from .run import DAMAGE, MEND, InputError, check_readable, explain_os_errors, say_once, write_atomic
 
 # %% ../nbs/01_media.ipynb #c005
 log = logging.getLogger(__name__)
@@ -172,6 +172,16 @@ def read_array(
     check_readable(path)
     try: return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except DAMAGE as error: raise InputError(f"{path} is missing or damaged; {MEND}") from error   # not numpy's advice to unpickle
+
+
+def write_arrays(
+    path: str|Path,   # .npz
+    arrays: dict,     # by name
+) -> Path:
+    "Write arrays into one compressed file, atomically."
+    def writer(temporary):
+        with open(temporary, "wb") as file: np.savez_compressed(file, **arrays)   # to a name, numpy may add .npz
+    return write_atomic(path, writer)
 
 # %% ../nbs/01_media.ipynb #c011
 def write_image(
@@ -475,7 +485,7 @@ def _decoded(container, stream, path: Path) -> Iterator:
         except (StopIteration, av.error.FFmpegError): break
         try: yield from packet.decode()
         except av.error.FFmpegError: damaged += 1
-    if damaged: _warn_once(f"{path}: {damaged} damaged packets skipped")
+    if damaged: say_once(log.warning, f"{path}: {damaged} damaged packets skipped")
 
 
 def _seconds(container, stream) -> float:
@@ -484,12 +494,6 @@ def _seconds(container, stream) -> float:
     parts = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))     # as FFmpeg writes it into Matroska
     if parts: return float(np.dot([3600, 60, 1], [float(p) for p in parts.groups()]))
     return (container.duration or 0)/av.time_base
-
-
-@functools.lru_cache(256)
-def _warn_once(message: str) -> None:
-    "A film is read several times; what is wrong with it is said once."
-    log.warning(message)
 
 
 def clip_info(
@@ -519,7 +523,7 @@ def iter_video(
             before, time = time, frame.time if frame.time is not None else seen/_rate(stream)
             if start is None: start = first = time
             elif time - before > LONGEST:
-                _warn_once(f"{path}: no frames for {time - before:.0f} s after frame {seen}, shown as {LONGEST:.0f} s")
+                say_once(log.warning, f"{path}: no frames for {time - before:.0f} s after frame {seen}, shown as {LONGEST:.0f} s")
                 start += time - before - LONGEST
             seen += 1
             while latest is not None and start + (given + .5)/rate <= time:   # the frame shown at the middle of slot `given`
@@ -534,7 +538,7 @@ def iter_video(
             raise InputError(f"{path} is truncated: {seen} of {stream.frames or '?'} frames can be read; copy it again, or cut it "
                              "anew with `ffmpeg -i FILM film.mp4`")
         ended, whole = time - first + max(lasts, 1/_rate(stream)), _seconds(container, stream)
-        if whole - ended > SHORT and not partial: _warn_once(f"{path}: its pictures end after {ended:.1f} s ({seen} frames), and its header says {whole:.1f} s; if pictures are lost, copy it again")
+        if whole - ended > SHORT and not partial: say_once(log.warning, f"{path}: its pictures end after {ended:.1f} s ({seen} frames), and its header says {whole:.1f} s; if pictures are lost, copy it again")
 
 
 def read_video(

@@ -11,7 +11,7 @@ __all__ = ['FIVE_POINTS', 'FIVE_PLACES', 'MISSING', 'NETWORKS', 'PACKAGES', 'gro
            'frechet_distance', 'measuring_network', 'face_boxes', 'point_distances', 'network_metrics']
 
 # %% ../nbs/16_metrics.ipynb #c003
-import importlib.util, io, json, logging, warnings
+import importlib.util, io, json, warnings
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -27,9 +27,6 @@ from .detect import (INNER_FACE, INNER_LIPS, LEFT_EYE, LEFT_IRIS, LID_PAIRS, LIP
                              RIGHT_IRIS, Detector, cut, points_of_68, roi_of_landmarks, to_batch)
 from .nets import arcface18, deep3d, fan, mica, retinaface, s3fd
 from .weights import find_weight, how_to_get, named_tensors, require
-
-# %% ../nbs/16_metrics.ipynb #c006
-log = logging.getLogger(__name__)
 
 # %% ../nbs/16_metrics.ipynb #c008
 def _box_of(mask: np.ndarray, rim: int = 0) -> tuple[slice, slice]:

@@ -9,7 +9,7 @@ __all__ = ['log', 'PRESETS', 'BRIEF', 'ANOTHER', 'FILM_NOTE', 'VIEWS', 'ANGLES',
            'heard_with', 'film_motion', 'add_coarse', 'add_coarse_network', 'driving_film', 'write_coarse_video',
            'add_coarse_film', 'check_length', 'warn_of_another', 'write_coarse', 'frame_pose', 'film_metadata',
            'add_dataset', 'shrink', 'add_film', 'shown_motion', 'publish', 'shown_part', 'play', 'add_views',
-           'shown_angles', 'trained_range', 'beyond', 'warn_of', 'create', 'warn_of_other_portrait', 'check_kinds',
+           'shown_angles', 'trained_range', 'beyond', 'warn_beyond', 'create', 'warn_of_other_portrait', 'check_kinds',
            'compiling', 'train_rounds', 'copy_folder', 'write_run_report', 'check_avatar', 'check_out', 'animate',
            'turned']
 
@@ -627,7 +627,7 @@ def beyond(
     return {name: where for name, where in found.items() if where.any()}
 
 
-def warn_of(
+def warn_beyond(
     far: dict[str, np.ndarray],   # of `beyond`
     known: np.ndarray,            # `trained_range`
 ) -> None:
@@ -829,7 +829,7 @@ def animate(
     avatar, known = Avatar.load(run.path("avatar"), device=device), trained_range(seen_motion(run)[1])
     told = avatar.head.condition(played.expression, played.joints).numpy()
     angles, cameras = orbit * np.sin(np.linspace(0, 2 * np.pi, len(played), endpoint=False)), None
-    warn_of(beyond(played, known, angles, told, avatar.clamped(told)), known)
+    warn_beyond(beyond(played, known, angles, told, avatar.clamped(told)), known)
     if orbit:
         target = played.translation.mean(0)
         cameras = [portrait.track.camera.resized(size, size).orbit(np.radians(a), 0., target) for a in angles]

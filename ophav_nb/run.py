@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'MEND', 'DAMAGE', 'FORMAT', 'InputError', 'explain_os_errors', 'asset', 'check_writable', 'write_atomic',
-           'shown_name', 'check_readable', 'read_json', 'remove_scraps', 'progress', 'seed_all', 'side_by_side',
-           'pick_device', 'file_hash', 'versions', 'patch_to', 'missing_requirements', 'complete_install', 'plain',
-           'make_key', 'FolderLock', 'Run']
+           'shown_name', 'check_readable', 'read_json', 'remove_scraps', 'progress', 'say_once', 'seed_all',
+           'side_by_side', 'pick_device', 'file_hash', 'versions', 'patch_to', 'missing_requirements',
+           'complete_install', 'plain', 'make_key', 'FolderLock', 'Run']
 
 # %% ../nbs/00_run.ipynb #c002
-import contextlib, dataclasses, errno, hashlib, importlib.metadata, importlib.resources, importlib.util, json, logging
+import contextlib, dataclasses, errno, functools, hashlib, importlib.metadata, importlib.resources, importlib.util, json, logging
 import os, platform, random, shutil, sys, time, tokenize, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -170,6 +170,15 @@ def progress(
     return tqdm(iterable, total=total, desc=desc, leave=leave, disable=not _watched(), dynamic_ncols=True)
 
 # %% ../nbs/00_run.ipynb #c019
+@functools.lru_cache(1024)
+def say_once(
+    say: Callable,   # a logger's method, e.g. log.warning
+    message: str,
+) -> None:
+    "Log what would be repeated only once a process."
+    say(message)
+
+
 def seed_all(
     seed: int,
 ) -> None:

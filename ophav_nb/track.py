@@ -18,9 +18,9 @@ from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 
 # %% ../nbs/06_track.ipynb #c003
-from .run import DAMAGE, MEND, InputError, progress, side_by_side, write_atomic
+from .run import DAMAGE, MEND, InputError, progress, side_by_side
 from .weights import find_weight
-from .media import Crop, resize
+from .media import Crop, resize, write_arrays
 from .nets.blocks import batches
 from .geometry import Camera, axis_angle_to_matrix, facing_camera, kernel, matrix_to_axis_angle, rasterize, sample_bilinear, vertex_normals
 from .head import HeadModel, Motion, hair_thickness
@@ -104,10 +104,7 @@ class Track:
                       doubt=np.zeros(0, np.float32) if self.doubt is None else self.doubt,
                       correction=np.zeros((0, 3), np.float32) if self.correction is None else self.correction,
                       picture=np.zeros(0, np.float32) if self.picture is None else self.picture, info=json.dumps(self.info))
-        def writer(temporary):
-            with open(temporary, "wb") as file: np.savez_compressed(file, **arrays)
-        write_atomic(path, writer)
-        return Path(path)
+        return write_arrays(path, arrays)
 
     @classmethod
     def load(cls,

@@ -7,7 +7,6 @@ __all__ = ['logger', 'TILE', 'PORTIONS', 'BLOCK', 'portions', 'Truth', 'OnePass'
 
 # %% ../nbs/13b_training.ipynb #c004
 import logging
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from .dense import Packed, for_frame, layers_backward, layers_forward
 from .encoding import encode_columns, encode_columns_backward, harmonics, resolve_backend
 from .field import Field
 from .geometry import kernel
+from .run import say_once
 from .lanes import COLUMNS, exponentials
 from .render import sample_depths
 
@@ -221,9 +221,6 @@ class OnePass:
         loss, square = sums.sum(0)
         return float(loss), float(square)/(3*R)
 
-@lru_cache(maxsize=None)
-def _log_once(message): logger.info(message)
-
 def one_pass_serves(
     field: Field,
     beside: str = '',   # what else in the recipe needs torch
@@ -232,7 +229,7 @@ def one_pass_serves(
     c, device = field.config, field.grid.params.device
     if device.type != 'cpu' or resolve_backend(c.backend, device) != 'numba': return False
     why = 'appearance codes' if c.appearance else 'an offset field' if c.offset else f'{c.precision} was asked for' if c.precision in ('bfloat16', 'float16') else beside
-    if why: _log_once(f'training steps run in torch: {why}')
+    if why: say_once(logger.info, f'training steps run in torch: {why}')
     return not why
 
 # %% ../nbs/13b_training.ipynb #c020

@@ -172,7 +172,7 @@ def test_backends_are_chosen_and_logged(caplog, monkeypatch):
     def broken(name): raise cause
     monkeypatch.setattr(encoding.importlib, 'import_module', broken)
     for name in ('tcnn', 'gpu'): monkeypatch.setattr(encoding, name, encoding._Lazy(name, 'hint'))     # not tried yet
-    encoding._warn_once.cache_clear()
+    encoding.say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert resolve_backend('auto', 'cuda') == resolve_backend('auto', 'cuda') == 'torch'
     assert sum('compute capability' in r.message for r in caplog.records) == 1                    # once, with the cause

@@ -18,7 +18,7 @@ from ophav_nb.layers import head_alpha
 from ophav_nb.motion import head_angles, scripted
 from ophav_nb.media import read_image, read_video, write_image, write_video
 from ophav_nb.pipeline import (PRESETS, VIEWS, add_coarse_film, add_film, add_motion, add_portrait, add_track, add_views, beyond, compiling, load_driven, load_portrait, play, seen_motion,
-                               shown_part, trained_range, warn_of, warn_of_other_portrait)
+                               shown_part, trained_range, warn_beyond, warn_of_other_portrait)
 from ophav_nb.rounds import mesh_landmarks, write_frames
 from ophav_nb.run import InputError, Run, file_hash, write_atomic
 from ophav_nb.track import Track, landmark_error
@@ -110,9 +110,9 @@ def test_what_was_not_trained_is_named(caplog):
     told, train = (HEAD.condition(m.expression, m.joints).numpy() for m in (wild, scripted("range", 12.)))
     far = beyond(wild, known, told=told, clamped=np.clip(told, train.min(0), train.max(0)))
     assert {k: v.sum() for k, v in far.items()} == dict(jaw=10, expression=10)
-    warn_of({}, known)
+    warn_beyond({}, known)
     assert not caplog.records
-    warn_of(far, known)
+    warn_beyond(far, known)
     assert caplog.messages[0].startswith("40% of the frames leave what the avatar was trained on: jaw (trained from 0 to") and "expression (held" in caplog.messages[0]
 
 

@@ -121,7 +121,7 @@ def test_portions_cover_every_ray():
 
 
 def test_who_is_served(caplog):
-    training._log_once.cache_clear()
+    training.say_once.cache_clear()
     assert one_pass_serves(Field(field_config(levels=2, log2_size=8)))
     assert not one_pass_serves(Field(field_config(levels=2, log2_size=8, backend='torch')))
     assert not one_pass_serves(Field(field_config(levels=2, log2_size=8)).to('meta'))
