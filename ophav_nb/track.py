@@ -489,19 +489,22 @@ def _full_shape(fit: _Fit) -> Tensor:
     return shape
 
 
+def _expressions(fit: _Fit) -> tuple[Tensor, Tensor]:
+    "Expressions [T,E] and joints [T,5,3] as the head takes them, unposed."
+    expression, joints = torch.zeros(len(fit.z), fit.model.head.n_expression), torch.zeros(len(fit.z), 5, 3)
+    expression[:, fit.model.fitted] = fit.z[:, :fit.E]
+    joints[:, 2:, :2] = fit.z[:, fit.E:].reshape(-1, 3, 2)
+    return expression, joints
+
+
 def _track_of(fit: _Fit, landmarks, ok, size, fps, bias=None, info=None, doubt=None) -> Track:
     "The fit as a `Track`."
-    head, E, T = fit.model.head, fit.E, len(fit.z)
-    shape = _full_shape(fit)
-    expression = torch.zeros(T, head.n_expression)
-    expression[:, fit.model.fitted] = fit.z[:, :E]
-    joints = torch.zeros(T, 5, 3)
+    head, shape, (expression, joints) = fit.model.head, _full_shape(fit), _expressions(fit)
     joints[:, 0] = matrix_to_axis_angle(fit.R)
-    joints[:, 2:, :2] = fit.z[:, E:].reshape(T, 3, 2)
     J = head.joint_positions(shape)[0]
     translation = fit.tau - J + fit.R @ J
     motion = Motion(expression, joints, translation, fps, head.name)
-    track = Track(motion, shape.numpy(), facing_camera(float(fit.logf.exp()), *size), landmarks.astype(np.float32), np.zeros(T, np.float32), ok,
+    track = Track(motion, shape.numpy(), facing_camera(float(fit.logf.exp()), *size), landmarks.astype(np.float32), np.zeros(len(fit.z), np.float32), ok,
                   bias, doubt, info=info or {})
     track.error = landmark_error(track.fitted(head), landmarks)
     return track
@@ -922,7 +925,7 @@ class _PoseSettler:
         "Make frame i a reference, at its current pose."
         fit = self.fit
         with torch.no_grad():
-            expression, joints = _full(fit, i)
+            expression, joints = _expressions(_subset(fit, [i]))
             verts = fit.model.head(_full_shape(fit), expression, joints)[0].numpy()
         matte = None
         if self.matte is not None: matte = resize(self.matte[i].astype(np.float32), (self.size, self.size), "linear")
@@ -962,7 +965,7 @@ class _PoseSettler:
         usual = Rotation.from_matrix(self.R0[ok]).mean()
         root = int(np.flatnonzero(ok)[np.argmin((Rotation.from_matrix(self.R0[ok])*usual.inv()).magnitude())])
         if not self.reference(root): return False
-        self.root, far = root, np.where(ok, self.distance(root), 0)
+        far = np.where(ok, self.distance(root), 0)
         nearest = np.full(len(ok), root)
         while far.max() > within and len(self.points) < most:
             beyond = np.flatnonzero(far > within)
@@ -1008,14 +1011,6 @@ class _PoseSettler:
         self.doubt = np.maximum(doubt, ndi.gaussian_filter1d(ndi.maximum_filter1d(doubt, 5), 1.5))      # no single frame is let through
         back = Rotation.from_matrix(R @ self.R0.transpose(0, 2, 1)).as_rotvec()*self.doubt[:, None]
         return Rotation.from_rotvec(back).as_matrix().transpose(0, 2, 1) @ R, t + (self.t0 - t)*self.doubt[:, None]
-
-
-def _full(fit: _Fit, i: int):
-    "Expression [1,E] and joints [1,5,3] of a frame, the head unposed."
-    expression, joints = torch.zeros(1, fit.model.head.n_expression), torch.zeros(1, 5, 3)
-    expression[0, fit.model.fitted] = fit.z[i, :fit.E]
-    joints[0, 2:, :2] = fit.z[i, fit.E:].reshape(3, 2)
-    return expression, joints
 
 
 def _settle_pose(fit: _Fit, frames: np.ndarray, matte, fps: float) -> tuple[dict, np.ndarray]:
