@@ -2152,6 +2152,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ophav_nb.run._key_in': ('run.html#_key_in', 'ophav_nb/run.py'),
                               'ophav_nb.run._lives': ('run.html#_lives', 'ophav_nb/run.py'),
                               'ophav_nb.run._partial': ('run.html#_partial', 'ophav_nb/run.py'),
+                              'ophav_nb.run._told_as_text': ('run.html#_told_as_text', 'ophav_nb/run.py'),
                               'ophav_nb.run._watched': ('run.html#_watched', 'ophav_nb/run.py'),
                               'ophav_nb.run.asset': ('run.html#asset', 'ophav_nb/run.py'),
                               'ophav_nb.run.check_readable': ('run.html#check_readable', 'ophav_nb/run.py'),

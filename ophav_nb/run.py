@@ -10,7 +10,7 @@ __all__ = ['log', 'MEND', 'DAMAGE', 'FORMAT', 'InputError', 'explain_os_errors',
 
 # %% ../nbs/00_run.ipynb #c002
 import contextlib, dataclasses, errno, functools, hashlib, importlib.metadata, importlib.resources, importlib.util, json, logging
-import os, platform, random, shutil, sys, time, tokenize, zipfile, zlib
+import os, platform, random, re, shutil, sys, time, tokenize, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -39,6 +39,12 @@ _OS_ADVICE = {
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)   # only writing raises these, whatever the input is
 
 
+def _told_as_text(error: Exception) -> OSError|None:
+    "The operating system's error behind one of a library in Rust (safetensors), which has it in its text alone."
+    number = None if isinstance(error, InputError) else re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+
+
 @contextlib.contextmanager
 def explain_os_errors(
     path,                       # the file or folder being written
@@ -47,8 +53,9 @@ def explain_os_errors(
     "Turn the operating system's errors that a user can mend into an `InputError`."
     try:
         yield
-    except OSError as error:
-        if error.errno not in (set(only) or _OS_ADVICE): raise
+    except Exception as caught:
+        error = caught if isinstance(caught, OSError) else _told_as_text(caught)
+        if error is None or error.errno not in (set(only) or _OS_ADVICE): raise
         named = error.filename if error.filename and ".partial." not in Path(str(error.filename)).name else path   # not the temporary name
         raise InputError(f"{named}: {_OS_ADVICE[error.errno]}") from error
 

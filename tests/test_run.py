@@ -352,3 +352,15 @@ def test_what_is_kept_is_said_once(tmp_path, caplog):
         run = Run(tmp_path/"r", {})
         for _ in range(3): run.make("a", lambda folder: None)
     assert caplog.text.count("a: made in") == caplog.text.count("a: kept") == 1
+
+
+def test_a_full_disk_that_safetensors_meets(tmp_path):
+    "It says so in words of its own; what a training had done before is kept."
+    from safetensors import SafetensorError
+    def full(path): raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def build(folder):
+        (folder/"done").touch()
+        write_atomic(folder/"a.safetensors", full)
+    run = Run(tmp_path/"run", {})
+    with pytest.raises(InputError, match=r"a\.safetensors: the disk is full"): run.make("a", build)
+    assert (tmp_path/"run"/"a.partial"/"done").exists()
