@@ -16,6 +16,7 @@ from ophav_nb.dataset import HeadDataset
 from ophav_nb.detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, OUTER_LIPS, OVAL
 from ophav_nb.layers import EYES, NeckCut, bleed, draw_curve, head_alpha, inflate, parted, polygon_mask, visible_teeth, whole_eyes, without_mouth
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
+from ophav_nb.glasses import SIDES, Glasses
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import resize
 from ophav_nb.mouth import Mouth, edge_blur
@@ -1025,6 +1026,44 @@ def test_glasses_and_strands_are_no_grain(portrait, head):
     striped = np.where((before & (x//2 % 2 == 0))[..., None], 20, image).astype(np.uint8)
     plain, made = (np.log(MeshAnimator(i, track, head, matte, supersample=1).unseen.grain[0]).std() for i in (image, striped))
     assert made < max(1.5*plain, .015)
+
+
+def with_glasses(portrait, head, wide, high):
+    "The portrait, lenses of that size (half, millimetres) drawn on it where they would stand."
+    image, track, matte = portrait
+    p, t = Portrayed(image, track, head, matte), np.linspace(0, 2*np.pi, 40)
+    g, out = Glasses(p), p.image.copy()
+    for u, v in [(s*(32 + wide*np.cos(t)), -5 + high*np.sin(t)) for s in SIDES] + [(np.linspace(-8, 8, 9), np.full(9, 2.))]:
+        ink = draw_curve(p.camera0.project(g.before(u, v))[:, :2], SIZE, SIZE, np.full(len(u), .04*p.eyes_apart))[..., None]
+        out = out*(1 - ink) + .05*ink
+    return (out*255).astype(np.uint8), track, matte
+
+
+def test_glasses_stand_before_the_face(portrait, head):
+    "They are taken off the skin, lids do not move them, and where the head turns they are seen as a thing that is rigid."
+    image, track, matte = with_glasses(portrait, head, 25, 19)
+    worn, bare = MeshAnimator(image, track, head, matte), MeshAnimator(*portrait[:2], head, matte)
+    glasses, there = worn.glasses, np.abs(image.astype(float) - portrait[0]).max(-1) > 60
+    assert glasses.found and not bare.glasses.found
+    off = lambda a: np.abs(a - bare.portrayed.image)[there].mean()
+    assert off(worn.portrayed.image) < .2*off(worn.glasses.portrayed.image)
+    assert np.abs(worn.frame(*state(track, head, 0))[..., :3] - glasses.portrayed.image)[there].mean() < .2*off(glasses.portrayed.image)
+    def rims(**how):
+        with_, without = (a.frame(*state(track, head, **how)) for a in (worn, bare))
+        return ((with_ - without)[..., :3].mean(-1) < -.2) | (with_[..., 3] > without[..., 3] + .3)
+    shut = rims(yaw=0, eyeBlinkLeft=1, eyeBlinkRight=1)
+    assert (shut & rims(yaw=0)).sum() > .9*rims(yaw=0).sum() > 100
+    p, t, seen = worn.portrayed, np.linspace(0, 2*np.pi, 40), rims(yaw=25)
+    ring = p.camera.moved(p.at(*state(track, head, 25))[1]).project(glasses.before(32 + 25*np.cos(t), -5 + 19*np.sin(t)))
+    x, y = np.round(ring[:, :2] - .5).astype(int).T                                  # of the far lens: beside the face, too
+    assert ndi.binary_dilation(seen)[y, x].mean() > .9 and (bare.frame(*state(track, head, 25))[y, x, 3] < .5).any()
+
+
+@pytest.mark.parametrize('wide, high', [(14, 7), (9, 9)])
+def test_rings_too_small_for_lenses_are_no_glasses(portrait, head, wide, high):
+    "Make-up, or bags under eyes."
+    image, track, matte = with_glasses(portrait, head, wide, high)
+    assert not Glasses(Portrayed(image, track, head, matte)).found
 
 
 def test_what_moves_a_little_uncovers_more_of_the_same(portrait, head):
