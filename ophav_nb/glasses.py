@@ -234,6 +234,8 @@ def _look_through(self):
         place = p.camera0.project(self.before(*rim[:, :2].T))[:, :2]
         beside = (polygon_mask(place, p.size, p.size, grow=.08*p.eyes_apart) > .5) & ~face
         self.matte = np.where(beside, 0, self.matte).astype(np.float32)
+        ground = push_pull(self.bare, ((p.matte < .1) & ~beside).astype(np.float32))
+        self.bare = np.where(beside[..., None], ground, self.bare)
 
 @patch_to(Glasses)
 def _opacity(self, without, beyond, soft) -> np.ndarray:
@@ -245,7 +247,10 @@ def _opacity(self, without, beyond, soft) -> np.ndarray:
     frame = np.stack([local(core*change[..., c]) for c in range(3)], -1)/np.maximum(local(core), 1e-9)[..., None]
     share = (change*frame).sum(-1)/np.maximum((frame**2).sum(-1), 1e-4)
     unlike = np.linalg.norm(change - np.clip(share, 0, 1.3)[..., None]*frame, axis=-1)/np.maximum(np.linalg.norm(frame, axis=-1), .05)
-    return (smoothstep(.25, .75, share)*(1 - smoothstep(1, 1.6, unlike))*(1 - smoothstep(.3, .7 + soft, beyond))).astype(np.float32)
+    alpha = (smoothstep(.25, .75, share)*(1 - smoothstep(1, 1.6, unlike))*(1 - smoothstep(.3, .7 + soft, beyond))).astype(np.float32)
+    pieces, _ = ndi.label(ndi.binary_dilation(alpha > .1, iterations=max(1, round(1/soft))))
+    size = np.bincount(pieces[alpha > .1], minlength=2)
+    return np.where(size[pieces] > .2*size.max(), alpha, 0)                      # both lenses hang together; what does not is a brow's
 
 def _dense(line) -> np.ndarray:
     "A line with points every half millimetre."
