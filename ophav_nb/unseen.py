@@ -44,10 +44,11 @@ class Unseen:
         self.sure = w*smoothstep(.3, .55, p.facing0)*(inner > .9)
         self.mirror, self.mirror_seen = P[p.twin], (w[p.twin]*smoothstep(.2, .8, w[p.twin])).astype(np.float32)
         self.shadow = self._under_the_chin()*self._in_ears(hair)
-        self.own = np.clip(p.over_skin(colour, self.sure*p.is_face), 0, 1).astype(np.float32)*(1 - (1 - self.sure)[:, None]*(1 - self.shadow))
+        self.own = np.clip(p.over_skin(colour, self.sure*p.is_face*(1 - .95*hair.bearded)), 0, 1).astype(np.float32)*(1 - (1 - self.sure)[:, None]*(1 - self.shadow))
         self._lips_within(colour, w, seen)
         away = p.away*smoothstep(.03, .045, np.abs(V[:, 0]))*hair.behind_temples
         self.covered = p.evened(smoothstep(.5, .9, sampled(hair.over, P))*(1 - seen)*away, .1).clip(0, 1)
+        self._with_beard(hair, colour)
         self.bare = self.own.copy()
         self.own += (self.covered*~p.neck)[:, None]*(sampled(hair.over_colour, P) - self.own)
         self.mirror_seen *= 1 - self.covered
@@ -63,6 +64,16 @@ class Unseen:
         seen[p.eye_vertices] = 1
         self.seen = seen
         self.grain, self.grain_at = self._skins_grain()
+
+@patch_to(Unseen)
+def _with_beard(self, hair, colour):
+    "Sideburns and beard on what the portrait does not show: in the colours of what it shows of a beard, and above that of the hair."
+    p = self.portrayed
+    above = p.scalp & (hair.grown > .8)
+    weight = np.where(above, .3, self.sure*hair.bearded**2)
+    if not (weight > .1).any(): return
+    tone = p.over_skin(np.where(above[:, None], sampled(hair.mane, p.P0), colour), weight)
+    self.own += (.85*smoothstep(.15, .8, hair.beard))[:, None]*(np.minimum(tone, self.own) - self.own)
 
 @patch_to(Unseen)
 def _half_hidden(self, shown) -> tuple:
@@ -166,7 +177,7 @@ class Back:
         hairline = 1 - smoothstep(0, .016, cKDTree(p.rest[p.is_face | forehead]).query(p.rest)[0] - arch)         # arched and soft, where it is made up
         strands = self._strands_at(Q)
         shown = np.where(scalp, smoothstep(.2 + .2*crown, .45 + .2*crown, p.facing0)*smoothstep(.5, .9, certain), unseen.seen)       # what faces the camera is as it is
-        hairy = np.where(scalp, hairy*hair.grown, np.maximum(smoothstep(.25, .85, hairy), hair.grown))
+        hairy = np.where(scalp, hairy*hair.grown, np.maximum(smoothstep(.25, .85, hairy), np.maximum(hair.grown, .9*smoothstep(.3, .8, hair.beard))))
         alike = 1 - smoothstep(.1, .25, np.abs(sampled(hair.over_colour, p.T0) - sampled(self.mane, strands)).max(-1))      # a hood is no hair
         hairy = smoothstep(.1, .7, p.evened(np.maximum(hairy, smoothstep(.3, .7, unseen.covered)*alike*~p.neck), .05))*(1 - hairline*(1 - certain)*scalp)*(1 - shown*(scalp | (hair.grown < .5)))
         seen = shown + hairy - shown*hairy

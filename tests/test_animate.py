@@ -9,6 +9,7 @@ import pytest
 import ophav_nb  # noqa: F401  (before torch: it decides about threads)
 import torch
 from scipy import ndimage as ndi
+from scipy.spatial import cKDTree
 from ophav_nb.animate import MeshAnimator, VideoAnimator, as_driven, make_animator
 from ophav_nb.body import empty_ground
 from ophav_nb.clothes import Clothes
@@ -723,6 +724,25 @@ def test_a_side_turned_away_is_as_the_other(head):
     greener = [f[v - 1:v + 2, u - 1:u + 2, 1].mean() - f[v - 1:v + 2, u - 1:u + 2, 0].mean() for f in frames]
     assert greener[0] > greener[1] + .15, (greener, u, v)
     assert not turned_portrait(head, 0).unseen.copied.any()
+
+
+def test_sideburns_and_beards_go_on(head, portrait):
+    "What is seen of a beard goes on along the jaw up to the hair before the ear, in its colours; without one there is a short sideburn, and beside long hair nothing is made up."
+    image, track, matte = portrait
+    L, (y, x) = track.landmarks[0], np.mgrid[:SIZE, :SIZE]
+    p = MeshAnimator(image, track, head, matte, supersample=1).portrayed
+    on = lambda which: (p.raster0.face >= 0) & which[p.faces[np.maximum(p.raster0.face, 0)]].all(-1)
+    crown, jaw = ndi.binary_dilation(on(p.scalp), iterations=2) & (matte > .5), on(p.is_face) & (y > L[17, 1])
+    long = ndi.binary_dilation(matte > .5, iterations=int(.1*SIZE)) & ~on(~p.scalp) & (y > L[10, 1])
+    made = lambda *where: MeshAnimator(np.where(np.any(where, 0)[..., None], np.uint8([40, 34, 30]), image), track, head, np.maximum(matte, np.any(where, 0)), supersample=1)
+    shaven, bearded, veiled = made(crown), made(crown, jaw), made(crown, long)
+    line = cKDTree(p.points(p.rest, [132, 58, 288, 361])).query(p.rest)[0] < .008
+    bare = p.is_face & (p.facing0 < .1) & ~np.isin(np.arange(len(p.rest)), p.part('left_ear', 'right_ear'))
+    hidden, high = bare & line, bare & (cKDTree(p.points(p.rest, [127, 356])).query(p.rest)[0] < .008)
+    assert hidden.sum() > 3 and high.any()
+    assert bearded.hair.beard[hidden].mean() > .55 and shaven.hair.beard[hidden].mean() < .3 and veiled.hair.beard.max() < .2
+    assert bearded.unseen.own[hidden].mean() < .75*shaven.unseen.own[hidden].mean()
+    assert shaven.hair.beard[high].mean() > shaven.hair.beard[hidden].mean() + .2
 
 
 def test_hair_goes_on_where_nothing_is_seen(head):
