@@ -2344,6 +2344,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.unseen.Unseen._lips_within': ('unseen.html#unseen._lips_within', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen._lit_by_ground': ('unseen.html#unseen._lit_by_ground', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen._skins_grain': ('unseen.html#unseen._skins_grain', 'ophav_nb/unseen.py'),
+                                 'ophav_nb.unseen.Unseen._specks': ('unseen.html#unseen._specks', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen._under_the_chin': ('unseen.html#unseen._under_the_chin', 'ophav_nb/unseen.py'),
                                  'ophav_nb.unseen.Unseen._with_beard': ('unseen.html#unseen._with_beard', 'ophav_nb/unseen.py')},
             'ophav_nb.weights': { 'ophav_nb.weights.Weight': ('weights.html#weight', 'ophav_nb/weights.py'),

@@ -24,7 +24,7 @@ BEARD = [127, 234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 400, 378
 class Hair:
     """The hair of a portrait, how `close` it lies to the skull (1: up to 1.5 mm off .. 0: from 2.5 mm on), and whether its head is `bald` or its crown `cut` off by the picture.
 
-    Of the mesh: how far it stands off (`thick`, metres [V, 3]), where it covers what is not shown (`grown`, 0..1 [V]), where hair from the temples may hang (`behind_temples`, 0..1 [V]), sideburns and `beard` where they are not shown and, where they are, `bearded` (0..1 [V]), which ears are shown
+    Of the mesh: how far it stands off (`thick`, metres [V, 3]), where it covers what is not shown (`grown`, 0..1 [V]), where hair from the temples may hang (`behind_temples`, 0..1 [V]), sideburns and `beard` where they are not shown and, where they are, `bearded` (0..1 [V]) and whether there is a beard at all (`unshaven`, 0..1), which ears are shown
     (`ears_shown`, `ear_bare`) or copied from the other side (`ears_copied`). Of the picture, [H, W]: the hull as it is seen (`hull`; without what stands off beside bare ears: `outer`), where it hides the scalp (`hides`), where
     hair is `likely`, which pixels are hair (`seen`; `beside`: over cheek and jaw, too; `unlike_skin`: by colour alone not the face's skin), whether the nearest of the person is (`near`), the side that it covers (`over`, `over_colour`), and the `mane`. How ragged its outline is: `frayed`, the cosine to the camera up to which gaps between strands are seen."""
 
@@ -54,7 +54,7 @@ class Hair:
         self.bald, self.seen, self.beside = self._told_by_colour()
         self.behind_temples = self._behind_temples()
         self.grown, self.near = self._grown()
-        self.beard, self.bearded = self._beard(alpha)
+        self.beard, self.bearded, self.unshaven = self._beard(alpha)
         self.mane, self.frayed = self._mane(alpha), self._raggedness()
 
 @patch_to(Hair)
@@ -247,7 +247,7 @@ def _shorn(self, haired) -> np.ndarray:
 
 @patch_to(Hair)
 def _beard(self, alpha) -> tuple:
-    "How much sideburns and beard cover what the portrait does not show, and how much what it shows, 0..1 [V] each: both sides are alike, and along cheek and jaw it goes on from the hair above the ear and from what is seen of a beard."
+    "How much sideburns and beard cover what the portrait does not show, and how much what it shows, 0..1 [V] each; and is there a beard at all, 0..1? Both sides are alike, and along cheek and jaw it goes on from the hair above the ear and from what is seen of a beard."
     p, unit = self.portrayed, self.portrayed.eyes_apart
     haired = (self._hairlike() > 0) & self.told & (alpha > .5)
     soft = lambda a: ndi.gaussian_filter(a.astype(np.float32), .06*unit)
@@ -277,7 +277,9 @@ def _beard(self, alpha) -> tuple:
     value, weight = (value*weight + least)/(weight + least + .0015), weight + least + .0015        # and far from what is known there is none
     value, weight = np.where(above, 1, value), np.where(above, 1, weight)
     on = p.skin_faces[((may > 0) | above)[p.skin_faces].all(1)]
-    return (spread_over(on, value[:, None], weight)[:, 0]*may*shorn).clip(0, 1), bearded*full
+    chin = p.is_face & (known > .9) & (cKDTree(p.points(p.rest, [175, 199, 200])).query(p.rest)[0] < .015)
+    unshaven = max(full, smoothstep(.1, .25, there[chin].mean()) if chin.any() else 0.)
+    return (spread_over(on, value[:, None], weight)[:, 0]*may*shorn).clip(0, 1), bearded*full, float(unshaven)
 
 # %% ../nbs/07g_hair.ipynb #c012
 def combed(

@@ -37,7 +37,7 @@ class Unseen:
         P, V = p.T0, p.rest
         colour = sampled(p.skin, P)
         hangs = smoothstep(.2, .6, sampled(hair.beside, P))*p.is_face*(1 - smoothstep(.5, .75, p.facing0))     # hair hangs beside a slope, it is not its skin
-        seen = p.seen.copy()
+        seen = p.seen*(1 - self._specks(colour)*(1 - hair.unshaven))
         seen *= (1 - hangs)*(1 - sampled(p.rim_light, P)*(1 - smoothstep(*RIM, p.facing0))*~p.scalp)
         w = seen*(sampled(p.matte, P) > .9)
         inner = sampled(ndi.minimum_filter(p.matte, 2*max(1, round(3*p.size/512)) + 1), P)          # the rim's pixels hold something of the background
@@ -64,6 +64,16 @@ class Unseen:
         seen[p.eye_vertices] = 1
         self.seen = seen
         self.grain, self.grain_at = self._skins_grain()
+
+@patch_to(Unseen)
+def _specks(self, colour) -> np.ndarray:
+    "Where a slope's few pixels are darker than all around, a strand or an earring lies before it: drawn out over a cheek that turns to the front it would be a smudge, 0..1 [V]."
+    p = self.portrayed
+    light = np.log(np.maximum(colour.sum(1), 0) + .05)
+    around = p.over_skin(light[:, None], .02*p.seen*p.is_face)[:, 0]
+    dark = smoothstep(.12, .3, around - light)*(1 - smoothstep(.5, .65, p.facing0))*p.is_face
+    cheek = smoothstep(.035, .045, np.abs(p.rest[:, 0]))*(1 - smoothstep(-.02, -.01, p.level))         # a lid, a nostril and a mouth's corner are dark, too
+    return np.clip(2*p.evened(dark, .5), 0, 1)*(1 - smoothstep(.55, .7, p.facing0))*cheek
 
 @patch_to(Unseen)
 def _with_beard(self, hair, colour):

@@ -745,6 +745,21 @@ def test_sideburns_and_beards_go_on(head, portrait):
     assert shaven.hair.beard[high].mean() > shaven.hair.beard[hidden].mean() + .2
 
 
+def test_a_strand_before_a_slope_is_no_smudge(head, portrait):
+    "A dark speck on a cheek's slope is not shown when that turns to the front; on the front, and on the mouth, what is dark stays."
+    image, track, matte = portrait
+    plain = MeshAnimator(image, track, head, matte, supersample=1)
+    p, (y, x) = plain.portrayed, np.mgrid[:SIZE, :SIZE] + .5
+    low = p.is_face & (p.level < -.03) & (p.level > -.06) & (plain.unseen.seen > .5)
+    slope = np.flatnonzero(low & (p.facing0 > .3) & (p.facing0 < .45) & (np.abs(p.rest[:, 0]) > .045))
+    front = np.flatnonzero(low & (p.facing0 > .75) & (np.abs(p.rest[:, 0]) > .03))
+    assert len(slope) and len(front)
+    def seen(at):
+        speck = np.hypot(x - p.T0[at, 0], y - p.T0[at, 1]) < .012*SIZE
+        return MeshAnimator(np.where(speck[..., None], np.uint8([30, 25, 22]), image), track, head, matte, supersample=1).unseen.seen[at]
+    assert seen(slope[0]) < .3*plain.unseen.seen[slope[0]] and seen(front[0]) > .9*plain.unseen.seen[front[0]]
+
+
 def test_hair_goes_on_where_nothing_is_seen(head):
     an = turned_portrait(head, 0, hood=True)
     p, hair, back, hood = an.portrayed, an.hair, an.back, np.array([40, 20, 12])/255
