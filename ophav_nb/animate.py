@@ -42,10 +42,12 @@ class MeshAnimator:
         head: HeadModel,
         matte,            # of the person, [H, W], 0..1
         supersample: int = 2,  # samples along an output pixel
+        glasses: bool = False,  # take them off the skin, where they are plainly seen, and wear them as a thing before it: not for a film that a field is trained on, which tears them (see `Glasses`)
     ):
         p = Portrayed(image, track, head, matte)
-        self.glasses = Glasses(p)
-        if self.glasses.found: p = Portrayed(self.glasses.bare, track, head, self.glasses.matte)
+        found = Glasses(p) if glasses else None
+        self.glasses = found if found and found.found else None
+        if self.glasses: p = Portrayed(self.glasses.bare, track, head, self.glasses.matte)
         self.portrayed = p
         self.supersample, self.size, self.image = supersample, p.size, p.image
         self.clothes = Clothes(p)
@@ -90,7 +92,7 @@ def _render(self, V, A, jaw: float, size: int, layers: int = 4) -> np.ndarray:
     camera = p.camera.resized(size*s, size*s).moved(A)
     H, outwards = self.back.hull(V)
     screen, hull = camera.project(sheet.moved(V)), camera.project(H)
-    worn = [camera.project(self.glasses.points)[:, :2]] if self.glasses.found else []
+    worn = [camera.project(self.glasses.points)[:, :2]] if self.glasses else []
     ends = np.concatenate([screen[sheet.of_head, :2], hull[self.back.back[:, 4] > .02, :2], *worn])
     lo, hi = np.maximum(np.floor(ends.min(0)/s).astype(int), 0), np.minimum(np.ceil(ends.max(0)/s).astype(int), size)
     out = np.zeros((size, size, 4), np.float32)
@@ -107,7 +109,7 @@ def _render(self, V, A, jaw: float, size: int, layers: int = 4) -> np.ndarray:
     if layers > 2: paint_mesh(mesh.face, mesh.bary, p.faces, p.kind, self.fixed, self._moving(V, N, camera, shown), self.skin, eyes.lids, eyes.eyes, eyes.whites, eyes.lashes, self.clothes.alpha, self.unseen.grain, fine)
     if layers > 3:
         self.mouth.paint(V, camera, offset, mesh, fine)
-        if self.glasses.found: self.glasses.paint(camera, offset, mesh, r, fine)
+        if self.glasses: self.glasses.paint(camera, offset, mesh, r, fine)
     shrink(fine, s, int(lo[0]), int(lo[1]), p.cut(p.camera.resized(size, size).moved(A), jaw), out)
     return out
 
