@@ -1049,6 +1049,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ophav_nb.media._to_srgb': ('media.html#_to_srgb', 'ophav_nb/media.py'),
                                 'ophav_nb.media._upright': ('media.html#_upright', 'ophav_nb/media.py'),
                                 'ophav_nb.media.clip_info': ('media.html#clip_info', 'ophav_nb/media.py'),
+                                'ophav_nb.media.is_film': ('media.html#is_film', 'ophav_nb/media.py'),
                                 'ophav_nb.media.iter_sound': ('media.html#iter_sound', 'ophav_nb/media.py'),
                                 'ophav_nb.media.iter_video': ('media.html#iter_video', 'ophav_nb/media.py'),
                                 'ophav_nb.media.lettering': ('media.html#lettering', 'ophav_nb/media.py'),

@@ -44,29 +44,21 @@ def _strength(
         out = np.maximum(out, (np.maximum(line, light) if dark is None else line if dark else light).max(-1))
     return np.clip(out, 0, .3)
 
-def _ring(S, slope: float = .04, step: int = 3) -> np.ndarray:
-    "The closed line around a lens along which the sum of [A, R] is largest: for each angle the number of its distance."
-    n, rows = len(S), np.concatenate([S, S, S])                                 # thrice around: the second time no end is near
-    best, back = rows[0], []
-    for row in rows[1:]:
-        from_ = np.stack([np.pad(best, step, constant_values=-9)[step + d:step + d + len(best)] - slope*abs(d) for d in range(-step, step + 1)])
-        back.append(from_.argmax(0) - step)
-        best = from_.max(0) + row
-        best = best - best.max()
-    r = [int(best.argmax())]
-    for b in back[::-1]: r.append(r[-1] + b[r[-1]])
-    return np.array(r[::-1])[n:2*n]
-
-def _track(S, reach: int = 1) -> tuple:
-    "The line along the rows of [M, N] on which their sum is largest, and its mean."
+def _track(S, reach: int = 1, slope: float = 0.) -> np.ndarray:
+    "The line along the rows of [M, N] on which their sum is largest, a row's number [M]; from row to row it moves `reach` at most, each step at the price of `slope`."
     best, back = S[0], []
     for row in S[1:]:
-        from_ = np.stack([np.pad(best, reach, constant_values=-9)[reach + d:reach + d + len(best)] for d in range(-reach, reach + 1)])
+        from_ = np.stack([np.pad(best, reach, constant_values=-9)[reach + d:reach + d + len(best)] - slope*abs(d) for d in range(-reach, reach + 1)])
         back.append(from_.argmax(0) - reach)
         best = from_.max(0) + row
+        best = best - best.max()                                                    # or a long line outweighs the margin's -9
     r = [int(best.argmax())]
     for b in back[::-1]: r.append(r[-1] + b[r[-1]])
-    return np.array(r[::-1]), best.max()/len(S)
+    return np.array(r[::-1])
+
+def _ring(S) -> np.ndarray:
+    "The closed line around a lens along which the sum of [A, R] is largest: for each angle the number of its distance."
+    return _track(np.concatenate([S, S, S]), 3, .04)[len(S):2*len(S)]                # thrice around: the second time no end is near
 
 class Glasses:
     """The glasses of a portrait. `found`: whether it surely shows some; if so `bare` and `matte` are the portrait without them, `alpha` [H, W] and `colour` [H, W, 3] the frame that was taken off."""
@@ -116,8 +108,8 @@ def _bridge(self, logs, shift: float) -> tuple:
     "The line over the nose between both lenses: its height at each column, millimetres, and how plain it is."
     u, v = np.arange(-7, 7.1) + shift, np.arange(16, -14.1, -FINE)
     S = _strength(self._look(logs, *np.broadcast_arrays(u[:, None], v)), (1.5, 2.5, 4))
-    at, plain = _track(S, 2)
-    return u, v[at], plain
+    at = _track(S, 2)
+    return u, v[at], S[np.arange(len(S)), at].mean()
 
 def _free(above: float) -> np.ndarray:
     "Where a rim may lie: not as near to an eye as lashes, nor as a lid's bag, nor across the nose; `above`: the eye, millimetres; bool [A, R]."
@@ -184,7 +176,7 @@ def _end(self, logs, side: int, rim, most: int = 7) -> np.ndarray:
     profiles = self._look(logs, *np.broadcast_arrays(u[:, None], v))
     like = 1 - smoothstep(.7, 1.3, np.linalg.norm(profiles - self.frame, axis=-1)/np.linalg.norm(self.cheek - self.frame))
     S = _strength(profiles, (1.5, 2.5, 4), 0, self.dark)*ndi.maximum_filter1d(like, 3, axis=1)
-    line, _ = _track(S, 1)
+    line = _track(S)
     on = ndi.gaussian_filter1d(ndi.maximum_filter1d(S, 3, axis=1)[np.arange(len(line)), line], 1) > .06
     n = len(on) if on.all() else int(on.argmin())
     return np.stack([u, v[line], np.minimum(self._thickness(profiles, line), 2*np.median(rim[:, 2]))], 1)[:n]

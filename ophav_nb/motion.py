@@ -19,7 +19,7 @@ from scipy.ndimage import gaussian_filter1d, maximum_filter1d
 from scipy.spatial.transform import Rotation
 
 # %% ../nbs/07_motion.ipynb #c003
-from .media import VIDEO
+from .media import VIDEO, is_film
 from .run import InputError
 from .head import HeadModel, Motion, plain_arrays
 from .flame import convert, flame_head, is_absolute
@@ -488,7 +488,7 @@ def read_motion(
     if kind in (".pkl", ".pickle"):
         from ophav_nb.weights import load_pickle_restricted
         return liveportrait_motion(load_pickle_restricted(path), path.name)
-    if kind in VIDEO: raise InputError(f"{path} is a film: `pipeline.film_motion` tracks it, and so does every --motion of the command")
+    if is_film(path): raise InputError(f"{path} is a film: `pipeline.film_motion` tracks it, and so does every --motion of the command")
     raise InputError(f"{path}: not a motion that can be read; give a film ({' '.join(VIDEO)}), an .npz or a LivePortrait .pkl")
 
 

@@ -41,7 +41,7 @@ from .flame import load_head
 from .geometry import axis_angle_to_matrix, matrix_to_axis_angle
 from .head import HeadModel, Motion
 from .layers import head_alpha
-from .media import (VIDEO, Film, VideoWriter, clip_info, iter_video, on_background, read_array, read_image, read_own, read_stored, resize, to_float, to_uint8, whole_png, write_image)
+from .media import (Film, VideoWriter, clip_info, is_film, iter_video, on_background, read_array, read_image, read_own, read_stored, resize, to_float, to_uint8, whole_png, write_image)
 from .metrics import identity_distance, identity_embedding, landmark_distance
 from .motion import head_angles, limit, read_motion, relative, retarget, scripted
 from .nets.blocks import at_half_precision, half_precision
@@ -238,7 +238,7 @@ def add_motion(
 
     params = dict(motion=source, preset=[preset.frames, preset.film_seconds], seed=seed, fps=fps)
     if path.suffix.lower() == ".npz": params["flame"] = bool(find_weight("flame"))          # a sequence of FLAME's is translated with its file
-    if path.suffix.lower() in VIDEO: params |= unusual(detector=finder)
+    if is_film(path): params |= unusual(detector=finder)
     run.make("motion", build, needs=["track"], params=params)
 
 
@@ -257,7 +257,7 @@ def resolve_motion(
     "A motion by its name or file."
     check_readable(motion)
     if not Path(motion).suffix: return scripted(motion, seconds, fps=fps, seed=seed)
-    found = film_motion(motion, basis, device=device, finder=finder) if Path(motion).suffix.lower() in VIDEO else read_motion(motion, basis)
+    found = film_motion(motion, basis, device=device, finder=finder) if is_film(motion) else read_motion(motion, basis)
     if len(found) < BRIEF * found.fps: log.warning("%s has only %d frame%s, %.2g s: what is made with it is as short", motion, len(found), "s"[:len(found) > 1], len(found) / found.fps)
     return found
 
@@ -266,7 +266,7 @@ def heard_with(
     motion: str,      # as of `resolve_motion`
 ) -> Path | None:
     "The film whose sound belongs to a motion: it drives a mouth that speaks."
-    return path if (path := Path(motion)).suffix.lower() in VIDEO and path.is_file() else None
+    return Path(motion) if is_film(motion) and Path(motion).is_file() else None
 
 
 def film_motion(
