@@ -72,6 +72,11 @@ class MeshAnimator:
         "What the frames show of skin and teeth beside the head model: see `Portrayed`."
         return self.portrayed.person_offset()
 
+    @property
+    def worn(self):   # `Worn`, or None
+        "What the frames show worn: see `HeadModel.of_person`."
+        return self.glasses and self.glasses.worn
+
 # %% ../nbs/08_animate.ipynb #g10c
 @patch_to(MeshAnimator)
 def _moving(self, V, N, camera, shown) -> np.ndarray:

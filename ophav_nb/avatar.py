@@ -239,7 +239,7 @@ class FramePool:
 
     def _rays(self, i: int):
         "Pixels in the band, their limits, and which of them show mouth or eyes."
-        band = surface_band(self.data.vertices[i], self.deformer.faces, self.widths, self.data.camera(i), self.config.back_band, outer=self.outer)
+        band = surface_band(self.data.vertices[i], self.deformer.faces, self.widths, self.data.camera(i), self.config.back_band, outer=self.outer, worn=self.deformer.worn)
         label = np.asarray(self.data.parsing[i])
         pixels = np.flatnonzero(band.mask & (label != UNKNOWN)).astype(np.int32)
         grow = max(1, round(label.shape[0]/128))
@@ -247,6 +247,7 @@ class FramePool:
         x, y = self.data.camera(i).project(self.data.vertices[i][self.lids])[:, :2].T.astype(int)      # closed lids show no eye
         focus[y.clip(0, label.shape[0] - 1), x.clip(0, label.shape[1] - 1)] = True
         focus = ndi.binary_dilation(focus, iterations=grow)
+        if band.worn is not None: focus |= band.worn
         return pixels, np.stack(band.at(pixels)), np.flatnonzero(focus.ravel()[pixels]).astype(np.int32)
 
 # %% ../nbs/14_avatar.ipynb #c017
@@ -359,14 +360,14 @@ class Avatar:
         self.head, self.arrays, self.names, self.config, self.device = head, arrays, names, config, torch.device(device)
         rest, regions = head.v_template.numpy(), head.regions if head.has('regions') else {}
         self.loose, self.widths = band_widths(head, rest, config.face_band, config.hair_band)
-        eyes = sum((regions[k] for k in ('left_eye_region', 'right_eye_region') if k in regions), np.zeros(len(head.faces), bool))
-        hidden = sum((regions[k] for k in ('mouth_interior', 'upper_teeth', 'lower_teeth', 'tongue') if k in regions), np.zeros(len(head.faces), bool))
-        self.outer = np.ascontiguousarray(head.faces[~hidden])
+        pick = lambda *names: sum((regions[k] for k in names if k in regions), np.zeros(len(head.faces), bool))
+        eyes, worn = pick('left_eye_region', 'right_eye_region'), pick('glasses')
+        self.outer = np.ascontiguousarray(head.faces[~pick('mouth_interior', 'upper_teeth', 'lower_teeth', 'tongue')])
         around = np.linalg.norm(rest[:, None] - head.joint_positions()[None, 3:].numpy(), axis=-1).min(1) < .016
         self.lids = np.unique(head.faces[np.asarray(eyes, bool)])
         self.lids = self.lids[around[self.lids]]
         self.deformer = Deformer(head.canonical(jaw=config.jaw).numpy(), head.faces, mouth_amount(head, rest), regions.get('face') if config.blend else None,
-                                 eyes if config.eye_scale else None, config.mapping)
+                                 eyes*config.eye_scale | worn, config.mapping, worn=int(worn.sum()))      # nor is a thin thing's way to canonical space ever guessed from its neighbours'
         self.deformer.kernels = config.field.backend != 'torch'
         self.field = Field(config.field).to(self.device)
         self.shown = copy.deepcopy(self.field).requires_grad_(False)   # the average of the weights

@@ -24,9 +24,9 @@ from PIL import Image
 
 # %% ../nbs/09_dataset.ipynb #c004
 from .layers import NeckCut, bleed, head_alpha
-from .geometry import Camera, kernel, rasterize
+from .geometry import Camera, depth_range, kernel, rasterize
 from .flame import flame_head, load_head, read_tracker
-from .head import HeadModel, Motion
+from .head import HeadModel, Motion, Worn
 from .media import open_picture, read_array, read_image, resize, to_float, to_uint8, write_arrays
 from .run import DAMAGE, MEND, InputError, check_readable, make_key, progress, write_atomic
 
@@ -58,7 +58,7 @@ def face_labels(
         v = v.reshape(-1, v.shape[-2], 3)[0].numpy()
     f = np.asarray(head.faces)
     c = v[f].mean(1)
-    front = c[:, 2] > v[:, 2].max() - .09
+    front = c[:, 2] > v[~head.region_vertices('glasses') if 'glasses' in head.regions else slice(None), 2].max() - .09
     hull = lambda i: L[i, :2][np.argsort(np.arctan2(*(L[i, :2] - L[i, :2].mean(0)).T[::-1]))]
     region = lambda name: np.asarray(head.regions.get(name, np.zeros(len(f), bool)))
     out = np.full(len(f), PARSING['skin'], np.uint8)
@@ -71,6 +71,7 @@ def face_labels(
     out[lips] = np.where(c[lips, 1] > line, PARSING['upper_lip'], PARSING['lower_lip'])
     for name in ('mouth_interior', 'upper_teeth', 'lower_teeth', 'tongue'): out[region(name)] = PARSING['mouth']
     for side in ('left', 'right'): out[region(f'{side}_eyeball')] = PARSING[f'{side}_eye']
+    out[region('glasses')] = PARSING['glasses']
     return out
 
 # %% ../nbs/09_dataset.ipynb #c009
@@ -90,11 +91,16 @@ def parse_frame(
     labels,          # of each triangle, uint8 [F]
     alpha,           # of the head, uint8 [H, W]
 ):                   # parsing uint8 [H, W], depth float32 [H, W]
-    "Parsing and depth of one frame from its mesh and matte. What is head and not mesh is hair."
-    r = rasterize(camera.project(vertices), faces, camera.height, camera.width)
+    "Parsing and depth of one frame from its mesh and matte. What is head and not mesh is hair. Where glasses may be seen, or skin through them, no depth is told, and the regions are the skin's."
+    screen, size, worn = camera.project(vertices), (camera.height, camera.width), labels == PARSING['glasses']
+    r = rasterize(screen, faces[~worn] if worn.any() else faces, *size)
     out = np.empty(r.face.shape, np.uint8)
-    _label_pixels(r.face, np.ascontiguousarray(alpha), labels, np.uint8(PARSING['hair']), out)
-    return out, r.depth
+    _label_pixels(r.face, np.ascontiguousarray(alpha), labels[~worn], np.uint8(PARSING['hair']), out)
+    if not worn.any(): return out, r.depth
+    before, _ = depth_range(screen, faces[worn], *size)
+    seen = (before > 0) & (~r.mask | (before < r.depth))
+    out[seen & ~r.mask & (np.asarray(alpha) >= 128)] = PARSING['glasses']
+    return out, np.where(seen, 0, r.depth).astype(np.float32)
 
 # %% ../nbs/09_dataset.ipynb #c012
 @dataclass
@@ -116,6 +122,7 @@ class HeadDataset:
     motion: Motion = None   # with the head's pose, if known
     shape: np.ndarray = None  # [S], if known
     offset: np.ndarray = None  # the person's offsets beside the model, metres [V, 3], see `HeadModel.of_person`
+    worn: Worn = None         # what the person wears, see there
 
     def __len__(self) -> int: return len(self.c2w)
 
@@ -166,9 +173,10 @@ class HeadDataset:
         known=None,       # where the frames show anything, bool [H, W]; None: everywhere
         ok=None,          # frames worth training on, bool [N]: where the face was found; None, or found in none: all
         offset=None,      # what the frames show beside the model, metres [V, 3], see `HeadModel.of_person`
+        worn=None,        # a thing that the frames show worn, see there
     ) -> 'HeadDataset':
         "A film of a head whose motion is known."
-        head = head.of_person(offset)
+        head = head.of_person(offset, worn)
         store = _Store(folder, len(motion))
         if isinstance(frames_rgba, np.ndarray) or isinstance(frames_rgba, (list, tuple)):
             size, array = frames_rgba[0].shape[0], frames_rgba
@@ -179,7 +187,7 @@ class HeadDataset:
         camera = camera.resized(size, size)
         out = cls._without_pictures(motion, shape, camera, head, store, test)
         if ok is not None and np.any(ok): out.train &= np.asarray(ok, bool)
-        out.offset = offset
+        out.offset, out.worn = offset, worn
         shapes = dict(rgb=((size, size, 3), np.uint8), alpha=((size, size), np.uint8), parsing=((size, size), np.uint8), depth=((size, size), np.float32))
         for name, (s, dtype) in shapes.items(): setattr(out, name, store.array(name, s, dtype))
         labels = face_labels(head, shape)
@@ -245,7 +253,7 @@ class HeadDataset:
         if self.motion is not None:
             extra |= dict(shape=self.shape, basis=self.motion.basis, fps=self.motion.fps, expression=self.motion.expression, joints=self.motion.joints,
                           translation=self.motion.translation)
-            if self.offset is not None: extra['offset'] = self.offset
+            extra |= _own(self)
         if path.exists():
             with np.load(path, allow_pickle=False) as z: other = 'digest' in z.files and str(z['digest']) != extra['digest'] or not np.array_equal(z['c2w'], self.c2w)
         else: other = any(folder.glob('transforms*.json'))
@@ -304,7 +312,7 @@ class HeadDataset:
         written = all((folder/f['mesh_path']).exists() for f in frames)
         if not written and out.motion is None: raise InputError(f'{folder} has neither meshes nor a motion of ours (meshes/*.obj or head.npz is missing).')
         if out.motion is not None and not written:
-            full = cls._without_pictures(out.motion, out.shape, Camera(K, np.eye(4), w, h), (head or load_head(out.motion.basis)).of_person(out.offset), store, 0)
+            full = cls._without_pictures(out.motion, out.shape, Camera(K, np.eye(4), w, h), (head or load_head(out.motion.basis)).of_person(out.offset, out.worn), store, 0)
             out.vertices = full.vertices
         else:
             out.vertices = store.array('vertices', canonical.shape, np.float32)
@@ -318,6 +326,7 @@ class HeadDataset:
                 self.motion = Motion(z['expression'], z['joints'], z['translation'], float(z['fps']), str(z['basis']))
                 self.shape, self.expression = z['shape'], z['expression']
                 self.offset = z['offset'] if 'offset' in z.files else None
+                if 'worn_points' in z.files: self.worn = Worn(z['worn_points'], z['worn_faces'])
                 self.joints = np.array(z['joints'])
                 self.joints[:, 0] = 0
 
@@ -330,6 +339,11 @@ class HeadDataset:
         if (folder/f.get('depth_path', '-')).is_file(): self.depth[i] = _read_png(folder, f['depth_path']).astype(np.float32)*.001
 
 # %% ../nbs/09_dataset.ipynb #c014
+def _own(data) -> dict:
+    "What a file keeps of a person beside the model."
+    out = {} if data.offset is None else dict(offset=data.offset)
+    return out if data.worn is None else out | dict(worn_points=data.worn.points, worn_faces=data.worn.faces)
+
 def _skip(iterator, n: int):
     it = iter(iterator)
     for _ in range(n): next(it, None)
@@ -416,8 +430,7 @@ class _Store:
         small = {k: getattr(dataset, k) for k in ('condition', 'expression', 'joints', 'c2w', 'K', 'faces', 'canonical', 'train', 'shape')}
         small |= dict(motion_expression=dataset.motion.expression, motion_joints=dataset.motion.joints, translation=dataset.motion.translation,
                       fps=dataset.motion.fps, basis=dataset.motion.basis)
-        if dataset.offset is not None: small['offset'] = dataset.offset
-        write_arrays(self.folder/'small.npz', small)
+        write_arrays(self.folder/'small.npz', small | _own(dataset))
         _write_json(self.folder/'arrays.json', dict(frames=self.n, arrays=list(ARRAYS)))
 
     def load(self, cls):
@@ -428,7 +441,8 @@ class _Store:
         try:
             with np.load(path, allow_pickle=False) as z: s = {k: z[k] for k in z.files}
             motion = Motion(s.pop('motion_expression'), s.pop('motion_joints'), s.pop('translation'), float(s.pop('fps')), str(s.pop('basis')))
-            return cls(**big, **s, motion=motion)
+            worn = Worn(s.pop('worn_points'), s.pop('worn_faces')) if 'worn_points' in s else None
+            return cls(**big, **s, motion=motion, worn=worn)
         except DAMAGE as error: raise InputError(f"{path} is missing or damaged; {MEND}") from error
 
 # %% ../nbs/09_dataset.ipynb #c017

@@ -242,10 +242,12 @@ class Deformer:
         scaled=None,                  # `triangle`: where frames are scaled by area (the eyes), bool [F]
         mapping: Mapping = 'smooth',
         pad: float = .06,             # room around the canonical mesh, metres
+        worn: int = 0,                # triangles of a thing that is worn, the last of the faces: a ray may meet it before the skin that it goes on to
     ):
         if mapping not in ('smooth', 'triangle'): raise ValueError(f"mapping {mapping!r}: choose 'smooth' or 'triangle'")
         self.canonical, self.mapping = np.ascontiguousarray(canonical, np.float32), mapping
         self.faces = F = np.ascontiguousarray(faces, np.int32)
+        self.worn = F[-worn:] if worn else None
         self.leaves = triangle_leaves(self.canonical, F)
         nothing = np.zeros(len(F), bool)
         self.mouth = np.ascontiguousarray(np.zeros(len(self.canonical)) if mouth is None else mouth, np.float32)

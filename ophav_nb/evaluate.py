@@ -185,7 +185,7 @@ def add_reenactment(
             if parser == 'default': return cut
             cut, seen = tee(cut)
             return with_regions(cut, parser, lambda: (to_uint8(maker.composite(h, **frame_pose(motion, i))) for i, h in enumerate(seen, start)), device)
-        HeadDataset.from_frames(heads, motion, film.track.shape, film.track.camera, head, folder=folder, size=size, offset=maker.person_offset())
+        HeadDataset.from_frames(heads, motion, film.track.shape, film.track.camera, head, folder=folder, size=size, offset=maker.person_offset(), worn=maker.worn)
     return HeadDataset.load(run.make('rounds/0/dataset', build, ['clip'], dict(size=size, animator=animator) | unusual(parser=parser) | halved(animator)), head)
 
 # %% ../nbs/20_evaluate.ipynb #c012

@@ -12,6 +12,7 @@ from scipy.spatial import cKDTree
 
 # %% ../nbs/07l_glasses.ipynb #c004
 from .geometry import interpolate, push_pull, rasterize, smoothstep
+from .head import Worn
 from .layers import crisp, polygon_mask
 from .paint import paint_sheet
 from .portrayed import Portrayed, sampled
@@ -300,6 +301,14 @@ def _shape(self):
     self.faces = np.ascontiguousarray(self.faces, np.int32)
     self.edges = np.maximum(crisp(crisp(self.alpha[..., None]))[..., 0], 0)             # over 1 in a wire's middle: its look-up and the average of samples take that away again
     self.nothing = np.zeros(len(self.points), np.float32)
+
+@patch_to(Glasses)
+@property
+def worn(self) -> Worn:
+    "Their surface, for the mesh of a field that is trained on frames with them (`HeadModel.of_person`); without an arm that the portrait shows, which stays on the skin."
+    side = self.side[self.faces[:, 0]]
+    used, faces = np.unique(self.faces[(side == 0) | (self.facing0[side] < .3)], return_inverse=True)
+    return Worn(self.points[used].astype(np.float32), faces.reshape(-1, 3).astype(np.int32))
 
 @patch_to(Glasses)
 def _facing(self, camera, side: int) -> float:

@@ -10,6 +10,7 @@ __all__ = ['JOINTS', 'SKIN', 'TEETH', 'TONGUE', 'SCLERA', 'IRIS', 'PUPIL', 'BACK
 import copy, zipfile, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +50,11 @@ def _tensor(x, device, dtype=torch.float32):
 def _unpack_regions(arrays, n):
     bits = np.unpackbits(arrays['regions'], axis=1)[:, :n].astype(bool)
     return {str(name): mask for name, mask in zip(arrays['region_names'], bits)}
+
+class Worn(NamedTuple):
+    "A thing that a person wears and no expression moves: glasses."
+    points: np.ndarray   # in the head's own space, metres, [P, 3]
+    faces: np.ndarray    # [F, 3]
 
 class HeadModel:
     "Mean, shape and expression bases, joints and skinning of a head (FLAME, Li et al. 2017, section 3)."
@@ -107,13 +113,26 @@ class HeadModel:
 
     def of_person(self,
         offset,           # what the model does not know of a person, metres beside the template, [V, 3]; None: nothing
+        worn: Worn|None = None,   # what the person wears; None: nothing
     ) -> 'HeadModel':
         "The same head with a person's own surface: it takes the same shapes, expressions and poses."
-        if offset is None: return self
+        if offset is None and worn is None: return self
         out = copy.copy(self)
-        out.v_template = self.v_template + _tensor(offset, self.device)
+        if offset is not None: out.v_template = self.v_template + _tensor(offset, self.device)
+        if worn is not None: out._put_on(worn)
         out._prepare()
         return out
+
+    def _put_on(self, worn):
+        "Append a thing's vertices and triangles, the region `glasses`: no shape or expression moves them, the neck's joint carries them as it carries the skull."
+        n, m = len(worn.points), len(worn.faces)
+        first, more = len(self.v_template), lambda a, dim=0: torch.cat([a, a.new_zeros(*(n if d == dim else s for d, s in enumerate(a.shape)))], dim)
+        self.v_template = torch.cat([self.v_template, _tensor(worn.points, self.device)])
+        self.shapedirs, self.expressiondirs, self.posedirs, self.weights, self.J_regressor = *(more(a) for a in (self.shapedirs, self.expressiondirs, self.posedirs, self.weights)), more(self.J_regressor, 1)
+        self.weights[first:, JOINTS.index('neck')] = 1
+        self.faces = np.concatenate([self.faces, np.asarray(worn.faces, np.int32) + np.int32(first)])
+        self.regions = {k: np.pad(r, (0, m)) for k, r in self.regions.items()} | dict(glasses=np.arange(len(self.faces)) >= len(self.faces) - m)
+        for name in ('uv', 'uv_faces', 'symmetry'): self.__dict__.pop(name, None)              # the model's alone
 
     def has(self, part: str) -> bool:
         "Whether the file holds this extra."

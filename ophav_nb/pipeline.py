@@ -39,9 +39,9 @@ from .dataset import HeadDataset
 from .detect import Detector, detect_like, head_crop
 from .flame import load_head
 from .geometry import axis_angle_to_matrix, matrix_to_axis_angle
-from .head import HeadModel, Motion
+from .head import HeadModel, Motion, Worn, plain_arrays
 from .layers import head_alpha
-from .media import (Film, VideoWriter, clip_info, is_film, iter_video, on_background, read_array, read_image, read_own, read_stored, resize, to_float, to_uint8, whole_png, write_image)
+from .media import (Film, VideoWriter, clip_info, is_film, iter_video, on_background, read_array, read_image, read_own, read_stored, resize, to_float, to_uint8, whole_png, write_arrays, write_image)
 from .metrics import identity_distance, identity_embedding, landmark_distance
 from .motion import head_angles, limit, read_motion, relative, retarget, scripted
 from .nets.blocks import at_half_precision, half_precision
@@ -298,6 +298,7 @@ def add_coarse(
         portrait, motion = load_portrait(run), own_motion(run, "train")
         maker = make_animator(animator, image=portrait.image, track=portrait.track, head=head, matte=portrait.matte)
         np.save(folder / "offset.npy", maker.person_offset())
+        if maker.worn: write_arrays(folder / "worn.npz", maker.worn._asdict())
         write_coarse(folder, lambda start: maker.frames(motion[start:]), len(motion))
         with VideoWriter(folder / "video.mp4", motion.fps, metadata=film_metadata(run)) as video:
             for i in progress(range(len(motion)), desc="coarse video"):
@@ -460,11 +461,12 @@ def add_dataset(
             return parsed_heads(cut, network, islice(iter_video(run.path("coarse", "video.mp4")), start, None)) if network else cut
 
         track, motion = seen_motion(run)
-        paths, offset = sorted(run.path("coarse", "frames").glob("*.png")), run.path("coarse", "offset.npy")
+        paths, offset, worn = sorted(run.path("coarse", "frames").glob("*.png")), run.path("coarse", "offset.npy"), run.path("coarse", "worn.npz")
         filmed = motion is track.motion                     # a portrait's track says nothing of a script's frames
         HeadDataset.from_frames(heads, motion, track.shape, track.camera, head, folder=folder, size=size,
                                 known=track.known(size) if filmed else None, ok=track.ok if filmed else None,
-                                offset=read_array(offset) if offset.exists() else None)
+                                offset=read_array(offset) if offset.exists() else None,
+                                worn=Worn(**plain_arrays(worn)) if worn.exists() else None)
 
     run.make("rounds/0/dataset", build, needs=["coarse", "track"], params=dict(size=size, parser=parser) | halved(parser))
 

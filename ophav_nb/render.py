@@ -33,6 +33,8 @@ from .nearest import ROOM, nearest_triangle
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/13_render.ipynb #c008
+WORN = .004   # room before and behind a worn thing's surface, metres
+
 def band_widths(
     head,               # `HeadModel`
     vertices,           # at rest, metres, [V, 3]
@@ -55,7 +57,10 @@ def band_widths(
     inside = np.zeros(len(v), bool)
     for name in ('mouth_interior', 'upper_teeth', 'lower_teeth', 'tongue', 'left_eyeball', 'right_eyeball'): inside[head.faces[regions[name]]] = True
     loose[inside] = 0
-    return loose.astype(np.float32), (face + (hair - face)*loose).astype(np.float32)
+    widths = face + (hair - face)*loose
+    worn = np.unique(head.faces[regions['glasses']]) if 'glasses' in regions else []
+    loose[worn], widths[worn] = 0, 0                # `surface_band` gives it its room
+    return loose.astype(np.float32), widths.astype(np.float32)
 
 def mouth_amount(
     head,                # `HeadModel`
@@ -68,6 +73,7 @@ def mouth_amount(
     lips = cKDTree(v[np.unique(head.faces[head.regions['lips']])]).query(v)[0]
     out = 1 - smoothstep(.25*reach, reach, lips)
     for name in ('mouth_interior', 'upper_teeth', 'lower_teeth', 'tongue'): out[np.unique(head.faces[head.regions[name]])] = 1
+    if 'glasses' in head.regions: out[np.unique(head.faces[head.regions['glasses']])] = 0
     return out.astype(np.float32)
 
 # %% ../nbs/13_render.ipynb #c010
@@ -76,22 +82,24 @@ class Band(NamedTuple):
     near: np.ndarray   # float32 [H, W]
     knee: np.ndarray   # from here on lies the skin that is seen; before it, only what may stand in front, float32 [H, W]
     far: np.ndarray    # float32 [H, W]
+    gap: np.ndarray = None   # before the knee: nothing is between what is worn and the skin, and no sample, float32 [H, W]; None: nothing is worn
+    worn: np.ndarray = None  # which rays may meet what is worn, bool [H, W]; None: nothing is
 
     @property
     def mask(self) -> np.ndarray: return self.far > 0
 
     def at(self, pixels) -> tuple:
-        "Near, knee and far of some pixels, by their number."
-        return tuple(a.ravel()[pixels] for a in self)
+        "Near, knee and far of some pixels, by their number; and the gap, where something is worn."
+        return tuple(a.ravel()[pixels] for a in self[:4] if a is not None)
 
 KNEE = 1/3   # share of the samples that go to the part before the knee
 
 @kernel
-def _depths(near, knee, far, jitter, few, depth, step):
+def _depths(near, knee, far, gap, jitter, few, depth, step):
     R, S = jitter.shape
     for r in range(R):
         bent = knee[r] > near[r] and few > 0
-        front = (knee[r] - near[r])/float32(few) if bent else (far[r] - near[r])/float32(S)
+        front = (knee[r] - gap[r] - near[r])/float32(few) if bent else (far[r] - near[r])/float32(S)
         behind = (far[r] - knee[r])/float32(S - few) if bent else front
         for i in range(S):
             step[r, i] = front if i < few else behind
@@ -100,20 +108,22 @@ def _depths(near, knee, far, jitter, few, depth, step):
 def sample_depths(
     near, knee, far,   # limits, metres, [R]
     jitter,            # place of each sample in its step, 0..1, [R, S]
+    gap=None,          # length before the knee that is left out, metres, [R]; None: none
 ):                     # depths [R, S] and lengths of the steps [R, S], metres, float32
     "Where to sample: equal steps, or, where a ray passes something in front of the skin, a third of them before the knee."
     jitter = np.ascontiguousarray(jitter, np.float32)
     depth, step = np.empty_like(jitter), np.empty_like(jitter)
-    _depths(*(np.ascontiguousarray(a, np.float32) for a in (near, knee, far)), jitter, round(jitter.shape[1]*KNEE), depth, step)
+    gap = np.zeros(len(near), np.float32) if gap is None else gap
+    _depths(*(np.ascontiguousarray(a, np.float32) for a in (near, knee, far, gap)), jitter, round(jitter.shape[1]*KNEE), depth, step)
     return depth, step
 
 def along(
     d,         # directions, the camera's z being one, [R, 3]
-    limits,    # near, knee and far, metres, [R] each
+    limits,    # near, knee and far (and gap), metres, [R] each
     jitter,    # as for `sample_depths`
 ):             # depths, metres, and lengths of the steps along the rays, centimetres, float32 [R, S] each
     "Samples of rays as `shade_samples` takes them."
-    depth, step = sample_depths(*limits, jitter)
+    depth, step = sample_depths(*limits[:3], jitter, *limits[3:])
     return depth, step*np.linalg.norm(d, axis=1, keepdims=True).astype(np.float32)*100
 
 def surface_band(
@@ -125,14 +135,17 @@ def surface_band(
     deepest: float = .12,# most depth of a ray that misses the mesh, metres
     outer=None,          # triangles that are pushed out, [F', 3]; None: all
     face: float = .010,  # least room in front of the surface, metres
+    worn=None,           # the last of the faces, a worn thing's, through which skin is seen, [F'', 3]; None: nothing is worn
 ) -> Band:
     "Near and far limit of each pixel."
     H, W = camera.height, camera.width
     v = np.asarray(vertices, np.float32)
     outer = faces if outer is None else outer
+    if worn is not None: faces, outer = faces[:-len(worn)], outer[:-len(worn)]
     pushed = camera.project((v + vertex_normals(v, faces)*widths[:, None]).astype(np.float64))
     first, last = depth_range(pushed, outer, H, W)
-    skin = rasterize(camera.project(v.astype(np.float64)), faces, H, W)
+    screen = camera.project(v.astype(np.float64))
+    skin = rasterize(screen, faces, H, W)
     hit, shell = skin.mask, first > 0
     near = np.where(shell, first, skin.depth - face)
     near = np.where(hit, np.minimum(near, skin.depth - .8*face), near)
@@ -144,7 +157,18 @@ def surface_band(
     room = interpolate(widths[:, None], faces, skin)[..., 0]*1.6 + .004   # what belongs to the skin that is hit; more in front is something else
     knee = np.where(hit & (skin.depth - room > near + .012), skin.depth - room, near)
     either = hit | shell
-    return Band(*(np.where(either, a, 0).astype(np.float32) for a in (near, knee, far)))
+    band = Band(*(np.where(either, a, 0).astype(np.float32) for a in (near, knee, far)))
+    return band if worn is None else _past_worn(band, hit, *depth_range(screen, worn, H, W))
+
+def _past_worn(band, hit, first, last) -> Band:
+    "A third of the samples of a ray that meets what is worn go to a little room around that, the others where they would be without; where hair stands in front of it, it is one of the things in the hair's band."
+    near, knee, far = band[:3]
+    start, end, free = first - WORN, first + WORN, ~band.mask
+    thing = (first > 0) & (free | (near > start))
+    far = np.where(thing, np.where(hit, np.maximum(far, end + WORN), np.maximum(far, last + WORN)), far)
+    knee = np.where(thing, np.where(free, np.where(far > end + WORN, end, start), np.maximum(near, end)), knee)
+    gap = np.where(thing & (knee > end), knee - end, 0)
+    return Band(*(a.astype(np.float32) for a in (np.where(thing, start, near), knee, far, gap)), (first > 0) & (first < far))
 
 # %% ../nbs/13_render.ipynb #c011
 def studio_camera(
@@ -275,7 +299,7 @@ def shade(
     poses: Poses,
     slot,                # each ray's frame among the poses, [R]
     o, d,                # rays, the direction's camera z being one, [R, 3]
-    limits,              # near, knee and far, metres, [R] each
+    limits,              # near, knee and far (and gap), metres, [R] each
     jitter,              # place of each sample in its step, 0..1, [R, S]
     condition,           # of each ray's frame, torch [R, C]
     appearance=None,     # of each ray's frame, torch [R, A]
@@ -330,12 +354,12 @@ FINE = 1.75 # as many samples a ray has a picture as training, and the scouts
 # %% ../nbs/13_render.ipynb #c025
 NEAR, SPLIT, KNEE_AT, FRONT, BEHIND, LENGTH = range(6, 12)   # of a row of rays, after origin and direction: see `_as_rows`
 
-def _as_rows(o, d, near, knee, far, S: int) -> np.ndarray:
+def _as_rows(o, d, limits, S: int) -> np.ndarray:
     "Rays as the kernel takes them [R, 12]: with the lengths of the steps before and behind the knee, the number of those before, and the direction's length."
-    few = round(S*KNEE)
+    few, (near, knee, far), gap = round(S*KNEE), limits[:3], limits[3] if len(limits) > 3 else 0
     bent = (knee > near) & (few > 0)
     behind = np.where(bent, (far - knee)/max(S - few, 1), (far - near)/S)
-    numbers = near, np.where(bent, few, 0), np.where(bent, knee, near), (knee - near)/max(few, 1), behind, np.linalg.norm(d, axis=1)
+    numbers = near, np.where(bent, few, 0), np.where(bent, knee, near), (knee - gap - near)/max(few, 1), behind, np.linalg.norm(d, axis=1)
     return np.concatenate([o, d, np.stack(numbers, 1)], 1, dtype=np.float32)
 
 @kernel(inline=True)
@@ -570,7 +594,7 @@ def _view_fast(field, deformer, poses, o, d, limits, samples, begin=None, end=No
     "By the kernel: straight RGBA of rays [R, 4], and between which depths there is anything [R, 2]. Of the samples, those from `begin` to `end` are looked at."
     f, R = deformer, len(o)
     rgba, span = np.zeros((R, 4), np.float32), np.zeros((R, 2), np.float32)
-    rays = _as_rows(o, d, *limits, samples)
+    rays = _as_rows(o, d, limits, samples)
     spans = np.stack(np.broadcast_arrays(0 if begin is None else begin, samples if end is None else end, np.zeros(R))[:2], 1).astype(np.int64)
     way = _Way(*(a[0] for a in poses), f.leaves, f.faces, f.canonical, f.rest, f.beside, f.blended, f.mouth, f.scaled, f.mapping == 'smooth')      # `scaled`: the eyes
     table = _Table(field.grid.params.detach().numpy(), *field.grid.levels.for_kernels, f.low, np.float32(1/f.size))
@@ -643,10 +667,10 @@ def _view_scouted(field, deformer, poses, camera, band, samples, condition, appe
     while cell > 1:
         cell //= 2
         pixels = np.flatnonzero(wanted & every(cell))
-        start, knee, end = band.at(pixels)
-        begin, stop = (_index(z.ravel()[pixels], start, knee, end, fine) for z in (near, far))
+        begin, stop = (_index(z.ravel()[pixels], *band.at(pixels)[:3], fine) for z in (near, far))
         begin, stop, alone = np.floor(begin), np.ceil(stop), lonely.ravel()[pixels]
         alone |= (stop <= 0) | (begin >= fine)                               # nobody looked, or the neighbours' depths lie outside this pixel's band
+        if band.worn is not None: alone |= band.worn.ravel()[pixels]         # what is worn is too thin for scouts
         begin, stop = np.where(alone, 0, np.clip(begin, 0, fine - 1)), np.where(alone, fine, np.clip(stop, 1, fine))
         out[pixels], span = look(pixels, fine, begin, stop, thin=.004)
         if cell == 1: break
@@ -694,7 +718,7 @@ def render_view(
 ) -> np.ndarray:              # straight RGBA, float32 [H, W, 4]
     "One view of one pose."
     H, W = camera.height, camera.width
-    band = surface_band(vertices, deformer.faces, widths, camera, back, outer=outer)
+    band = surface_band(vertices, deformer.faces, widths, camera, back, outer=outer, worn=deformer.worn)
     pixels, device = np.flatnonzero(band.mask), field.grid.params.device
     if len(pixels) == 0: return np.zeros((H, W, 4), np.float32)
     fast = backend == 'numba' or backend == 'auto' and isinstance(field, Field) and device.type == 'cpu' and not field.config.offset   # the kernel moves no points

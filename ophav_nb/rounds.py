@@ -305,7 +305,7 @@ class Rounds:
     detector: Detector|None = None
 
     def __post_init__(self):
-        self.model, self.head = self.head, self.head.of_person(self.dataset.offset)
+        self.model, self.head = self.head, self.head.of_person(self.dataset.offset, self.dataset.worn)
         self.camera, self.motion = film_camera(self.dataset, self.head), self.dataset.motion
         self.portrait_motion = self.portrait.track.motion[0]
         self._check = None
@@ -413,7 +413,7 @@ class Rounds:
                 image = read_stored(source/f'{i:05d}.png') if i < len(plan.source) else coarse.rgba(int(frame[i]))
                 yield (image, coarse.parsing[frame[i]]) if seen[i] else image     # what is what in it: a parser may have told; in a new pose the mesh tells
         def build(folder):
-            HeadDataset.from_frames(frames, motion, coarse.shape, self.camera, self.model, folder=folder, size=coarse.height, known=coarse.known(0), offset=coarse.offset)
+            HeadDataset.from_frames(frames, motion, coarse.shape, self.camera, self.model, folder=folder, size=coarse.height, known=coarse.known(0), offset=coarse.offset, worn=coarse.worn)
         return HeadDataset.load(self.make(k, 'dataset', build), self.head)
 
     # ---- the avatar of round k

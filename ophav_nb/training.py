@@ -196,14 +196,14 @@ class OnePass:
         poses: Poses,
         slot,           # each ray's frame among the poses, those of a frame one after the other, [R]
         o, d,           # rays, the direction's camera z being one, float32 [R, 3]
-        limits,         # near, knee and far, metres, [3, R]
+        limits,         # near, knee and far (and gap), metres, [3 or 4, R]
         jitter,         # place of each sample in its step, 0..1, float32 [R, S]
         conditions,     # what each ray's frame is told, [R, C]
         truth: Truth,
     ) -> tuple:         # loss, mean squared error of colour; no numbers where the gradients are none, and no gradients then
         "Forward and backward."
         c, plan, (R, S) = self.field.config, self.packed.refresh().plan, jitter.shape
-        depth, step = sample_depths(*limits, jitter)
+        depth, step = sample_depths(*limits[:3], jitter, *limits[3:])
         samples = [a.numpy() for a in self.deformer.march(poses, slot, o, d, depth)]
         x, direction, mouth, height = samples[0].T, *samples[1:4]
         features, shares = encode_columns(self.field.grid, x), portions(slot, S)

@@ -18,6 +18,8 @@ from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.run import InputError
 
+from meshes import lenses
+
 SMALL = AvatarConfig(rays=128, samples=4, frames=4, field=field_config(levels=4, features=4, log2_size=10, scale=1.6))
 CAMERA = facing_camera(2.2*48, 48, 48)
 
@@ -397,3 +399,18 @@ def test_a_step_that_overflows_is_left_out(head, film):
 
 def test_nothing_is_scaled_where_nothing_is_half(head, film):
     assert not any(Trainer(Avatar.create(head, film.shape, c), film, 3, None, None, 0, 1., 30., 25).scaler.is_enabled() for c in (SMALL, replace(SMALL, occupancy=8)))
+
+
+def test_glasses_are_part_of_an_avatar(head, film, tmp_path):
+    "It learns a thing that is worn where it stands, whatever is drawn behind it, and keeps it in its file; a dataset without that is another head's."
+    worn = lenses(head)
+    data = HeadDataset.from_frames(film.rgba(slice(None)), film.motion, film.shape, CAMERA, head, worn=worn)
+    avatar = Avatar.create(head.of_person(data.offset, data.worn), data.shape, SMALL)
+    assert len(avatar.deformer.worn) == len(worn.faces) and avatar.deformer.mouth[head.n_vertices:].max() == 0
+    np.testing.assert_array_equal(avatar.outer[-len(worn.faces):], avatar.deformer.worn)
+    avatar.fit(data, 2)
+    again = Avatar.load(avatar.save(tmp_path))
+    assert same(avatar, again) and (again.deformer.worn == avatar.deformer.worn).all()
+    a, b = (next(iter(x.render(film.motion[:1], CAMERA))) for x in (avatar, again))
+    np.testing.assert_array_equal(a, b)
+    with pytest.raises(InputError, match='mesh'): avatar.fit(film, 1)

@@ -17,6 +17,8 @@ from ophav_nb.head import HeadModel, Motion
 from ophav_nb.run import InputError
 from ophav_nb.track import Track
 
+from meshes import lenses
+
 SIZE, N = 64, 5
 
 
@@ -230,3 +232,22 @@ def test_wrong_folders_say_what_is_missing(data, tmp_path):
     data.save(tmp_path)
     (tmp_path/'images/00001.png').write_bytes(b'')
     with pytest.raises(InputError, match='00001.png'): HeadDataset.load(tmp_path)
+
+
+def test_what_is_worn_stays_with_a_dataset(frames, motion, shape, camera, head, data, tmp_path):
+    "Every way of keeping it keeps that; what the skin says stays, but no depth is told where the thing may be seen."
+    worn, n = lenses(head), head.n_vertices
+    made = HeadDataset.from_frames(frames, motion, shape, camera, head, test=2, worn=worn)
+    np.testing.assert_array_equal(made.vertices[:, :n], data.vertices)
+    np.testing.assert_array_equal(made.condition, data.condition)
+    there = np.stack([rasterize(made.camera(i).project(made.vertices[i]), made.faces[len(head.faces):], SIZE, SIZE).mask for i in range(N)])
+    assert there.any((1, 2)).all() and (made.depth[there & (data.alpha > 0)] == 0).mean() > .9
+    np.testing.assert_array_equal(made.depth[~there], data.depth[~there])
+    np.testing.assert_array_equal(made.parsing[data.depth > 0], data.parsing[data.depth > 0])
+    HeadDataset.from_frames(frames, motion, shape, camera, head, folder=tmp_path/'arrays', size=SIZE, worn=worn, test=2)
+    for folder in (tmp_path/'arrays', made.save(tmp_path/'insta')):
+        again = HeadDataset.load(folder, head)
+        for a, b in zip(again.worn, worn): np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(again.faces, made.faces)
+        np.testing.assert_allclose(again.vertices, made.vertices, atol=1e-6)
+    assert HeadDataset.load(data.save(tmp_path/'plain'), head).worn is None

@@ -2,12 +2,15 @@
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 import ophav_nb  # noqa: F401  before torch's first use: threads
 from ophav_nb.deform import Deformer, neighbours, to_canonical_reference, vertex_rotations_reference
 from ophav_nb.head import HeadModel
 from ophav_nb.nearest import TriangleTree
 from ophav_nb.render import mouth_amount
+
+from meshes import lenses
 
 
 @pytest.fixture(scope='module')
@@ -98,3 +101,27 @@ def test_frames_are_filled_in_their_place(scene):
     room = d.fill(d.allocate(3, 'cpu'), posed[None], 1)
     for a, b in zip(room, d.poses(posed)): assert torch.equal(a[1], torch.from_numpy(b[0]))
     assert d.allocate(3, 'cpu').megabytes == d.allocate(3).megabytes
+
+
+@pytest.mark.parametrize('mapping', ['smooth', 'triangle'])
+def test_what_is_worn_is_carried_rigidly(scene, mapping):
+    "Whatever lids, brows and cheeks do beneath: by the kernel, by the march in torch, and by the reference."
+    head, rng = scene[0], np.random.default_rng(1)
+    worn = lenses(head)
+    own, n = head.of_person(None, worn), head.n_vertices
+    joints = torch.zeros(1, 5, 3)
+    joints[0, 1], joints[0, 2, 0] = torch.tensor([.1, -.3, .05]), .2
+    posed = own(None, own.expression(mouthSmile=.9, eyeBlink=1., browInnerUp=1., cheekSquint=1.)[None], joints)[0].numpy()
+    eyes = own.regions['left_eye_region'] | own.regions['right_eye_region'] | own.regions['glasses']
+    d = Deformer(own.canonical().numpy(), own.faces, blended=own.regions['face'], scaled=eyes, mapping=mapping, worn=len(worn.faces))
+    R = Rotation.from_rotvec(joints[0, 1].numpy()).as_matrix()
+    normal, corners = R @ [0, 0, 1], posed[n:][worn.faces]
+    points = (corners*rng.dirichlet([1, 1, 1], len(corners))[..., None]).sum(1) + rng.uniform(-.003, .003, (len(corners), 1))*normal
+    J = head.joint_positions()[1].numpy()
+    at_rest, along = (points - J) @ R + J, rng.normal(size=points.shape)
+    found, slow = march(d, posed, points, along), d.march(d.poses(posed, 'cpu'), np.zeros(len(points)), points, along, np.zeros((len(points), 1)))
+    x, turned = to_canonical_reference(*(torch.tensor(a) for a in (points, along, posed)), d)
+    assert (found.face.numpy() >= len(head.faces)).all() and found.mouth.max() == 0
+    for got, way in ((found.x.numpy()*d.size + d.low, found.direction.numpy()), (slow.x.numpy()*d.size + d.low, slow.direction.numpy()), (x.numpy(), turned.numpy())):
+        assert np.abs(got - at_rest).max() < 2e-5
+        assert np.abs(way - along @ R/np.linalg.norm(along, axis=1, keepdims=True)).max() < 1e-3

@@ -13,6 +13,8 @@ from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, rasterize
 from ophav_nb.head import JOINTS, HeadModel, MissingPart, Motion, read_head
 from ophav_nb.run import InputError, asset
 
+from meshes import lenses
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -255,3 +257,25 @@ def test_the_tongue_goes_part_of_the_way_with_the_jaw(head):
     assert abs(angle(tip)/angle(teeth) - .7) < .05
     opened = (head(expression=head.expression(jawOpen=1.))[0] - head.v_template).numpy()
     assert np.abs(opened - moved)[tongue].max() < 1e-3               # the expression and the joint agree
+
+
+def test_what_is_worn_goes_with_the_skull(head, frames):
+    "No shape or expression moves it; the skin under it is the model's to the last bit."
+    worn, n = lenses(head), head.n_vertices
+    with_ = head.of_person(None, worn)
+    assert with_.n_vertices == n + len(worn.points) and (with_.faces[len(head.faces):] == worn.faces + n).all()
+    assert with_.regions['glasses'].sum() == len(worn.faces) and with_.region_vertices('glasses')[:n].sum() == 0
+    assert 'glasses' not in head.regions and head.of_person(None, None) is head
+    got, bare = with_(**frames), head(**frames)
+    assert torch.equal(got[:, :n], bare)
+    still = with_(frames['shape'], frames['expression'], np.zeros((4, 5, 3)))[:, n:]
+    assert (still - torch.from_numpy(worn.points)).abs().max() < 1e-6
+    skull = int(np.argmax(head.v_template.numpy()[:, 1]))                          # the top of the head
+    moved = head(frames['shape'], None, frames['joints'], frames['translation'])[:, skull] - head(frames['shape'])[:, skull]
+    rigid = lambda h: (h(**frames)[:, :, None] - h(**frames)[:, None]).norm(dim=-1)
+    apart = torch.cdist(torch.from_numpy(worn.points), torch.from_numpy(worn.points))
+    assert head.weights[skull, 1] > .99 and moved.norm(dim=-1).max() > .01
+    assert (torch.cdist(got[:, n:], got[:, n:]) - apart).abs().max() < 1e-5
+    at_rest = head(frames['shape'])[0, skull]
+    away = (torch.cdist(head(frames['shape'], None, frames['joints'])[:, skull][:, None], with_(frames['shape'], None, frames['joints'])[:, n:]) - torch.cdist(at_rest[None], torch.from_numpy(worn.points)))
+    assert away.abs().max() < 1e-3

@@ -10,7 +10,9 @@ from ophav_nb.deform import Deformer
 from ophav_nb.field import Field, field_config
 from ophav_nb.geometry import rasterize
 from ophav_nb.head import HeadModel
-from ophav_nb.render import STRIDE, _view_fast, band_widths, composite, mouth_amount, render_view, sample_depths, studio_camera, surface_band, widen_band
+from ophav_nb.render import STRIDE, WORN, _view_fast, band_widths, composite, mouth_amount, render_view, sample_depths, studio_camera, surface_band, widen_band
+
+from meshes import lenses
 
 
 @pytest.fixture(scope='module')
@@ -186,3 +188,35 @@ def test_holes_are_looked_at_again(scene, monkeypatch):
         return near, end, *others
     monkeypatch.setattr(render, '_search', misjudged)
     assert np.abs(see() - right).max() < .02
+
+
+def test_band_reaches_from_what_is_worn_to_the_skin_behind(scene):
+    "From any side; beside it nothing changes."
+    head, rest, _, widths = scene
+    worn, own = lenses(head), head.of_person(None, lenses(head))
+    with_, n = own()[0].numpy(), len(worn.faces)
+    wide = band_widths(own, with_)[1]
+    np.testing.assert_array_equal(wide[:len(rest)], widths)
+    for yaw in (-60, 0, 25, 60):
+        camera = studio_camera(96, yaw)
+        band, bare = surface_band(with_, own.faces, wide, camera, worn=own.faces[-n:]), surface_band(rest, head.faces, widths, camera)
+        thing = rasterize(camera.project(with_.astype(float)), own.faces[-n:], 96, 96)
+        beside = ~thing.mask
+        for a, b in zip(band, bare): np.testing.assert_array_equal(a[beside], b[beside])
+        at = thing.mask & (thing.depth < np.where(bare.mask, bare.far, 9))
+        assert at.any() and (band.near[at] <= thing.depth[at] - .99*WORN).all() and (band.far[at] >= thing.depth[at] + .99*WORN).all()
+        assert (band.far[at] >= bare.far[at] - 1e-6).all()
+
+
+def test_scouts_overlook_nothing_that_is_worn(scene):
+    "A rim thinner than the way between scouts is as opaque as where every ray looks for itself."
+    head, rest = scene[:2]
+    own = head.of_person(None, lenses(head))
+    with_, n = own()[0].numpy(), int(own.regions['glasses'].sum())
+    deformer = Deformer(with_, own.faces, worn=n, scaled=own.regions['glasses'])
+    field, widths = Field(field_config(levels=4, log2_size=10, surface=6.)), band_widths(own, with_)[1]
+    with torch.no_grad(): field.density_network[-1].bias[0] = 4.
+    camera, told = studio_camera(128, 10), np.zeros(16, np.float32)
+    fast, plain = (render_view(field, deformer, with_, camera, widths, told, scouts=s) for s in (True, False))
+    rims = rasterize(camera.project(with_.astype(float)), own.faces[-n:], 128, 128).mask
+    assert np.abs(fast - plain)[rims, 3].mean() < .02
