@@ -42,7 +42,7 @@ class MeshAnimator:
         head: HeadModel,
         matte,            # of the person, [H, W], 0..1
         supersample: int = 2,  # samples along an output pixel
-        glasses: bool = False,  # take them off the skin, where they are plainly seen, and wear them as a thing before it: not for a film that a field is trained on, which tears them (see `Glasses`)
+        glasses: bool = True,  # where they are plainly seen: take them off the skin, and wear them as a thing before it (see `Glasses`); False: they stay on the skin
     ):
         p = Portrayed(image, track, head, matte)
         found = Glasses(p) if glasses else None
@@ -262,7 +262,7 @@ def echo(
     aim, seen, correction = track.landmarks.copy(), track.landmarks*scale, None
     for k in range(rounds):
         still = replace(track.frame(first), correction=None)
-        animator = MeshAnimator(frames[first], still, head, matte[first])
+        animator = MeshAnimator(frames[first], still, head, matte[first], glasses=False)   # what is looked at are landmarks of skin
         missed = np.zeros((len(track), seen.shape[1], 2), np.float32)
         for at in progress(range(0, len(track), chunk), desc=f'echo {k + 1} of {rounds}'):
             shown = np.stack([on_background(f) for f in animator.frames(track.motion[at:at + chunk], size)])

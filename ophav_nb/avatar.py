@@ -58,7 +58,7 @@ class AvatarConfig:
     rays: int = 1024              # a step
     frames: int = 8               # of which they come, a step
     samples: int = 12             # a ray
-    focus: float = .25            # share of the rays that go to mouth, eyes and lids
+    focus: float = .25            # share of the rays that go to mouth, eyes, lids, and to what is worn
     table_rate: float = 1e-2      # learning rate of the hash grid
     network_rate: float = 2e-3    # learning rate of the networks
     decay: float = .1             # the rates at the end, relative to the beginning
@@ -238,7 +238,7 @@ class FramePool:
         return i
 
     def _rays(self, i: int):
-        "Pixels in the band, their limits, and which of them show mouth or eyes."
+        "Pixels in the band, their limits, and which of them show mouth, eyes, or what is worn."
         band = surface_band(self.data.vertices[i], self.deformer.faces, self.widths, self.data.camera(i), self.config.back_band, outer=self.outer, worn=self.deformer.worn)
         label = np.asarray(self.data.parsing[i])
         pixels = np.flatnonzero(band.mask & (label != UNKNOWN)).astype(np.int32)
@@ -367,7 +367,7 @@ class Avatar:
         self.lids = np.unique(head.faces[np.asarray(eyes, bool)])
         self.lids = self.lids[around[self.lids]]
         self.deformer = Deformer(head.canonical(jaw=config.jaw).numpy(), head.faces, mouth_amount(head, rest), regions.get('face') if config.blend else None,
-                                 eyes*config.eye_scale | worn, config.mapping, worn=int(worn.sum()))      # nor is a thin thing's way to canonical space ever guessed from its neighbours'
+                                 eyes if config.eye_scale else None, config.mapping, worn=int(worn.sum()))
         self.deformer.kernels = config.field.backend != 'torch'
         self.field = Field(config.field).to(self.device)
         self.shown = copy.deepcopy(self.field).requires_grad_(False)   # the average of the weights

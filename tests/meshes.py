@@ -17,7 +17,7 @@ def lenses(head):
     from ophav_nb.head import Worn
     t, n = np.linspace(0, 2*np.pi, 24, endpoint=False), 24
     ring = np.stack([np.cos(t), np.sin(t), 0*t], 1)
-    points = np.concatenate([eye + np.float32([0, 0, .028]) + r*ring for eye in head.joint_positions()[3:].numpy() for r in (.019, .024)])
+    points = np.concatenate([eye + np.float32([0, 0, .034]) + r*ring for eye in head.joint_positions()[3:].numpy() for r in (.019, .024)])
     k, after = np.arange(n), (np.arange(n) + 1) % n
     band = np.concatenate([np.stack([k, n + k, n + after], 1), np.stack([k, n + after, after], 1)])
     return Worn(points.astype(np.float32), np.concatenate([band, 2*n + band]).astype(np.int32))

@@ -1077,9 +1077,9 @@ def with_glasses(portrait, head, wide, high):
 def test_glasses_stand_before_the_face(portrait, head):
     "They are taken off the skin, lids do not move them, and where the head turns they are seen as a thing that is rigid."
     image, track, matte = with_glasses(portrait, head, 25, 19)
-    worn, bare = MeshAnimator(image, track, head, matte, glasses=True), MeshAnimator(*portrait[:2], head, matte, glasses=True)
+    worn, bare = MeshAnimator(image, track, head, matte), MeshAnimator(*portrait[:2], head, matte)
     glasses, there = worn.glasses, np.abs(image.astype(float) - portrait[0]).max(-1) > 60
-    assert glasses and not bare.glasses and not MeshAnimator(image, track, head, matte).glasses
+    assert glasses and not bare.glasses and not MeshAnimator(image, track, head, matte, glasses=False).glasses and bare.worn is None
     off = lambda a: np.abs(a - bare.portrayed.image)[there].mean()
     assert off(worn.portrayed.image) < .2*off(worn.glasses.portrayed.image)
     assert np.abs(worn.frame(*state(track, head, 0))[..., :3] - glasses.portrayed.image)[there].mean() < .2*off(glasses.portrayed.image)
