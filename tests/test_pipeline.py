@@ -10,6 +10,7 @@ import pytest
 
 import ophav_nb.pipeline as pipeline
 from ophav_nb.avatar import Avatar, AvatarConfig
+from ophav_nb.dataset import HeadDataset
 from ophav_nb.field import field_config
 from ophav_nb.geometry import facing_camera
 from ophav_nb.head import HeadModel, Motion
@@ -17,11 +18,13 @@ from ophav_nb.inspect import write_report
 from ophav_nb.layers import head_alpha
 from ophav_nb.motion import head_angles, scripted
 from ophav_nb.media import read_image, read_video, write_image, write_video
-from ophav_nb.pipeline import (PRESETS, VIEWS, add_coarse_film, add_film, add_motion, add_portrait, add_track, add_views, beyond, compiling, load_driven, load_portrait, play, seen_motion,
+from ophav_nb.pipeline import (PRESETS, VIEWS, add_coarse, add_coarse_film, add_dataset, add_film, add_motion, add_portrait, add_track, add_views, beyond, compiling, load_driven, load_portrait, play, seen_motion,
                                shown_part, trained_range, warn_beyond, warn_of_other_portrait)
 from ophav_nb.rounds import mesh_landmarks, write_frames
 from ophav_nb.run import InputError, Run, file_hash, write_atomic
 from ophav_nb.track import Track, landmark_error
+
+from meshes import lenses
 
 HEAD = HeadModel.load()
 
@@ -78,6 +81,23 @@ def test_an_avatar_knows_the_film_it_was_trained_on(tmp_path):
     run.make("coarse", lambda folder: track_of(6, seed=3).save(folder / "track.npz"), params=dict(film="another"))
     track, motion = seen_motion(run)
     assert len(track) == len(motion) == 6 and motion is track.motion
+
+
+@pytest.mark.parametrize("worn", [None, lenses(HEAD)])
+def test_what_the_animator_wears_reaches_the_dataset(tmp_path, monkeypatch, worn):
+    run, still = Run(tmp_path / "run", {}), track_of(3).motion
+    maker = SimpleNamespace(worn=worn, person_offset=lambda: np.zeros((HEAD.n_vertices, 3), np.float32), frames=lambda motion: iter(np.full((len(motion), 32, 32, 4), 200, np.uint8)),
+                            composite=lambda picture, **_: np.zeros((32, 32, 3), np.float32))
+    monkeypatch.setattr(pipeline, "make_animator", lambda *_, **__: maker)
+    monkeypatch.setattr(pipeline, "load_portrait", lambda run: SimpleNamespace(image=None, track=None, matte=None))
+    run.make("portrait", lambda folder: None)
+    run.make("track", lambda folder: track_of().save(folder / "track.npz"))
+    run.make("motion", lambda folder: still.save(folder / "train.npz"))
+    add_coarse(run, HEAD, film_size=32)
+    add_dataset(run, HEAD, 32)
+    data = HeadDataset.load(run.path("rounds/0/dataset"))
+    assert (data.worn is None) == (worn is None) == (not run.path("coarse", "worn.npz").exists())
+    assert data.vertices.shape[1] == HEAD.n_vertices + (len(worn.points) if worn else 0)
 
 
 def test_views_are_compared_with_the_portrait(filmed, monkeypatch):
