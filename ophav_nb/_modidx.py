@@ -2214,6 +2214,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ophav_nb.sheet.Sheet._bound': ('sheet.html#sheet._bound', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet._depth': ('sheet.html#sheet._depth', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet._find_rim': ('sheet.html#sheet._find_rim', 'ophav_nb/sheet.py'),
+                                'ophav_nb.sheet.Sheet._goes_down': ('sheet.html#sheet._goes_down', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet._hung': ('sheet.html#sheet._hung', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet._lobes': ('sheet.html#sheet._lobes', 'ophav_nb/sheet.py'),
                                 'ophav_nb.sheet.Sheet._near_ears': ('sheet.html#sheet._near_ears', 'ophav_nb/sheet.py'),

@@ -125,12 +125,14 @@ class Body:
 
 @patch_to(Body)
 def _following(self, hanging) -> np.ndarray:
-    "How much each pixel of the person follows the head: all inside the cut, less and less down neck and hair, the rest stays."
+    "How much each pixel of the person follows the head: all inside the cut, less and less down neck and hair (hair that hangs, by its height alone, or it would bend beside the jaw), the rest stays."
     p, unit, h, inside = self.portrayed, self.portrayed.eyes_apart, self.portrayed.size, self.portrayed.above_cut
     soft = ndi.gaussian_filter((ndi.binary_dilation(p.neck_seen, iterations=max(1, int(.08*unit))) | hanging).astype(np.float32), .08*unit)
     out = smoothstep(-1.1*unit, 0, inside)*soft + smoothstep(-.5*unit, 0, inside)*(1 - soft)
-    out *= smoothstep(0, .12*h, h - 1 - np.arange(h))[:, None]
     low = p.landmarks[152, 1] + 1.5*unit
+    falls = 1 - smoothstep(p.landmarks[[468, 473], 1].mean(), low, np.arange(h))[:, None]
+    out = np.maximum(out, ndi.gaussian_filter(self.sheet.hangs, .05*unit)*falls)
+    out *= smoothstep(0, .12*h, h - 1 - np.arange(h))[:, None]
     out *= 1 - smoothstep(0, .8*unit, np.arange(h) - low)[:, None]
     out = np.where(inside > .1*unit, 1, out)
     return ndi.gaussian_filter(out, .05*unit).astype(np.float32)

@@ -243,7 +243,7 @@ def _head_alone(self, stray) -> np.ndarray:
     "Opacity of the head without cloth, 0..1 [H, W]."
     p = self.portrayed
     margin, deep = .02*p.size, .14*p.size
-    more = deep*ndi.gaussian_filter(p.neck_seen.astype(np.float32), margin)
+    more = deep*ndi.gaussian_filter((p.neck_seen | self.hanging).astype(np.float32), margin)
     alpha = (p.matte*np.clip((p.above_cut + more + margin)/margin + .5, 0, 1)).astype(np.float32)
     covered = ndi.maximum_filter(np.maximum(self.cloth, stray), 2*int(self.px) + 1)
     alpha *= 1 - ndi.gaussian_filter(covered.astype(np.float32), .7*self.px)

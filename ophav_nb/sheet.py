@@ -50,7 +50,7 @@ class Sheet:
         self.step = step
         h, w = p.image.shape[:2]
         self.lobes = self._lobes(hair)
-        self.shell = self._hung(self._depth(clothes, hair), hair)
+        self.shell = self._hung(self._depth(clothes, hair), clothes, hair)
         xy, q = squares(np.arange(0, w + 1, step), np.arange(0, h + 1, step))
         covers = lambda alpha, q: sampled((ndi.maximum_filter(alpha, 3) > .02).astype(np.float32), xy)[q].max(1) > 0
         self.fringe = ndi.grey_dilation(clothes.person, size=2*round(8*h/512) + 1)      # strands that the matte misses, [H, W]
@@ -108,21 +108,38 @@ def _lobes(self, hair) -> np.ndarray:
     return ndi.binary_opening(skin, iterations=max(1, int(1.5*p.size/512)))
 
 @patch_to(Sheet)
-def _hung(self, shell, hair) -> np.ndarray:
-    "A depth [H, W] in which hair beside the hull hangs: about as deep as the head's outline beside the eyes, not as the outline of jaw and neck, which goes to and fro."
+def _hung(self, shell, clothes, hair) -> np.ndarray:
+    "A depth [H, W] in which hair beside the hull hangs: about as deep as the head's outline beside the eyes, not as the outline of jaw and neck, which goes to and fro. And how much of each pixel hangs, beside clothes by and by less (`hangs`, 0..1 [H, W])."
     p = self.portrayed
+    self.hangs = np.zeros(shell.shape, np.float32)
     unit, eyes = p.eyes_apart, p.landmarks[[468, 473], 1].mean()
     rows, cols, solid = np.arange(p.size)[:, None], np.arange(p.size), p.matte > .5
     rim = solid & ~ndi.binary_erosion(solid, iterations=max(1, int(.08*unit)), border_value=1) & (np.abs(rows - eyes) < .2*unit)
     sides = [side for side in (rim & (cols < p.landmarks[1, 0]), rim & (cols > p.landmarks[1, 0])) if side.any()]
     if not sides: return shell
-    deep = np.interp(cols, [np.nonzero(side)[1].mean() for side in sides], [np.median(shell[side]) for side in sides])
+    deep = np.interp(cols, [np.nonzero(side)[1].mean() for side in sides], [np.median(shell[side]) for side in sides]) - .02     # some of it falls before the shoulders (measured on a film)
     edge = 1 - smoothstep(.1*unit, .25*unit, ndi.distance_transform_edt(hair.hull.mask))
-    soft = lambda which: ndi.gaussian_filter((which & ~self.lobes).astype(np.float32), (.1*unit, .03*unit))
-    share = np.maximum(soft(~hair.hull.mask & (hair.beside | (hair.near > .5)) & solid)*smoothstep(-.3*unit, .2*unit, rows - eyes),
-                       soft(hair.beside & solid)*edge*smoothstep(0, .8*unit, rows - eyes))
-    share *= 1 - ndi.gaussian_filter(self.lobes.astype(np.float32), .02*unit)
-    return (shell + share*(deep - .02 - shell)).astype(np.float32)              # some of it falls before the shoulders (measured on a film)
+    soft = lambda which: ndi.gaussian_filter((which & solid & ~self.lobes).astype(np.float32), (.1*unit, .03*unit))
+    cloth, ears = clothes.cloth > .5, [p.ear_in_view(side) for side, bare in hair.ear_bare.items() if bare > .5]
+    ears = ndi.binary_dilation(np.any(ears, 0), iterations=max(1, int(.1*unit))) if ears else np.zeros_like(solid)       # may be larger than the model's
+    long = self._goes_down(solid & ~cloth)
+    outside = ~hair.hull.mask & (hair.beside | (hair.near > .5) | long & ~cloth & (rows < p.landmarks[152, 1]))     # beside the cheek it may have any colour
+    recedes = hair.hull.mask & (hair.beside | hair.hides) & (shell > deep) & long                               # behind the ears the hull does, hair that hangs does not
+    share = np.maximum(soft(outside | recedes)*smoothstep(-.6*unit, .6*unit, rows - eyes), soft(hair.beside)*edge*smoothstep(0, .8*unit, rows - eyes))      # by and by, or it would wave
+    share *= 1 - ndi.gaussian_filter((self.lobes | ears).astype(np.float32), .02*unit)
+    self.hangs = share*smoothstep(0, .5*unit, ndi.distance_transform_edt(~(cloth & (p.matte > .4))))
+    return (shell + share*(deep - shell)).astype(np.float32)
+
+@patch_to(Sheet)
+def _goes_down(self, person) -> np.ndarray:
+    "On which side of the face something of a person (bool [H, W], without clothes) stands off the mesh from the nose down to the mouth: hair that long hangs. Of each column, bool [W]."
+    p, cols = self.portrayed, np.arange(self.portrayed.size)
+    rows = slice(*np.clip(p.landmarks[[2, 17], 1].astype(int) + [0, 1], 0, p.size))
+    off = (person & ~ndi.binary_dilation(p.raster0.mask, iterations=max(1, int(.06*p.eyes_apart))))[rows]
+    out = np.zeros(p.size, bool)
+    for side in (cols < p.landmarks[152, 0], cols >= p.landmarks[152, 0]):
+        out[side] = rows.stop > rows.start and off[:, side].sum(1).mean() > .15*p.eyes_apart
+    return out
 
 # %% ../nbs/07i_sheet.ipynb #c012
 @patch_to(Sheet)

@@ -667,6 +667,20 @@ def test_the_hull_gives_way_to_hair_that_hangs(portrait, head):
     assert short.back._gives_way(short.clothes, short.hair).max() < .1
 
 
+def test_hair_that_hangs_does_not_bend(portrait, head):
+    "Beside cheek and jaw it follows the head less and less from the eyes down, as far out as it hangs; so does hair of the skin's colour, beside the cheek."
+    image, track, matte = portrait
+    (y, x), L, unit = np.mgrid[:SIZE, :SIZE], track.landmarks[0], np.linalg.norm(track.landmarks[0, 468, :2] - track.landmarks[0, 473, :2])
+    beside = (matte < .5) & (y > L[10, 1]) & (x > L[152, 0] + .08*SIZE) & (x < L[152, 0] + .3*SIZE)
+    black, fair = np.uint8([30, 22, 18]), np.median(image[matte > .5], axis=0).astype(np.uint8)
+    eyes, mouth, chin, column = *(L[list(index), 1].mean() for index in ((468, 473), (13, 14), (152,))), int(L[152, 0] + .26*SIZE)
+    for colour in (black, fair):
+        picture = np.where(beside[..., None], colour, np.where(((matte > .5) & (y < L[10, 1]))[..., None], black, image)).astype(np.uint8)
+        an = MeshAnimator(picture, track, head, np.maximum(matte, beside).astype(np.float32), supersample=1)
+        follows = an.body.following[int(eyes):int(chin + .3*unit) if colour is black else int(mouth), column]
+        assert follows[0] > .9 and follows[-1] > .2 and np.abs(np.diff(follows)).max()*unit < 1
+
+
 def test_what_is_carried_beside_the_outline_fades(portrait, head):
     "Little by little as the head moves: no frame jumps."
     image, animator = dressed(head, portrait)
