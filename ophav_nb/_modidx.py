@@ -389,6 +389,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ophav_nb.cli.main': ('cli.html#main', 'ophav_nb/cli.py')},
             'ophav_nb.clothes': { 'ophav_nb.clothes.Clothes': ('clothes.html#clothes', 'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes.__init__': ('clothes.html#clothes.__init__', 'ophav_nb/clothes.py'),
+                                  'ophav_nb.clothes.Clothes._above_a_neck': ('clothes.html#clothes._above_a_neck', 'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._as_it_goes_on': ('clothes.html#clothes._as_it_goes_on', 'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._background_above': ( 'clothes.html#clothes._background_above',
                                                                                   'ophav_nb/clothes.py'),

@@ -177,7 +177,10 @@ def _find_sides(self):
     "Which of the sheet's points are a neck's outline, how much, and of which of its vertices."
     p, sheet = self.portrayed, self.sheet
     neck = rasterize(p.P0, p.neck_faces, p.size, p.size)
-    points = np.flatnonzero(sampled(self.on_neck.astype(np.float32), sheet.source) > .5) if neck.mask.any() else np.zeros(0, int)
+    inside = smoothstep(0, .15*p.eyes_apart, ndi.distance_transform_edt(self.on_neck | (p.matte < .5)))          # where the neck ends nothing does
+    rounds = round(4 + 8*(p.size/512)**2)
+    near = ndi.binary_dilation(self.on_neck, iterations=rounds*sheet.step)
+    points = np.flatnonzero(sampled(near.astype(np.float32), sheet.source) > .5) if neck.mask.any() else np.zeros(0, int)
     i, j = ndi.distance_transform_edt(~neck.mask, return_distances=False, return_indices=True) if len(points) else (neck.face, neck.face)
     x, y = np.clip(sheet.source[points].astype(int), 0, p.size - 1).T
     i, j = i[y, x], j[y, x]
@@ -185,7 +188,10 @@ def _find_sides(self):
     of_mesh = lambda number: (number[corners]*weights).sum(1)
     aslant, facing = smoothstep(.3, .6, np.abs(of_mesh(p.normals0[:, 0]))), of_mesh(p.facing0)         # a throat slopes away, too, but is no outline
     lit = sampled(p.rim_light, sheet.source[points])*(1 - smoothstep(*RIM, facing))
-    self.sides = points, corners, weights.astype(np.float32), np.maximum(aslant*(1 - smoothstep(.15, .45, facing)), lit).astype(np.float32)
+    side = np.zeros(len(sheet.source), np.float32)
+    side[points] = np.maximum(aslant*(1 - smoothstep(.15, .45, facing)), lit)*sampled((self.on_neck*inside).astype(np.float32), sheet.source[points])
+    for _ in range(rounds): side = sheet.neighbours @ side                                     # evenly, or stairs are seen
+    self.sides = points, corners, weights.astype(np.float32), side[points]
 
 @patch_to(Body)
 def sides_shown(self,

@@ -36,6 +36,7 @@ class Clothes:
         self.cloth = self._tidied(np.maximum(low, self._shoulders_above_mouth(cloth, hanging)))
         self.cloth[self._as_it_goes_on()] = 1
         self.cloth[self._closed(self.cloth)] = 1
+        self.cloth[self._above_a_neck()] = 0
         self.cloth[self._cut_off()] = 1
         self.cloth[self._enclosed()] = 0
         self.alpha = self._head_alone(stray)
@@ -235,6 +236,22 @@ def _enclosed(self) -> np.ndarray:
         piece = label == k
         ring = self._dilated(piece, near) & ~piece
         if not (ring & ((p.matte < .4) | (p.certain < 1) | (label > 0))).any(): out |= ndi.binary_dilation(piece, iterations=2)
+    return out
+
+@patch_to(Clothes)
+def _above_a_neck(self) -> np.ndarray:
+    "Dark pieces along the jaw with the bare neck beneath them are of a beard or its shadow: a collar goes on downwards; bool [H, W]."
+    p, near = self.portrayed, max(2, int(.06*self.unit))
+    label = ndi.label((self.cloth > .5) & (p.matte > .4))[0]
+    bare = (self.cloth < .5) & (p.matte > .9) & (p.certain == 1) & (p.light > .4)
+    jaw = self._dilated(self.core, .1*self.unit)
+    out = np.zeros(label.shape, bool)
+    for k, box in enumerate(ndi.find_objects(label), 1):
+        piece = label[box] == k
+        if piece.sum() > self.unit**2 or not (piece & jaw[box]).any() or np.median(p.light[box][piece]) > .4: continue
+        columns = np.flatnonzero(piece.any(0))
+        below = box[0].start + len(piece) - 1 - piece[::-1].argmax(0)[columns] + near
+        if bare[np.minimum(below, p.size - 1), box[1].start + columns].mean() > .7: out |= ndi.binary_dilation(label == k, iterations=2)
     return out
 
 # %% ../nbs/07e_clothes.ipynb #c008

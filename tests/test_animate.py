@@ -681,6 +681,27 @@ def test_hair_that_hangs_does_not_bend(portrait, head):
         assert follows[0] > .9 and follows[-1] > .2 and np.abs(np.diff(follows)).max()*unit < 1
 
 
+def test_a_necks_outline_gives_way_evenly(portrait, head):
+    "Of two neighbours on the sheet no one goes and the other stays: that would be stairs on a neck."
+    _, animator = dressed(head, portrait)
+    points, _, _, share = animator.body.sides
+    side = np.zeros(len(animator.body.follows))
+    side[points] = share
+    corners = side[animator.sheet.person_faces]
+    assert share.max() > .3 and (corners.max(1) - corners.min(1)).max() < .5
+
+
+def test_a_beard_along_the_jaw_is_no_collar(portrait, head):
+    "A dark band below the chin with the bare neck beneath it goes with the head; with cloth beneath it, it is cloth."
+    image, track, matte = portrait
+    y, chin, unit = np.arange(SIZE)[:, None], track.landmarks[0, 152, 1], np.linalg.norm(track.landmarks[0, 468, :2] - track.landmarks[0, 473, :2])
+    band, below = (matte > .5) & (y > chin) & (y < chin + .25*unit), (matte > .5) & (y >= chin + .25*unit)
+    middle = ndi.binary_erosion(band, iterations=2)
+    for worn, likely in ((band, 0), (band | below, 1)):
+        picture = np.where(worn[..., None], np.uint8([12, 12, 14]), image)
+        assert abs(Clothes(Portrayed(picture, track, head, matte)).cloth[middle].mean() - likely) < .1
+
+
 def test_what_is_carried_beside_the_outline_fades(portrait, head):
     "Little by little as the head moves: no frame jumps."
     image, animator = dressed(head, portrait)
