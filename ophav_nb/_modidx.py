@@ -836,6 +836,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ophav_nb.hair.Hair._hanging_beside': ('hair.html#hair._hanging_beside', 'ophav_nb/hair.py'),
                                'ophav_nb.hair.Hair._height': ('hair.html#hair._height', 'ophav_nb/hair.py'),
                                'ophav_nb.hair.Hair._is_bald': ('hair.html#hair._is_bald', 'ophav_nb/hair.py'),
+                               'ophav_nb.hair.Hair._lit': ('hair.html#hair._lit', 'ophav_nb/hair.py'),
                                'ophav_nb.hair.Hair._mane': ('hair.html#hair._mane', 'ophav_nb/hair.py'),
                                'ophav_nb.hair.Hair._press_ears': ('hair.html#hair._press_ears', 'ophav_nb/hair.py'),
                                'ophav_nb.hair.Hair._raggedness': ('hair.html#hair._raggedness', 'ophav_nb/hair.py'),

@@ -61,6 +61,8 @@ class Unseen:
         self.relit = np.clip(light/np.maximum(light[p.twin], .02), .5, 1.8)
         self.mirror_seen *= 1 - smoothstep(1.2, 1.6, self.relit)                    # what lies in shadow there shows its noise, made as light as here
         self.copied, self.relit = self._half_hidden(w)
+        hairy = np.clip(3*p.evened(self.covered, .05), 0, 1)                            # where made-up hair is near, what is shown ends evenly, or it ends in teeth, one at each triangle
+        seen += hairy*(np.minimum(seen, smoothstep(.25, .9, p.evened(seen, .03))) - seen)
         seen[p.eye_vertices] = 1
         self.seen = seen
         self.grain, self.grain_at = self._skins_grain()

@@ -18,6 +18,7 @@ from ophav_nb.detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS
 from ophav_nb.layers import EYES, NeckCut, bleed, draw_curve, head_alpha, inflate, parted, polygon_mask, visible_teeth, whole_eyes, without_mouth
 from ophav_nb.geometry import axis_angle_to_matrix, facing_camera, interpolate, matrix_to_axis_angle, rasterize, smoothstep, vertex_normals
 from ophav_nb.glasses import SIDES, Glasses
+from ophav_nb.hair import Hair
 from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import resize
 from ophav_nb.mouth import Mouth, edge_blur
@@ -793,6 +794,29 @@ def test_a_strand_before_a_slope_is_no_smudge(head, portrait):
         speck = np.hypot(x - p.T0[at, 0], y - p.T0[at, 1]) < .012*SIZE
         return MeshAnimator(np.where(speck[..., None], np.uint8([30, 25, 22]), image), track, head, matte, supersample=1).unseen.seen[at]
     assert seen(slope[0]) < .3*plain.unseen.seen[slope[0]] and seen(front[0]) > .9*plain.unseen.seen[front[0]]
+
+
+def test_what_is_shown_ends_evenly_beside_made_up_hair(head):
+    "A cheek that meets hair that nobody saw has no teeth: hardly a triangle that is shown at one corner and not at the other."
+    an = turned_portrait(head, 20, hood=True)
+    p, seen = an.portrayed, an.unseen.seen
+    some = p.evened(an.unseen.covered, .05) > .1
+    corners = seen[p.skin_faces[some[p.skin_faces].all(1)]]
+    assert len(corners) > 1000 and np.quantile(corners.max(1) - corners.min(1), .95) < .6
+
+
+@pytest.mark.parametrize('light', [.7, .1])
+def test_light_hair_is_no_darker_for_its_shadow(light):
+    "Light hair whose nearest pixels lie in shadow is lit again farther on; dark hair stays as it is."
+    bled = np.full((64, 64, 3), light, np.float32)
+    bled[:, 24:32] = .4*light
+    core = np.arange(64)[None].repeat(64, 0) < 32
+    away = np.maximum(np.arange(64) - 31, 0)[None].repeat(64, 0)
+    hair = Hair.__new__(Hair)
+    hair.portrayed = SimpleNamespace(bled=bled, eyes_apart=30.)
+    made = hair._lit(np.where(core[..., None], bled, .4*light), core, away)
+    assert np.allclose(made[:, 31], .4*light)                                        # in the shadow itself
+    assert np.allclose(made[:, 60], light if light > .5 else .4*light, atol=.02)
 
 
 def test_hair_goes_on_where_nothing_is_seen(head):
