@@ -126,9 +126,11 @@ class HeadModel:
     def _put_on(self, worn):
         "Append a thing's vertices and triangles, the region `glasses`: no shape or expression moves them, the neck's joint carries them as it carries the skull."
         n, m = len(worn.points), len(worn.faces)
-        first, more = len(self.v_template), lambda a, dim=0: torch.cat([a, a.new_zeros(*(n if d == dim else s for d, s in enumerate(a.shape)))], dim)
+        first = len(self.v_template)
         self.v_template = torch.cat([self.v_template, _tensor(worn.points, self.device)])
-        self.shapedirs, self.expressiondirs, self.posedirs, self.weights, self.J_regressor = *(more(a) for a in (self.shapedirs, self.expressiondirs, self.posedirs, self.weights)), more(self.J_regressor, 1)
+        for name, dim in dict(shapedirs=0, expressiondirs=0, posedirs=0, weights=0, J_regressor=1).items():
+            a = getattr(self, name)
+            setattr(self, name, torch.cat([a, a.new_zeros(*a.shape[:dim], n, *a.shape[dim + 1:])], dim))
         self.weights[first:, JOINTS.index('neck')] = 1
         self.faces = np.concatenate([self.faces, np.asarray(worn.faces, np.int32) + np.int32(first)])
         self.regions = {k: np.pad(r, (0, m)) for k, r in self.regions.items()} | dict(glasses=np.arange(len(self.faces)) >= len(self.faces) - m)

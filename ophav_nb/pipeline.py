@@ -298,7 +298,7 @@ def add_coarse(
         portrait, motion = load_portrait(run), own_motion(run, "train")
         maker = make_animator(animator, image=portrait.image, track=portrait.track, head=head, matte=portrait.matte)
         np.save(folder / "offset.npy", maker.person_offset())
-        if maker.worn: write_arrays(folder / "worn.npz", maker.worn._asdict())
+        if worn := maker.worn: write_arrays(folder / "worn.npz", worn._asdict())
         write_coarse(folder, lambda start: maker.frames(motion[start:]), len(motion))
         with VideoWriter(folder / "video.mp4", motion.fps, metadata=film_metadata(run)) as video:
             for i in progress(range(len(motion)), desc="coarse video"):
