@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file as _load_arrays, save_file as _save_arrays
 
 # %% ../nbs/14_avatar.ipynb #c004
-from .dataset import ARRAYS, UNKNOWN, HeadDataset
+from .dataset import ARRAYS, UNKNOWN, HeadDataset, MeetingLips
 from .deform import Deformer, Mapping
 from .encoding import Backend, gpu, gpu_kernels, resolve_backend
 from .field import Field, FieldConfig, field_config
@@ -358,6 +358,7 @@ class Avatar:
 
     def __init__(self, head: HeadModel, arrays: dict, names: dict, config: AvatarConfig, device='cpu'):
         self.head, self.arrays, self.names, self.config, self.device = head, arrays, names, config, torch.device(device)
+        self.lips = MeetingLips(head)
         rest, regions = head.v_template.numpy(), head.regions if head.has('regions') else {}
         self.loose, self.widths = band_widths(head, rest, config.face_band, config.hair_band)
         pick = lambda *names: sum((regions[k] for k in names if k in regions), np.zeros(len(head.faces), bool))
@@ -735,7 +736,7 @@ def render(self,
     for i in frames:
         joints, expression = torch.from_numpy(motion.joints[i:i+1].copy()), torch.from_numpy(motion.expression[i:i+1].copy())
         with torch.no_grad():
-            vertices = self.head.unposed(None, expression, joints)[0].numpy()
+            vertices = self.lips(self.head.unposed(None, expression, joints))[0]
             M = self.head.pose_matrix(joints, torch.from_numpy(motion.translation[i:i+1].copy())).reshape(4, 4).double().numpy()
             told = self.clamped(self.head.condition(expression, joints)[0].numpy())
         view = camera[i] if isinstance(camera, (list, tuple)) else camera
