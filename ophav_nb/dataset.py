@@ -113,7 +113,7 @@ class MeetingLips:
     def __init__(self,
         head: HeadModel,
         shape=None,             # the person's, [S]; None: the head's own
-        gap: float = .0014,     # between lips that meet, metres; from twice that on nothing is moved
+        gap: float = .002,      # between lips that meet, metres; from twice that on nothing is moved
         over: float = .0014,    # how far each then lies over the other, metres
         reach: float = .0035,   # from the lips' inner edge, within which their flesh goes along, metres
     ):
