@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'SCRIPTS', 'argument_parser', 'Finding', 'listed_assets', 
 # %% ../nbs/23_cli.ipynb #c002
 from .run import InputError, Run, asset, explain_os_errors, file_hash
 
-import argparse, errno, importlib.metadata, importlib.util, logging, os, platform, re, subprocess, sys, threading
+import argparse, difflib, errno, importlib.metadata, importlib.util, logging, os, platform, re, subprocess, sys, threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,18 @@ _RECIPE = "what of the training is done otherwise, e.g. 'mouth_weight=40, condit
 
 class _Parser(argparse.ArgumentParser):
     "An argument parser that explains a mistake in one line."
-    def __init__(self, *args, **kwargs): super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, *args, **kwargs): super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
     def error(self, message):
         "A mistake is the user's to mend."
         raise InputError(f"{message}; `{self.prog} --help` explains the arguments")
+    def parse_known_args(self, args=None, namespace=None):
+        "A name that is no option is said by the command that it was given to, with those that may be meant."
+        for name in [] if self._subparsers else (a.partition("=")[0] for a in args if a.startswith("--")):
+            if name == "--": break                                           # what follows are no options
+            if name not in self._option_string_actions:
+                near = difflib.get_close_matches(name, self._option_string_actions, 3)
+                self.error(f"there is no option {name}" + f"; did you mean {' or '.join(near)}?"*bool(near))
+        return super().parse_known_args(args, namespace)
 
 
 def _command(commands, name: str, what: str, examples: str, run) -> _Parser:
@@ -48,13 +56,13 @@ def _add_create(commands) -> None:
 presets (training film, side of its pictures, steps of round 0):
   smoke        24 frames,  96 px,    150 steps    a minute: does everything run?
   quick       300 frames, 256 px,  4,000 steps    minutes on two cores
-  standard  1,500 frames, 512 px, 12,000 steps    half an hour on two cores
+  standard  1,500 frames, 512 px, 12,000 steps    twenty minutes on two cores
   paper     4,500 frames, 512 px, 30,000 steps    INSTA's own networks; wants a GPU
 The same command again continues where it stopped; changed options redo only what they touch.""", _create)
     p.add_argument("portrait", help="a picture with a face (of several, --face says which), or the word astronaut")
     p.add_argument("--out", required=True, help="the run's folder; everything is written there")
     _option(p, "--motion", f"what the film shows: {_MOTION} (default: talk)")
-    _option(p, "--face", "which face, counted from 1 at the left, where there are several", type=int, metavar="N")
+    _option(p, "--face", "which face, counted from 1 at the left, where there are several", type=_number(int, 1, 10**6, "the face's number, from 1 at the left"), metavar="N")
     _option(p, "--coarse", "a talking-head film of the portrait, in place of the animator", metavar="FILM")
     _option(p, "--rounds", "rounds of restoring and training on, at most: one that brings nothing ends them (default: 2, in smoke 1)", type=_count, metavar="N")
     _option(p, "--preset", "size and length of everything: smoke, quick, standard, paper (default: quick)", choices=PRESETS, metavar="NAME")
@@ -75,27 +83,25 @@ def _backends(p) -> None:
     _option(p, "--half", "networks of others at half precision, about twice as fast", action="store_true")
 
 
-def _count(text: str) -> int:
-    if not 0 <= (value := int(text)) < 2**63: raise ValueError
-    return value
+def _number(
+    kind,         # int or float
+    least,
+    most,         # the value lies between these, both included
+    what: str,    # is wanted: completes 'give ...'
+):
+    "What makes a number of an option's text, or says what is wanted."
+    def read(text: str):
+        try: value = kind(text)
+        except ValueError: value = None
+        if value is None or not least <= value <= most: raise argparse.ArgumentTypeError(f"{text!r}: give {what}")   # nan lies nowhere
+        return value
+    return read
 
 
-def _finite(text: str) -> float:
-    if not -1e4 < (value := float(text)) < 1e4: raise ValueError   # neither inf nor nan
-    return value
-
-
-def _seconds(text: str) -> float:
-    if not .1 <= (value := float(text)) <= 3600: raise ValueError
-    return value
-
-
-def _side(text: str) -> int:
-    if not 16 <= (value := int(text)) <= 2048: raise ValueError
-    return value
-
-
-_count.__name__, _finite.__name__, _seconds.__name__, _side.__name__ = "number from 0 on, below 2**63", "number", "length of .1 to 3600 seconds", "side of 16 to 2048"   # argparse puts them into its message
+_count = _number(int, 0, 2**63 - 1, "a whole number from 0 on, below 2**63")
+_degrees = _number(float, -1e4, 1e4, "a number of degrees")
+_seconds = _number(float, .1, 3600, "a length of .1 to 3600 seconds")
+_side = _number(int, 16, 2048, "a whole number of pixels, 16 to 2048")
 
 
 def _common(p) -> None:
@@ -113,9 +119,9 @@ A film that drives it is heard, too; scripts are silent.""", _animate)
     p.add_argument("folder", metavar="RUN", help="the folder that create made")
     p.add_argument("--motion", default="talk", help=f"{_MOTION} (default: talk)")
     p.add_argument("--out", required=True, help="the film, .mp4")
-    _option(p, "--yaw", "turn of the head, degrees, to the viewer's right (default: 0)", type=_finite)
-    _option(p, "--pitch", "nod of the head, degrees, downwards (default: 0)", type=_finite)
-    _option(p, "--orbit", "the camera swings by so many degrees to both sides (default: 0)", type=_finite)
+    _option(p, "--yaw", "turn of the head, degrees, to the viewer's right (default: 0)", type=_degrees)
+    _option(p, "--pitch", "nod of the head, degrees, downwards (default: 0)", type=_degrees)
+    _option(p, "--orbit", "the camera swings by so many degrees to both sides (default: 0)", type=_degrees)
     _option(p, "--size", "side of the rendered head, pixels, 16 to 2048 (default: 320)", type=_side)
     _option(p, "--seconds", "length of a script's motion (default: 8)", type=_seconds)
     _option(p, "--background", "portrait (default) or white; always white with --orbit: a body does not turn", choices=("portrait", "white"), metavar="NAME")
@@ -255,6 +261,7 @@ def _evaluate(args) -> int:
 
 def _inspect(args) -> int:
     run = Run.open(args.folder)
+    run.info   # one of a newer version, or a damaged one, is said here
     from ophav_nb.batch import fill_in, template
     notebook = fill_in(template("inspect"), run.path("inspect.ipynb"), {"run": str(run.folder.absolute())})
     _say(f"notebook: {notebook}")

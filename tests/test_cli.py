@@ -112,7 +112,8 @@ def test_quiet_before_and_after_the_command(calls, monkeypatch):
     (["create", "a", "--out", "o", "--rounds", "-1"], "number from 0 on"), (["create", "a", "--out", "o", "--seed", "x"], "--seed"),
     (["create", "a", "--out", "o", "--seed", "-1"], "number from 0 on"), (["create", "a", "--out", "o", "--seed", "9"*23], "below 2**63"), (["animate", "n"*300, "--out", "a.mp4"], "too long"), (["-q", "create", "astronaut", "--out", "n"*300], "too long"), (["batch", "s.yaml", "--out", "o", "--workers", "-1"], "number from 0 on"),
     (["evaluate", "--clip", "c", "--motion", "m", "--out", "o"], "--motion drives a finished run"),
-    (["create", "a", "--out", "o", "--nonsense"], "--nonsense"), (["animate", "r", "--out", "a.avi"], ".mp4"),
+    (["create", "a", "--out", "o", "--nonsense"], "`ophav create --help`"), (["create", "a", "--out", "o", "--roundz=3"], "no option --roundz; did you mean --rounds"),
+    (["animate", "r", "--output", "a.mp4"], "no option --output; did you mean --out"), (["create", "a", "--out", "o", "--rounds", "1e3"], "'1e3': give a whole number"), (["animate", "r", "--out", "a.avi"], ".mp4"),
     (["animate", "r", "--out", "a.mp4", "--yaw", "nan"], "--yaw"), (["animate", "r", "--out", "a.mp4", "--size", "0"], "16 to 2048"), (["animate", "r", "--out", "a.mp4", "--seconds", "0"], "--seconds"), (["evaluate", "--out", "o"], "--clip"),
     (["evaluate", "r", "--out", "o"], "--motion"), (["evaluate", "r", "--clip", "c", "--out", "o"], "either"),
     (["evaluate", "r", "--motion", "m", "--out", "o", "--matte", "rvm"], "--matte goes with --clip"), (["evaluate", "r", "--motion", "m", "--out", "o", "--seed", "3"], "--seed goes with --clip"), (["inspect", "nowhere"], "run folder"),
@@ -175,6 +176,11 @@ def test_inspect_writes_a_notebook(tmp_path, capsys, monkeypatch):
     Run(tmp_path/"r", dict(seed=0)).make("portrait", lambda folder: None)
     assert main(["inspect", str(tmp_path/"r"), "--no-browser"]) == 0
     assert str(tmp_path/"r") in (tmp_path/"r"/"inspect.ipynb").read_text()
+
+
+def test_a_run_of_a_newer_version_is_not_inspected(tmp_path, capsys):
+    (tmp_path/"run.json").write_text('{"format": 99}')
+    assert "newer" in one_line(capsys, "inspect", str(tmp_path)) and os.listdir(tmp_path) == ["run.json"]
 
 
 def test_batch_counts_failures(tmp_path, capsys, monkeypatch):
