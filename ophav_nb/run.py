@@ -98,12 +98,21 @@ def write_atomic(
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if callable(writer): writer(partial)
+            if callable(writer): _written(writer, partial)
             else: partial.write_bytes(writer.encode(errors="replace") if isinstance(writer, str) else writer)
             with open(partial, "r+b") as file: os.fsync(file.fileno())
             os.replace(partial, path)
         finally: partial.unlink(missing_ok=True)
     return path
+
+
+def _written(writer: Callable, path: Path) -> None:
+    "Let a function write a file that others may read as the umask has it: safetensors writes for the owner alone, and an avatar in a shared folder would be nobody else's."
+    path.touch()
+    usual = path.stat().st_mode
+    writer(path)
+    if path.stat().st_mode != usual:
+        with contextlib.suppress(OSError): path.chmod(usual & 0o777)    # not every file system has modes
 
 
 def shown_name(

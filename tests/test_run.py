@@ -364,3 +364,15 @@ def test_a_full_disk_that_safetensors_meets(tmp_path):
     run = Run(tmp_path/"run", {})
     with pytest.raises(InputError, match=r"a\.safetensors: the disk is full"): run.make("a", build)
     assert (tmp_path/"run"/"a.partial"/"done").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_others_may_read_what_is_written(tmp_path):
+    """As the umask has it, also where a library writes for the owner alone."""
+    def secret(path):
+        path.unlink()
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    before = os.umask(0o027)
+    try: modes = {write_atomic(tmp_path/name, writer).stat().st_mode & 0o777 for name, writer in (("a", "text"), ("b", secret), ("c", lambda p: p.write_bytes(b"")))}
+    finally: os.umask(before)
+    assert modes == {0o640}
