@@ -403,6 +403,13 @@ def load_network(
     return with_tensors(build, named_tensors(name, path), device)
 
 
+def _check_finite(path: Path, arrays: dict) -> None:
+    "Raise `InputError` where weights are no numbers: every picture that is made with them would be empty."
+    import torch
+    if odd := next((k for k, a in arrays.items() if not torch.as_tensor(a).isfinite().all()), None):
+        raise InputError(f"{path}: {odd} holds numbers that are not finite (NaN), and was not kept; fetch it again from its authors' page (`ophav weights`)")
+
+
 def add_weight(
     path: str|Path,    # a file that you fetched
 ) -> tuple[str, Path]:   # the row's name, and the file in the cache
@@ -417,6 +424,7 @@ def add_weight(
         if near: raise InputError(f"{path} looks like {near[0].name}, but {_what_differs(*near)}; it was not kept, fetch {near[0].file} from {near[0].page}")
         raise InputError(f"{path} holds tensors of no network in the table; `ophav weights` lists the files that can be used")
     row, tensors = found
+    _check_finite(path, tensors)
     return row.name, _save(row, path, weights_folder()/f"{row.name}.safetensors", lambda p: safetensors.torch.save_file(_kept(tensors), p))
 
 # %% ../nbs/04_weights.ipynb #c022
@@ -565,4 +573,5 @@ def add_flame(
         if not fits or a.dtype.kind not in "fiu": raise InputError(f"{path} is no FLAME model ({key} is {a.dtype} {a.shape}); `ophav weights` says where to get one")
     if arrays["f"].size and not 0 <= arrays["f"].min() <= arrays["f"].max() < vertices:
         raise InputError(f"{path} is no FLAME model (its faces name vertices that it lacks); `ophav weights` says where to get one")
+    _check_finite(path, arrays)
     return "flame", _save(row, path, weights_folder()/"flame.npz", lambda p: np.savez(p, **arrays))

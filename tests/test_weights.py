@@ -136,6 +136,17 @@ def test_right_names_with_wrong_shapes(tmp_path, name, change, home):
     assert "\n" not in str(caught.value) and find_weight(name) is None and not home.exists()
 
 
+def test_numbers_that_are_none(tmp_path, home):
+    tensors = stand_in("liveportrait_stitching")
+    key = next(k for k, t in tensors.items() if t.is_floating_point())
+    for bad in (float("nan"), float("inf")):
+        torch.save({**tensors, key: torch.full_like(tensors[key], bad)}, tmp_path/"a.pth")
+        (tmp_path/"flame.pkl").write_bytes(pickle.dumps(FLAME | {"weights": FLAME["weights"]*bad}))
+        for name in ("a.pth", "flame.pkl"):
+            with pytest.raises(InputError, match="not finite"): add_weight(tmp_path/name)
+    assert not home.exists()
+
+
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     (tmp_path/"a.pth").write_text("")
     monkeypatch.setattr(os, "access", lambda *_: False)
