@@ -497,11 +497,19 @@ class Follower:
             if found:
                 if last is not None: best = min(found, key=lambda f: np.hypot(*(f.roi - last)[:2]))
                 elif self.face is not None: best = _choose(found, self.face)
-                else: best = max(found, key=lambda f: f.width)
+                else: best = _widest(found)
                 last = best.roi
             rois.append(last)
         first = next((r for r in rois if r is not None), None)
         return None if first is None else np.stack([first if r is None else r for r in rois])
+
+
+def _widest(faces: list[Face]) -> Face:
+    "The face that a film is taken to be about; that there are others of its size is said."
+    best = max(faces, key=lambda f: f.width)
+    if (several := sum(f.width > .5*best.width for f in faces)) > 1:
+        log.warning("the film shows %d faces: the widest is followed; where that is the wrong one, crop the film to the other", several)
+    return best
 
 
 def _bytes(frame: Tensor) -> np.ndarray:

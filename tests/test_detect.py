@@ -143,6 +143,16 @@ def test_turned_pictures_are_named(detector, image):
         detector.one(np.ascontiguousarray(np.rot90(image, 2)))
 
 
+def test_a_film_of_two_says_whom_it_follows(detector, image, caplog):
+    one = np.ascontiguousarray(image[:280, 90:370])
+    both = np.concatenate([resize(one, 200), np.full((80, 200, 3), 255, np.uint8)]), one
+    points, ok = detector.film(np.stack([np.concatenate(both, 1)]*2))
+    assert ok.all() and points[0, :, 0].mean() > 200 and "shows 2 faces: the widest is followed" in caplog.text
+    caplog.clear()
+    detector.film(one[None])
+    assert "faces" not in caplog.text
+
+
 def test_film_marks_lost_frames_and_goes_on(detector, image, caplog):
     shifts = [(3*t, -2*t) for t in range(11)]
     film = [np.roll(image, (dy, dx), (0, 1)) for dx, dy in shifts]
