@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['INNER_LIPS_UPPER', 'INNER_LIPS_LOWER', 'INNER_LIPS', 'OUTER_LIPS', 'LEFT_LID_UPPER', 'LEFT_LID_LOWER',
-           'RIGHT_LID_UPPER', 'RIGHT_LID_LOWER', 'LEFT_EYE', 'RIGHT_EYE', 'LEFT_IRIS', 'RIGHT_IRIS', 'IRIS',
-           'LEFT_BROW', 'RIGHT_BROW', 'BROWS', 'OVAL', 'INNER_FACE', 'LID_PAIRS', 'LIP_PAIRS', 'LIPS', 'LEFT_REGION',
-           'RIGHT_REGION', 'FEW_OF_68', 'CODES', 'NOSE', 'eye_opening', 'to_batch', 'cut', 'uncut', 'Face', 'overlap',
-           'merge', 'roi_of_landmarks', 'Networks', 'draw_landmarks', 'as_faces', 'make_finder', 'find_faces',
-           'is_human', 'yaw_of', 'one_face', 'doubts', 'Follower', 'fill_lost', 'guided_filter', 'foreground',
-           'Detector', 'detect_like', 'head_crop', 'blink', 'points_of_68', 'parsing']
+           'RIGHT_LID_UPPER', 'RIGHT_LID_LOWER', 'LEFT_EYE', 'RIGHT_EYE', 'LEFT_IRIS', 'RIGHT_IRIS', 'IRIS', 'SKIN',
+           'PUPILS', 'LEFT_CORNERS', 'RIGHT_CORNERS', 'OUTER_CORNERS', 'UPPER_LIP', 'LOWER_LIP', 'MOUTH_CORNERS',
+           'FOREHEAD', 'CHIN', 'NOSE_TIP', 'CHEEKS', 'LEFT_BROW', 'RIGHT_BROW', 'BROWS', 'OVAL', 'INNER_FACE',
+           'LID_PAIRS', 'LIP_PAIRS', 'LIPS', 'LEFT_REGION', 'RIGHT_REGION', 'FEW_OF_68', 'CODES', 'NOSE', 'eye_opening',
+           'inter_ocular', 'to_batch', 'cut', 'uncut', 'Face', 'overlap', 'merge', 'roi_of_landmarks', 'Networks',
+           'draw_landmarks', 'as_faces', 'make_finder', 'find_faces', 'is_human', 'yaw_of', 'one_face', 'doubts',
+           'Follower', 'fill_lost', 'guided_filter', 'foreground', 'Detector', 'detect_like', 'head_crop', 'blink',
+           'points_of_68', 'parsing']
 
 # %% ../nbs/05_detect.ipynb #c003
 import logging
@@ -40,11 +42,15 @@ LEFT_EYE = [33, *LEFT_LID_UPPER, 133, *LEFT_LID_LOWER[::-1]]                    
 RIGHT_EYE = [362, *RIGHT_LID_UPPER, 263, *RIGHT_LID_LOWER[::-1]]
 LEFT_IRIS, RIGHT_IRIS = [468, 469, 470, 471, 472], [473, 474, 475, 476, 477]          # centre first, then four on the rim
 IRIS = LEFT_IRIS + RIGHT_IRIS
+SKIN, PUPILS = IRIS[0], [LEFT_IRIS[0], RIGHT_IRIS[0]]                                 # landmarks before number `SKIN` lie on the skin; `PUPILS`: the irises' centres
+LEFT_CORNERS, RIGHT_CORNERS, OUTER_CORNERS = (33, 133), (362, 263), (33, 263)         # of the eyes, from left to right
+UPPER_LIP, LOWER_LIP, MOUTH_CORNERS = 13, 14, (61, 291)                               # where the lips meet in the middle, and at the sides
+FOREHEAD, CHIN, NOSE_TIP, CHEEKS = 10, 152, 4, (234, 454)                             # the face's outermost points, and what stands out most
 LEFT_BROW, RIGHT_BROW = [70, 63, 105, 66, 107, 55, 65, 52, 53, 46], [300, 293, 334, 296, 336, 285, 295, 282, 283, 276]
 BROWS = LEFT_BROW + RIGHT_BROW
 OVAL = [10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149, 150, 136, 172,
         58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109]                             # a ring from the forehead, clockwise
-INNER_FACE = [i for i in range(468) if i not in set(OVAL)]
+INNER_FACE = [i for i in range(SKIN) if i not in set(OVAL)]
 LID_PAIRS = list(zip(LEFT_LID_UPPER + RIGHT_LID_UPPER, LEFT_LID_LOWER + RIGHT_LID_LOWER))
 LIP_PAIRS = list(zip(INNER_LIPS_UPPER, INNER_LIPS_LOWER))
 
@@ -53,10 +59,18 @@ def eye_opening(
 ) -> np.ndarray:                # [...,2] left and right (in the picture) gap over width
     "Mean distance of the lids over the width of the eye."
     xy, out = landmarks[..., :2], []
-    for upper, lower, (a, b) in ((LEFT_LID_UPPER, LEFT_LID_LOWER, (33, 133)), (RIGHT_LID_UPPER, RIGHT_LID_LOWER, (362, 263))):
+    for upper, lower, (a, b) in ((LEFT_LID_UPPER, LEFT_LID_LOWER, LEFT_CORNERS), (RIGHT_LID_UPPER, RIGHT_LID_LOWER, RIGHT_CORNERS)):
         gap = np.linalg.norm(xy[..., upper, :] - xy[..., lower, :], axis=-1).mean(-1)
         out.append(gap/np.maximum(np.linalg.norm(xy[..., a, :] - xy[..., b, :], axis=-1), 1e-6))
     return np.stack(out, -1)
+
+
+def inter_ocular(
+    landmarks: np.ndarray,      # [...,478,>=2] px
+) -> np.ndarray:                # [...] px
+    "Distance between the irises' centres: the unit of all distances on the face."
+    d = landmarks[..., LEFT_IRIS[0], :2] - landmarks[..., RIGHT_IRIS[0], :2]
+    return np.hypot(d[..., 0], d[..., 1])
 
 # %% ../nbs/05_detect.ipynb #c011
 LIPS = [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 185, 40, 39, 37, 0, 267, 269, 270, 409, 78, 95, 88, 178, 87, 14, 317, 402,
@@ -180,11 +194,12 @@ def roi_of_landmarks(
     wider: float = 1.5,         # side of the square in sides of the face's box
 ) -> np.ndarray:                # [N,4]
     "The square around known points, turned so that the eyes are level."
-    d = landmarks[:, 263, :2] - landmarks[:, 33, :2]
+    left, right = OUTER_CORNERS
+    d = landmarks[:, right, :2] - landmarks[:, left, :2]
     angle = np.arctan2(d[:, 1], d[:, 0])
     c, s = np.cos(angle), np.sin(angle)
     turn = np.stack([np.stack([c, -s], -1), np.stack([s, c], -1)], -2)
-    upright = landmarks[:, :468, :2] @ turn
+    upright = landmarks[:, :SKIN, :2] @ turn
     low, high = upright.min(1), upright.max(1)
     centre = np.einsum("nij,nj->ni", turn, (low + high)/2)
     return np.concatenate([centre, wider*(high - low).max(1, keepdims=True), angle[:, None]], 1).astype(np.float32)
@@ -240,7 +255,7 @@ class Networks:
         def look(part):
             some = same if one else to_batch(images[part], self.device)
             base, lips, left, right, left_iris, right_iris, flag = net(cut(some, torch.from_numpy(rois[part]).to(self.device), net.size))
-            mesh = base.reshape(-1, 468, 3)
+            mesh = base.reshape(-1, SKIN, 3)
             for group, value in ((LIPS, lips), (LEFT_REGION, left), (RIGHT_REGION, right)):
                 mesh[:, group, :2] = value.reshape(len(mesh), -1, 2)
             for ring, value in ((LEFT_EYE, left_iris), (RIGHT_EYE, right_iris)):
@@ -372,7 +387,8 @@ def yaw_of(
     landmarks: np.ndarray,      # [478,3] px
 ) -> float:                     # radians; positive when the subject looks to the right of the picture
     "How far the face is turned away, from the outer corners of the eyes and their rough depth."
-    d = landmarks[263] - landmarks[33]
+    left, right = OUTER_CORNERS
+    d = landmarks[right] - landmarks[left]
     return float(np.arctan2(d[2], np.hypot(d[0], d[1])))
 
 
@@ -727,7 +743,7 @@ def parsing(
     "Rough labels from matte and points: above the chin what is not face is hair, below it cloth."
     height, width = matte.shape
     label = np.full((height, width), CODES["hair"], np.uint8)
-    chin = float(landmarks[152, 1] + .05*(landmarks[152, 1] - landmarks[10, 1]))
+    chin = float(landmarks[CHIN, 1] + .05*(landmarks[CHIN, 1] - landmarks[FOREHEAD, 1]))
     label[max(0, round(chin)):] = CODES["cloth"]
     canvas = Image.fromarray(label)
     draw = ImageDraw.Draw(canvas)

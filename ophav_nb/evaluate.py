@@ -25,12 +25,12 @@ from .animate import echo
 from .animators import NETWORKS, film_heads, make_animator, make_baseline
 from .avatar import ANIMATED, Avatar, AvatarConfig, pick_backend, read_recipe
 from .dataset import HeadDataset, cut_heads, film_dataset
-from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector, detect_like
+from .detect import INNER_FACE, INNER_LIPS, LEFT_EYE, OUTER_LIPS, RIGHT_EYE, Detector, detect_like, inter_ocular
 from .geometry import Camera
 from .flame import load_head
 from .head import HeadModel, Motion
 from .media import Film, VideoWriter, on_background, read_array, read_image, resize, to_float, to_uint8, write_image
-from .metrics import (Truth, correlation, flicker, head_mask, identity_distance, identity_embedding, inter_ocular, interior_mask, landmark_distance,
+from .metrics import (Truth, correlation, flicker, head_mask, identity_distance, identity_embedding, interior_mask, landmark_distance,
                               known_mean, lid_gap, measures_json, missing_metrics, mouth_gap, network_metrics, present_networks, psnr, sharpness, sharpness_mask,
                               worst_over_median)
 from .motion import retarget, scripted

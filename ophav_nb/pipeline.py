@@ -36,7 +36,7 @@ from .animators import NETWORKS, film_heads, make_animator, stored_pictures
 from .avatar import ANIMATED, Avatar, AvatarConfig, compile_ahead, pick_backend, read_about, read_recipe
 from .encoding import Backend
 from .dataset import HeadDataset
-from .detect import Detector, detect_like, head_crop
+from .detect import Detector, detect_like, head_crop, inter_ocular
 from .flame import load_head
 from .geometry import axis_angle_to_matrix, matrix_to_axis_angle
 from .head import HeadModel, Motion, Worn, plain_arrays
@@ -529,7 +529,7 @@ def shown_part(
     whole = portrait.image.shape[0]
     marks = portrait.track.landmarks[0, :, :2] * (whole / portrait.track.camera.width)
     rows, columns = np.nonzero(head_alpha(portrait.matte if matte is None else matte, head, portrait.track) > .5)
-    beside, room = np.array([beside, room]) * np.linalg.norm(marks[468] - marks[473])
+    beside, room = np.array([beside, room]) * inter_ocular(marks)
     low = np.minimum(portrait.shown[:2], [columns.min(initial=whole) - beside, rows.min(initial=whole) - room]).clip(0)
     high = np.maximum(portrait.shown[2:], [columns.max(initial=-1) + 1 + beside, marks[:, 1].max() + room]).clip(max=whole)   # down to the chin: the neck may end with the picture
     left, top = np.ceil(low * size / whole - .01).astype(int)          # a pixel that the picture fills in part is left out

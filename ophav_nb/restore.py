@@ -22,7 +22,7 @@ from scipy import ndimage
 from skimage.draw import polygon2mask
 
 # %% ../nbs/15_restore.ipynb #c003
-from .detect import CODES, INNER_LIPS, LEFT_EYE, OUTER_LIPS, OVAL, RIGHT_EYE, parsing, points_of_68
+from .detect import CODES, INNER_LIPS, LEFT_EYE, LOWER_LIP, MOUTH_CORNERS, OUTER_LIPS, OVAL, RIGHT_EYE, UPPER_LIP, inter_ocular, parsing, points_of_68
 from .geometry import Camera, interpolate, rasterize, sample_bilinear, vertex_normals
 from .layers import depth_shell
 from .media import on_background, resize, to_float, to_uint8
@@ -116,7 +116,7 @@ class Sheet:
     ):
         self.faces, self.step, self.alpha = np.ascontiguousarray(faces, np.int32), step, alpha
         self.size, self.context = alpha.shape, context
-        self.eyes = float(np.linalg.norm(context.landmarks[468] - context.landmarks[473]))
+        self.eyes = float(inter_ocular(context.landmarks))
         held = np.ascontiguousarray(self.faces[outer])
         raster = rasterize(context.camera.project(context.vertices), held, *alpha.shape)
         far, nearest = ndimage.distance_transform_edt(~raster.mask, return_indices=True)
@@ -305,8 +305,8 @@ class DetailRestorer:
     def _mouth_state(self, context):
         "Gap and width of the mouth, inter-ocular distances."
         points = context.landmarks
-        unit = np.linalg.norm(points[468] - points[473])
-        return np.array([np.linalg.norm(points[a] - points[b])/max(unit, 1e-6) for a, b in ((13, 14), (61, 291))])
+        unit = inter_ocular(points)
+        return np.array([np.linalg.norm(points[a] - points[b])/max(unit, 1e-6) for a, b in ((UPPER_LIP, LOWER_LIP), MOUTH_CORNERS)])
 
     def prepare(
         self,
@@ -481,7 +481,7 @@ class GfpganRestorer:
             return _sample_affine(soft[..., None], to_face*(512/self.size), alpha.shape, 0.)[..., 0]
         inside = oval_mask(landmarks, alpha.shape)
         if self.mask == 'parsing': inside = ~np.isin(parsing(landmarks, alpha), (CODES['background'], CODES['cloth']))
-        eyes = np.linalg.norm(landmarks[468] - landmarks[473])
+        eyes = inter_ocular(landmarks)
         return _ramp(ndimage.distance_transform_edt(inside), 1, 1 + self.feather*eyes)
 
     def __call__(

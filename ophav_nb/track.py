@@ -24,7 +24,8 @@ from .media import Crop, resize, write_arrays
 from .nets.blocks import batches
 from .geometry import Camera, axis_angle_to_matrix, facing_camera, kernel, matrix_to_axis_angle, rasterize, sample_bilinear, vertex_normals
 from .head import HeadModel, Motion, hair_thickness
-from .detect import INNER_FACE, LEFT_EYE, LEFT_IRIS, LID_PAIRS, LIP_PAIRS, LIPS, OVAL, RIGHT_EYE, RIGHT_IRIS, Detector, fill_lost, head_crop
+from .detect import (CHEEKS, INNER_FACE, LEFT_CORNERS, LEFT_EYE, LEFT_IRIS, LID_PAIRS, LIP_PAIRS, LIPS, MOUTH_CORNERS, NOSE_TIP, OVAL, PUPILS, RIGHT_CORNERS, RIGHT_EYE, RIGHT_IRIS, SKIN,
+                     Detector, fill_lost, head_crop, inter_ocular)
 
 # %% ../nbs/06_track.ipynb #c005
 log = logging.getLogger(__name__)
@@ -269,12 +270,12 @@ class _Fit:
     def weights(self) -> Tensor:
         "Of the landmarks, [L], sum 1 (irises beyond)."
         w, s = self.model.head.landmark_weights.cpu().clone(), self.settings
-        w[468:] = 0
+        w[SKIN:] = 0
         w[LIPS] *= s.lips
         w[LEFT_EYE + RIGHT_EYE] *= s.lids
         w[OVAL] *= s.oval
         w = w/w.sum()
-        w[[468, 473]] = s.iris
+        w[PUPILS] = s.iris
         return w
 
     def project(self, X, R, tau):
@@ -290,7 +291,7 @@ def _pixel_rate(Y: Tensor, focal) -> Tensor:
 
 
 PAIRS = [*LID_PAIRS, *LIP_PAIRS]
-GAZES = [(468, 33, 133), (473, 362, 263)]    # an iris and the corners of its eye
+GAZES = [(LEFT_IRIS[0], *LEFT_CORNERS), (RIGHT_IRIS[0], *RIGHT_CORNERS)]    # an iris and the corners of its eye
 
 
 def _rows(fit: _Fit, some: slice, shape: bool, pose: bool):
@@ -476,7 +477,7 @@ def _start(landmarks: np.ndarray, ok: np.ndarray, width: int, height: int, head:
     depth = focal*spread(turned[..., :2])/spread(xy[:, solid])
     centre = np.stack([xy[:, solid, 0].mean(1), -xy[:, solid, 1].mean(1)], 1)*depth[:, None]/focal - turned[..., :2].mean(1)
     tau = np.concatenate([centre, (-depth - turned[..., 2].mean(1))[:, None]], 1)
-    iod = float(np.median(np.linalg.norm(landmarks[ok][:, 468, :2] - landmarks[ok][:, 473, :2], axis=1)))
+    iod = float(np.median(inter_ocular(landmarks[ok])))
     T = torch.tensor
     fit = _Fit(model, settings, T(xy).float(), T(ok.astype(np.float32)), iod, T(math.log(focal)), torch.zeros(model.n_shape), T(R).float(),
                T(tau).float(), torch.zeros(len(xy), model.n_expression + 6), torch.zeros(len(neutral), 3), T(math.log(focal)))
@@ -516,10 +517,10 @@ def landmark_error(
 ) -> np.ndarray:             # [T] %
     "Mean distance over the inner face in percent of the distance between the eyes."
     d = np.linalg.norm(fitted[:, INNER_FACE, :2] - landmarks[:, INNER_FACE, :2], axis=-1).mean(1)
-    return (100*d/np.median(np.linalg.norm(landmarks[:, 468, :2] - landmarks[:, 473, :2], axis=-1))).astype(np.float32)
+    return (100*d/np.median(inter_ocular(landmarks))).astype(np.float32)
 
 
-FIVE = (468, 473, 4, 61, 291)    # right and left eye, nose, corners of the mouth, as ArcFace aligns faces
+FIVE = (*PUPILS, NOSE_TIP, *MOUTH_CORNERS)    # right and left eye, nose, corners of the mouth, as ArcFace aligns faces
 
 
 def mica_shape(
@@ -543,7 +544,8 @@ def shape_prior(
 ) -> np.ndarray|None:            # [S]; None without FLAME or MICA's weights
     "The shape that a fit of FLAME starts from."
     if head.name != "flame" or images is None or not find_weight("mica"): return None
-    turn = np.abs((landmarks[:, 4, 0] - landmarks[:, 234, 0])/(landmarks[:, 454, 0] - landmarks[:, 234, 0] + 1e-6) - .5)
+    nose, left, right = (landmarks[:, k, 0] for k in (NOSE_TIP, *CHEEKS))
+    turn = np.abs((nose - left)/(right - left + 1e-6) - .5)
     some = np.argsort(turn)[:most]
     shape = np.zeros(head.n_shape, np.float32)
     told = mica_shape(np.stack([images[i] for i in some]), landmarks[some])[:head.n_shape]
@@ -637,7 +639,7 @@ def _subset(fit: _Fit, some) -> _Fit:
 
 def _spread_frames(fit: _Fit, count: int) -> np.ndarray:
     "Frames that differ most: farthest points among the seen ones, from the most usual one on."
-    x = (fit.target[:, :468]/fit.iod)[:, ::6].flatten(1)
+    x = (fit.target[:, :SKIN]/fit.iod)[:, ::6].flatten(1)
     x = x - x.median(0).values
     d, chosen = torch.where(fit.seen > 0, x.norm(dim=1), torch.tensor(torch.inf)), []
     far = torch.where(fit.seen > 0, torch.inf, -1.)
@@ -808,7 +810,7 @@ def _align_kernel(images, X, colours, weight, R, tau, f, marks, targets, hold, s
             for a in range(3): tau[b, a] += d[3 + a]
 
 # %% ../nbs/06_track.ipynb #c026
-_SOLID_MARKS = [33, 133, 362, 263, 168, 6, 197, 195, 5, 4]   # eye corners and the nose's bridge: the landmarks that keep a soft hold
+_SOLID_MARKS = [*LEFT_CORNERS, *RIGHT_CORNERS, 168, 6, 197, 195, 5, NOSE_TIP]   # eye corners and the nose's bridge: the landmarks that keep a soft hold
 
 
 @dataclass
@@ -903,7 +905,7 @@ class _PoseSettler:
         self.R, self.t = self.R0.copy(), self.t0.copy()
         self.before, self.after = np.ones(len(fit.z)), np.ones(len(fit.z))
         neutral = fit.model.person(fit.shape).points(torch.zeros(1, fit.z.shape[1]), False)[0] + fit.offset
-        self.eyes, self.marks = neutral[[468, 473]].numpy(), neutral[_SOLID_MARKS].double().numpy()
+        self.eyes, self.marks = neutral[PUPILS].numpy(), neutral[_SOLID_MARKS].double().numpy()
         self.targets = (fit.target[:, _SOLID_MARKS]*self.scale).double().numpy()
         self.points, self.hold = {}, .03     # how much the landmarks count beside the picture: .1, and a grimace turns the head; .01, and hair that swings does (measured)
 
@@ -1183,7 +1185,7 @@ def _fit_of(track: Track, head: HeadModel, settings: FitSettings) -> _Fit:
     model = LandmarkModel(head, settings.n_shape, track.shape)
     R, J, logf = axis_angle_to_matrix(T(m.joints[:, 0].copy())), head.joint_positions(torch.as_tensor(track.shape)).reshape(-1, 5, 3)[0, 0], torch.tensor(math.log(track.camera.focal))
     z = torch.cat([T(m.expression[:, model.fitted].copy()), T(m.joints[:, 2:, :2].reshape(len(m), 6).copy())], 1)
-    iod = float(np.median(np.linalg.norm(track.landmarks[track.ok][:, 468, :2] - track.landmarks[track.ok][:, 473, :2], axis=1)))
+    iod = float(np.median(inter_ocular(track.landmarks[track.ok])))
     return _Fit(model, settings, T(track.landmarks[..., :2] - np.float32([w/2, h/2])), T(track.ok.astype(np.float32)), iod, logf.float(), torch.zeros(model.n_shape), R,
                 T(m.translation.copy()) + J - R @ J, z, torch.zeros(len(head.landmark_faces), 3), logf.float())
 
