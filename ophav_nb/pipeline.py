@@ -9,9 +9,9 @@ __all__ = ['log', 'PRESETS', 'BRIEF', 'ANOTHER', 'FILM_NOTE', 'VIEWS', 'ANGLES',
            'heard_with', 'film_motion', 'add_coarse', 'add_coarse_network', 'driving_film', 'write_coarse_video',
            'add_coarse_film', 'check_length', 'warn_of_another', 'write_coarse', 'frame_pose', 'film_metadata',
            'add_dataset', 'shrink', 'add_film', 'shown_motion', 'publish', 'shown_part', 'play', 'add_views',
-           'shown_angles', 'trained_range', 'beyond', 'warn_beyond', 'create', 'warn_of_other_portrait', 'check_kinds',
-           'compiling', 'train_rounds', 'copy_folder', 'write_run_report', 'check_avatar', 'check_out', 'animate',
-           'turned']
+           'shown_angles', 'trained_range', 'beyond', 'warn_beyond', 'create', 'check_films', 'remove_training_frames',
+           'warn_of_other_portrait', 'check_kinds', 'compiling', 'train_rounds', 'copy_folder', 'write_run_report',
+           'check_avatar', 'check_out', 'animate', 'turned']
 
 # %% ../nbs/19_pipeline.ipynb #c002
 import json
@@ -660,19 +660,14 @@ def create(
     detector: Literal["default", "s3fd", "retinaface"] = "default",   # who looks for faces
     half: bool = False,                 # networks of others at half precision
     recipe: str = "",                   # what of the training is done otherwise, e.g. 'mouth_weight=40, occupancy=128', see `read_recipe`
+    tidy: bool = False,                 # the training frames go when all is done: most of what a run takes on disk
 ) -> Run:
     "One portrait in, an animatable avatar out (OPHAvatars); continues where an earlier call with the same `out` stopped."
-    check_kinds(portrait=portrait, out=out, motion=motion, coarse=coarse, driving=driving, rounds=rounds, face=face, seed=seed, device=device, half=half, recipe=recipe)
+    check_kinds(portrait=portrait, out=out, motion=motion, coarse=coarse, driving=driving, rounds=rounds, face=face, seed=seed, device=device, half=half, recipe=recipe, tidy=tidy)
     settings = get_preset(preset)
     if head not in ("open", "flame"): raise InputError(f"unknown head '{head}'; choose one of open, flame")
     check_backends(matte=matte, parser=parser, detector=detector, animator=animator, restorer=restorer)   # says what is missing, before anything is made
-    if driving and (coarse or animator not in NETWORKS): raise InputError(f"--driving FILM is for --animator {' or '.join(NETWORKS)} without --coarse")
-    for name, value in (("motion", motion), ("coarse", coarse), ("driving", driving)):
-        if value and (Path(value).suffix or name != "motion") and not Path(value).is_file():
-            raise InputError(f"--{name} {value}: no such file; check the spelling")
-    if not Path(motion).suffix: resolve_motion(motion, .2)   # an unknown script is said at once
-    if coarse: check_length(coarse, "an avatar")   # what is no film is said before older parts are replaced
-    if driving: clip_info(driving)
+    check_films(motion, coarse, driving, animator)
     otherwise = read_recipe(recipe)
     rounds = (1 if preset == "smoke" else 2) if rounds is None else rounds
     if rounds < 0: raise InputError(f"--rounds {rounds}: give 0 (the coarse film alone) or more")
@@ -698,7 +693,31 @@ def create(
         add_film(run, settings, device)
         add_views(run, device)
         write_run_report(run)
+        if tidy: remove_training_frames(run)
     return run
+
+
+def check_films(
+    motion: str,
+    coarse: str | Path | None,
+    driving: str | Path | None,
+    animator: str,
+) -> None:
+    "Raise `InputError` where what `create` is to play or to learn from is not there, is no film, or does not go with the animator: before older parts are replaced."
+    if driving and (coarse or animator not in NETWORKS): raise InputError(f"--driving FILM is for --animator {' or '.join(NETWORKS)} without --coarse")
+    for name, value in (("motion", motion), ("coarse", coarse), ("driving", driving)):
+        if value and (Path(value).suffix or name != "motion") and not Path(value).is_file():
+            raise InputError(f"--{name} {value}: no such file; check the spelling")
+    if not Path(motion).suffix: resolve_motion(motion, .2)   # an unknown script is said at once
+    if coarse: check_length(coarse, "an avatar")
+    if driving: clip_info(driving)
+
+
+def remove_training_frames(
+    run: Run,   # finished
+) -> None:
+    "Give back the disk that a run's training frames take; who needs them again has them made again by the same command, from the parts that stay."
+    for folder in run.folder.glob("rounds/*/dataset"): shutil.rmtree(folder)
 
 
 def warn_of_other_portrait(
@@ -710,7 +729,7 @@ def warn_of_other_portrait(
 
 
 _PATH = (str, Path)
-KINDS = dict(portrait=_PATH, out=_PATH, motion=_PATH, coarse=(*_PATH, type(None)), driving=(*_PATH, type(None)), rounds=(int, type(None)), face=(int, type(None)), seed=int, device=str, half=bool, recipe=str)   # of what a notebook may give otherwise than the command
+KINDS = dict(portrait=_PATH, out=_PATH, motion=_PATH, coarse=(*_PATH, type(None)), driving=(*_PATH, type(None)), rounds=(int, type(None)), face=(int, type(None)), seed=int, device=str, half=bool, tidy=bool, recipe=str)   # of what a notebook may give otherwise than the command
 
 
 def check_kinds(

@@ -260,6 +260,22 @@ def test_a_run_that_does_not_say_what_the_picture_fills_shows_the_square(tight):
     finally: path.write_text(told)
 
 
+@pytest.mark.parametrize("tidy", [False, True])
+def test_a_tidy_run_keeps_all_but_its_training_frames(filmed, monkeypatch, tidy):
+    for name in ("add_portrait", "add_track", "add_motion", "add_coarse", "add_film", "add_views", "write_run_report"): monkeypatch.setattr(pipeline, name, lambda *a, **k: None)
+    monkeypatch.setattr(pipeline, "compile_ahead", lambda: None)
+    built = []
+    def rounds(run, *_):
+        run.make("rounds/0/dataset", lambda folder: (built.append("dataset"), (folder / "rgb.npy").write_bytes(b"0")))
+        run.make("rounds/0/avatar", lambda folder: built.append("avatar"), needs=["rounds/0/dataset"])
+        run.make("avatar", lambda folder: built.append("chosen"), needs=["rounds/0/avatar"])
+    monkeypatch.setattr(pipeline, "train_rounds", rounds)
+    monkeypatch.setattr(pipeline, "add_dataset", lambda *a, **k: None)
+    for _ in range(2): run = pipeline.create("astronaut", filmed.folder, preset="smoke", device="cpu", tidy=tidy)
+    assert run.path("rounds/0/dataset").exists() != tidy and run.has("rounds/0/avatar") and not run.stale("avatar")
+    assert built == ["dataset", "avatar", "chosen"] + ["dataset"] * tidy          # the second time nothing is trained again
+
+
 def test_a_recipe_reaches_the_rounds(tmp_path, monkeypatch):
     got = {}
     def rounds(run, dataset, portrait, head, config, **_):
