@@ -280,7 +280,9 @@ def run_one(
         kept = _kept(folder/"row.json", row["key"])
         if kept: return {**kept, "status": "kept"}
         execute(notebook, folder/"notebook.ipynb", parameters, env={"OPHAV_THREADS": str(threads)} if threads else None)
-        measured = Path(parameters.get("out", folder))/"metrics.json"
+        results = Path(parameters.get("out", folder))
+        row["results"] = str(results) if results.is_dir() else ""
+        measured = results/"metrics.json"
         if measured.is_file(): row["metrics"] = _flat(json.loads(measured.read_text(encoding="utf-8")))
         row["status"] = "done"
     except (InputError, PapermillException, DeadKernelError, RuntimeError, OSError, ValueError) as error:
@@ -291,11 +293,12 @@ def run_one(
 
 
 def _kept(path: Path, key: str) -> dict|None:
-    "The row of an earlier run with the same inputs, if it was done."
+    "The row of an earlier run with the same inputs, if it was done, and what it left was not deleted since."
     if not path.is_file(): return None
     try: row = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError: return None
-    return row if row.get("key") == key and row.get("status") == "done" and Path(row["path"]).is_file() else None
+    there = Path(row.get("path", "")).is_file() and (not row.get("results") or Path(row["results"]).is_dir())
+    return row if there and row.get("key") == key and row.get("status") == "done" else None
 
 # %% ../nbs/21_batch.ipynb #c017
 def write_table(

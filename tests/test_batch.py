@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 
 import nbformat
 import pytest
@@ -125,6 +126,13 @@ def test_dates_are_text_and_what_may_be_empty(tmp_path, small):
     assert [i["parameters"]["portrait"] for i in items] == ["2020-01-01", "2020-99-99"]
     notebook(small, "x = None\nportrait = ''\nout = '.'")
     assert read_sweep(sweep(tmp_path, "grid: {x: [null, 1]}"))[1][0]["parameters"] == {"x": None}
+
+
+def test_deleted_results_are_made_again(tmp_path, small):
+    path, out = sweep(tmp_path, "grid: {x: [1, 2]}"), tmp_path/"out"
+    run_sweep(path, out)
+    shutil.rmtree(out/"x=2"/"run")
+    assert [r["status"] for r in run_sweep(path, out)] == ["kept", "done"] and (out/"x=2"/"run"/"metrics.json").is_file()
 
 
 def test_failures_are_rows_and_the_rest_is_kept(tmp_path, small, caplog):
