@@ -331,6 +331,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ophav_nb.body.Body._following': ('body.html#body._following', 'ophav_nb/body.py'),
                                'ophav_nb.body.Body._neck_beneath': ('body.html#body._neck_beneath', 'ophav_nb/body.py'),
                                'ophav_nb.body.Body._on_neck': ('body.html#body._on_neck', 'ophav_nb/body.py'),
+                               'ophav_nb.body.Body._own_seams': ('body.html#body._own_seams', 'ophav_nb/body.py'),
                                'ophav_nb.body.Body._under_jaw': ('body.html#body._under_jaw', 'ophav_nb/body.py'),
                                'ophav_nb.body.Body.composite': ('body.html#body.composite', 'ophav_nb/body.py'),
                                'ophav_nb.body.Body.in_place': ('body.html#body.in_place', 'ophav_nb/body.py'),

@@ -120,8 +120,17 @@ class Body:
         self.near_cloth = sampled(ndi.binary_dilation(self.slides & self.covered, iterations=4), sheet.source)      # all corners of the triangles that show it
         self.under_jaw = sampled(ndi.binary_dilation(under_jaw), sheet.source)
         self.edge = (sheet.fringe > .04) & (person < .98) & (p.certain == 1)
-        self.clothes = np.concatenate([bleed(p.bled, still, .97, max(1, int(2*px))), (person*still)[..., None]], -1).astype(np.float32)
+        self.clothes = np.concatenate([self._own_seams(bleed(p.bled, still, .97, max(1, int(2*px))), still), (person*still)[..., None]], -1).astype(np.float32)
         self.empty, self.ground, self.strands = empty, None, None               # the last two: see `settle`
+
+@patch_to(Body)
+def _own_seams(self, colours, still) -> np.ndarray:
+    "Clothes' `colours`, carried to their edges from where they are thick, but for what is neither that colour nor the skin beneath nor a mixture of both: a strip of shirt beside a tie is no tie; float32 [H, W, 3]."
+    image, skin = self.portrayed.bled, self.flesh
+    way = colours - skin
+    share = np.clip(((image - skin)*way).sum(-1)/np.maximum((way*way).sum(-1), 1e-3), 0, 1)[..., None]
+    strange = smoothstep(.06, .18, np.abs(image - skin - share*way).max(-1))*(still > .02)
+    return (colours + strange[..., None]*(image - colours)).astype(np.float32)
 
 @patch_to(Body)
 def _following(self, hanging) -> np.ndarray:
@@ -295,7 +304,8 @@ def settle(self,
     self.strands = colours, (b*(self.edge | ndi.binary_dilation(self.slides))).astype(np.float32)
     under = over(over(ground, self.paint(V, A, p.size)), self.clothes)
     unlike = ndi.grey_closing(np.abs(p.image - under).max(-1)*~self.edge*self.covered, 5)
-    own = (ndi.gaussian_filter(ndi.maximum_filter(smoothstep(.02, .08, unlike), 3), p.size/512)*(1 - a[..., 0])*~(self.edge | self.slides))[..., None]
+    loose = self.edge | self.slides | (cloth[..., 0] < .5) & (self.following > .1)      # beside a collar, too, what moves leaves nothing behind
+    own = (ndi.gaussian_filter(ndi.maximum_filter(smoothstep(.02, .08, unlike), 3), p.size/512)*(1 - a[..., 0])*~loose)[..., None]
     still = cloth*(1 - own) + own
     self.clothes = np.concatenate([(self.clothes[..., :3]*cloth*(1 - own) + p.image*own)/np.maximum(still, 1e-3), still], -1).astype(np.float32)
     self.ground = ground

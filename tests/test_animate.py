@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage as ndi
 from scipy.spatial import cKDTree
 from ophav_nb.animate import MeshAnimator, VideoAnimator, as_driven, make_animator
-from ophav_nb.body import empty_ground
+from ophav_nb.body import Body, empty_ground
 from ophav_nb.clothes import Clothes
 from ophav_nb.dataset import HeadDataset
 from ophav_nb.detect import INNER_FACE, INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER, OUTER_LIPS, OVAL
@@ -606,6 +606,45 @@ def test_an_overexposed_face_has_clothes_all_the_same(portrait, head):
     white = np.where(coat[..., None], 20, np.where((matte > .5)[..., None], 255, image)).astype(np.uint8)
     cloth = Clothes(Portrayed(white, track, head, np.maximum(matte, coat).astype(np.float32))).cloth
     assert np.isfinite(cloth).all() and cloth[ndi.binary_erosion(coat, iterations=3)].mean() > .8
+
+
+def test_skin_in_too_much_light_is_no_collar(portrait, head):
+    "It turns white by and by, and a white shirt begins beside it; the shirt is cloth, the neck goes along."
+    image, track, matte = portrait
+    (y, x), L = np.mgrid[:SIZE, :SIZE], track.landmarks[0]
+    plain = MeshAnimator(image, track, head, matte, supersample=1).portrayed
+    low = L[152, 1] + .1*SIZE
+    shirt = (plain.neck_seen | (matte < .5) & (np.abs(x - L[152, 0]) < .4*SIZE)) & (y > low)
+    lit = plain.neck_seen & (y <= low) & (x > L[152, 0])
+    face = plain.raster0.mask & (matte > .5) & (y < L[152, 1])
+    skin = np.array([200, 150, 130])*(image.mean(-1, keepdims=True)/np.percentile(image.mean(-1)[face], 90))
+    blotches = ndi.gaussian_filter(np.random.default_rng(0).standard_normal(image.shape), (2, 2, 0))
+    picture = np.where((matte > .5)[..., None], skin, image)*(1 + .06*blotches/blotches.std())      # skin's hues differ
+    picture[lit] = [222, 194, 186]
+    picture[shirt] = 245
+    clothes = Clothes(Portrayed(np.clip(picture, 0, 255).astype(np.uint8), track, head, np.maximum(matte, shirt).astype(np.float32)))
+    assert clothes.cloth[ndi.binary_erosion(shirt, iterations=3)].mean() > .9
+    assert clothes.cloth[lit & (y < low - .02*SIZE)].mean() < .1
+
+
+def test_a_strip_of_shirt_beside_a_tie_is_no_tie():
+    "What is neither a garment's inner colour nor skin nor a mixture of both keeps its own."
+    tie, shirt, skin = np.float32([.05, .05, .1]), np.float32([.95, .95, .9]), np.float32([.7, .45, .35])
+    image = np.stack([tie, shirt, skin, .5*tie + .5*skin])[None]
+    as_if = SimpleNamespace(portrayed=SimpleNamespace(bled=image), flesh=np.broadcast_to(skin, image.shape))
+    out = Body._own_seams(as_if, np.broadcast_to(tie, image.shape), np.ones((1, 4), np.float32))
+    assert np.abs(out - np.stack([tie, shirt, tie, tie])).max() < .02
+
+
+def test_beside_a_collar_what_moves_leaves_nothing_behind(portrait, head):
+    "What the clothes are given of the portrait's own pixels is nowhere on a neck that goes along."
+    _, animator = dressed(head, portrait)
+    body, before, p = animator.body, animator.body.clothes[..., 3].copy(), animator.portrayed
+    p.image = np.random.default_rng(0).random(p.image.shape).astype(np.float32)                # nothing of which the layers have
+    body.slides = np.zeros_like(body.slides)                                                  # not even just beyond the strip beside the collar
+    animator.ground
+    neck = (before < .5) & (body.following > .1)
+    assert neck.any() and (body.clothes[..., 3] - before)[neck].max() < 1e-6
 
 
 @pytest.mark.parametrize('tint', [[1, 1, 1], [1.12, .98, .8]])
