@@ -35,6 +35,24 @@ def _look1(image, x, y):
     u, v = x - j, y - i
     return image[i, j]*(1-u)*(1-v) + image[i, j+1]*u*(1-v) + image[i+1, j]*(1-u)*v + image[i+1, j+1]*u*v
 
+@kernel(inline=True)
+def _mean(table, k, corners, weights):
+    "A column of what three corners have, at a place among them."
+    return weights[0]*table[corners[0], k] + weights[1]*table[corners[1], k] + weights[2]*table[corners[2], k]
+
+@kernel(inline=True)
+def _mean1(numbers, corners, weights):
+    "The same of one number each."
+    return weights[0]*numbers[corners[0]] + weights[1]*numbers[corners[1]] + weights[2]*numbers[corners[2]]
+
+@kernel(inline=True)
+def _lay(out, y, x, cr, cg, cb, t):
+    "A colour, so opaque, over what a pixel has, premultiplied."
+    out[y, x, 0] = out[y, x, 0]*(1-t) + cr*t
+    out[y, x, 1] = out[y, x, 1]*(1-t) + cg*t
+    out[y, x, 2] = out[y, x, 2]*(1-t) + cb*t
+    out[y, x, 3] = out[y, x, 3]*(1-t) + t
+
 @kernel
 def stretched(
     screen,  # the sheet's points, pixels, [N, 3]
@@ -71,17 +89,13 @@ def paint_sheet(
         for x in range(w):
             f = face[y, x]
             if f < 0: continue
-            p, q, r = faces[f, 0], faces[f, 1], faces[f, 2]
-            a, b, c = bary[y, x, 0], bary[y, x, 1], bary[y, x, 2]
-            sx = a*source[p, 0] + b*source[q, 0] + c*source[r, 0]
-            sy = a*source[p, 1] + b*source[q, 1] + c*source[r, 1]
-            t = _look1(alpha, sx, sy)*(a*keep[p] + b*keep[q] + c*keep[r])*(1 - (a*yields[p] + b*yields[q] + c*yields[r])*out[y, x, 3])
+            corners, weights = (faces[f, 0], faces[f, 1], faces[f, 2]), (bary[y, x, 0], bary[y, x, 1], bary[y, x, 2])
+            sx = _mean(source, 0, corners, weights)
+            sy = _mean(source, 1, corners, weights)
+            t = _look1(alpha, sx, sy)*_mean1(keep, corners, weights)*(1 - _mean1(yields, corners, weights)*out[y, x, 3])
             if t <= 0: continue
             cr, cg, cb = _look(image, sx, sy)
-            out[y, x, 0] = out[y, x, 0]*(1-t) + cr*t
-            out[y, x, 1] = out[y, x, 1]*(1-t) + cg*t
-            out[y, x, 2] = out[y, x, 2]*(1-t) + cb*t
-            out[y, x, 3] = out[y, x, 3]*(1-t) + t
+            _lay(out, y, x, cr, cg, cb, t)
 
 # %% ../nbs/07c_paint.ipynb #c010
 OF_HULL, OF_SKIN, OF_EYE, OF_MOUTH, OF_TEETH = -1, 0, 1, 2, 3   # kinds of triangles: up to OF_SKIN the outside (the hull: with hair on it), from OF_MOUTH on the mouth's inside
@@ -159,50 +173,46 @@ def paint_mesh(
         for x in range(w):
             f = face[y, x]
             if f < 0: continue
-            p, q, r = faces[f, 0], faces[f, 1], faces[f, 2]
-            a, b, c = bary[y, x, 0], bary[y, x, 1], bary[y, x, 2]
-            t = a*moving[p, 4] + b*moving[q, 4] + c*moving[r, 4]
+            corners, weights = (faces[f, 0], faces[f, 1], faces[f, 2]), (bary[y, x, 0], bary[y, x, 1], bary[y, x, 2])
+            t = _mean(moving, 4, corners, weights)
             if kind[f] <= OF_SKIN and t < .004: continue
-            sx = a*fixed[p, 0] + b*fixed[q, 0] + c*fixed[r, 0]
-            sy = a*fixed[p, 1] + b*fixed[q, 1] + c*fixed[r, 1]
-            cr = a*moving[p, 1] + b*moving[q, 1] + c*moving[r, 1]
-            cg = a*moving[p, 2] + b*moving[q, 2] + c*moving[r, 2]
-            cb = a*moving[p, 3] + b*moving[q, 3] + c*moving[r, 3]
-            if kind[f] == OF_EYE: cr, cg, cb = _eye(eyes, whites, lashes, sx, sy, a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0], cr, cg, cb)
+            sx = _mean(fixed, 0, corners, weights)
+            sy = _mean(fixed, 1, corners, weights)
+            cr = _mean(moving, 1, corners, weights)
+            cg = _mean(moving, 2, corners, weights)
+            cb = _mean(moving, 3, corners, weights)
+            if kind[f] == OF_EYE: cr, cg, cb = _eye(eyes, whites, lashes, sx, sy, _mean(moving, 0, corners, weights), cr, cg, cb)
             else:
-                seen = a*fixed[p, 4] + b*fixed[q, 4] + c*fixed[r, 4]
-                gx, gy = a*fixed[p, 14] + b*fixed[q, 14] + c*fixed[r, 14], a*fixed[p, 15] + b*fixed[q, 15] + c*fixed[r, 15]
-                twin = a*fixed[p, 8] + b*fixed[q, 8] + c*fixed[r, 8]
+                seen = _mean(fixed, 4, corners, weights)
+                gx, gy = _mean(fixed, 14, corners, weights), _mean(fixed, 15, corners, weights)
+                twin = _mean(fixed, 8, corners, weights)
                 if kind[f] <= OF_SKIN and seen < 1:                    # a twin brings its own
                     light = 1 + (_look1(grain[0], gx, gy) - 1)*max(1 - twin, np.float32(0))
                     cr, cg, cb = cr*light, cg*light, cb*light
-                copied = a*fixed[p, 10] + b*fixed[q, 10] + c*fixed[r, 10]
+                copied = _mean(fixed, 10, corners, weights)
                 if seen < 1 and twin + copied > 0:
-                    kr, kg, kb = _look(skin, a*fixed[p, 6] + b*fixed[q, 6] + c*fixed[r, 6], a*fixed[p, 7] + b*fixed[q, 7] + c*fixed[r, 7])
-                    light = a*fixed[p, 9] + b*fixed[q, 9] + c*fixed[r, 9]
+                    kr, kg, kb = _look(skin, _mean(fixed, 6, corners, weights), _mean(fixed, 7, corners, weights))
+                    light = _mean(fixed, 9, corners, weights)
                     light = 1 + twin*(min(max((kr + kg + kb)/max(light, np.float32(.05)), np.float32(.6)), np.float32(1.35)) - 1)
                     cr, cg, cb = cr*light, cg*light, cb*light
-                    kr, kg, kb = kr*(a*fixed[p, 11] + b*fixed[q, 11] + c*fixed[r, 11]), kg*(a*fixed[p, 12] + b*fixed[q, 12] + c*fixed[r, 12]), kb*(a*fixed[p, 13] + b*fixed[q, 13] + c*fixed[r, 13])
+                    kr, kg, kb = kr*_mean(fixed, 11, corners, weights), kg*_mean(fixed, 12, corners, weights), kb*_mean(fixed, 13, corners, weights)
                     cr, cg, cb = cr + copied*(kr - cr), cg + copied*(kg - cg), cb + copied*(kb - cb)
-                shut = a*moving[p, 0] + b*moving[q, 0] + c*moving[r, 0]
+                shut = _mean(moving, 0, corners, weights)
                 if kind[f] == OF_HULL and shut > 0:
                     seen, shut = _hairline(seen, shut, _look1(grain[1], np.float32(.6)*gx, np.float32(.25)*gy))       # drawn out downwards, as strands are
-                    t *= 1 - seen*shut*(1 - _strands_left(a*moving[p, 5] + b*moving[q, 5] + c*moving[r, 5], grain[1], gx, gy))
+                    t *= 1 - seen*shut*(1 - _strands_left(_mean(moving, 5, corners, weights), grain[1], gx, gy))
                 if seen > 0:
                     kr, kg, kb = _look(skin, sx, sy)
                     if shut > 0:
-                        lr, lg, lb = _look(lids, a*fixed[p, 2] + b*fixed[q, 2] + c*fixed[r, 2], a*fixed[p, 3] + b*fixed[q, 3] + c*fixed[r, 3])
+                        lr, lg, lb = _look(lids, _mean(fixed, 2, corners, weights), _mean(fixed, 3, corners, weights))
                         kr, kg, kb = kr + shut*(lr - kr), kg + shut*(lg - kg), kb + shut*(lb - kb)
                     cr, cg, cb = cr + seen*(kr - cr), cg + seen*(kg - cg), cb + seen*(kb - cb)
                     if kind[f] <= OF_SKIN: t *= 1 - seen*(1 - _look1(alpha, sx, sy))
                 if kind[f] == OF_TEETH:
-                    light = _tooth(a*fixed[p, 5] + b*fixed[q, 5] + c*fixed[r, 5], a*fixed[p, 9] + b*fixed[q, 9] + c*fixed[r, 9])
+                    light = _tooth(_mean(fixed, 5, corners, weights), _mean(fixed, 9, corners, weights))
                     cr, cg, cb = cr*light, cg*light, cb*light
             if kind[f] > OF_SKIN: t = np.float32(1)
-            out[y, x, 0] = out[y, x, 0]*(1-t) + cr*t
-            out[y, x, 1] = out[y, x, 1]*(1-t) + cg*t
-            out[y, x, 2] = out[y, x, 2]*(1-t) + cb*t
-            out[y, x, 3] = out[y, x, 3]*(1-t) + t
+            _lay(out, y, x, cr, cg, cb, t)
 
 # %% ../nbs/07c_paint.ipynb #c014
 @kernel(parallel=True)
@@ -229,10 +239,9 @@ def paint_own_teeth(
             if f < 0: continue
             m = mesh_face[y + y0, x + x0]
             if m < 0 or kind[m] < OF_MOUTH: continue
-            p, q, r = faces[f, 0], faces[f, 1], faces[f, 2]
-            a, b, c = bary[y, x, 0], bary[y, x, 1], bary[y, x, 2]
-            sx = a*source[p, 0] + b*source[q, 0] + c*source[r, 0]
-            sy = a*source[p, 1] + b*source[q, 1] + c*source[r, 1]
+            corners, weights = (faces[f, 0], faces[f, 1], faces[f, 2]), (bary[y, x, 0], bary[y, x, 1], bary[y, x, 2])
+            sx = _mean(source, 0, corners, weights)
+            sy = _mean(source, 1, corners, weights)
             t = _look1(weight, sx, sy)
             t += (1 - t)*stay*_look1(inner, sx, sy)
             if t <= 0: continue
@@ -240,9 +249,7 @@ def paint_own_teeth(
             if stay > 0:
                 kr, kg, kb = _look(image, sx, sy)
                 cr, cg, cb = cr + stay*(kr - cr), cg + stay*(kg - cg), cb + stay*(kb - cb)
-            out[y+y0, x+x0, 0] = out[y+y0, x+x0, 0]*(1-t) + cr*t
-            out[y+y0, x+x0, 1] = out[y+y0, x+x0, 1]*(1-t) + cg*t
-            out[y+y0, x+x0, 2] = out[y+y0, x+x0, 2]*(1-t) + cb*t
+            _lay(out, y + y0, x + x0, cr, cg, cb, t)                        # a mouth's inside is opaque
 
 @kernel
 def close_slits(
