@@ -15,7 +15,7 @@ from scipy import ndimage as ndi
 # %% ../nbs/08_animate.ipynb #c004
 from .body import Body, empty_ground, over, own_edges
 from .clothes import Clothes
-from .detect import INNER_FACE, LID_PAIRS, OVAL, detect_like
+from .detect import INNER_FACE, LID_PAIRS, OVAL, detect_like, inter_ocular
 from .eyes import Eyes
 from .geometry import pixel_centres, rasterize, sample_bilinear, smoothstep, vertex_normals
 from .glasses import Glasses
@@ -237,7 +237,7 @@ def _no_wider(aim, seen) -> np.ndarray:
     "Landmarks to reach [T, 478, 2], their lids nowhere much farther apart than they were seen."
     up, down = np.array(LID_PAIRS).T
     gap = aim[:, up] - aim[:, down]
-    most = np.linalg.norm(seen[:, up] - seen[:, down], axis=-1, keepdims=True) + WIDER*np.linalg.norm(seen[:, 468] - seen[:, 473], axis=-1)[:, None, None]
+    most = np.linalg.norm(seen[:, up] - seen[:, down], axis=-1, keepdims=True) + WIDER*inter_ocular(seen)[:, None, None]
     less = .5*gap*np.maximum(1 - most/np.maximum(np.linalg.norm(gap, axis=-1, keepdims=True), 1e-6), 0)
     out = aim.copy()
     out[:, up] -= less

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['INNER_LIPS_UPPER', 'INNER_LIPS_LOWER', 'INNER_LIPS', 'OUTER_LIPS', 'LEFT_LID_UPPER', 'LEFT_LID_LOWER',
-           'RIGHT_LID_UPPER', 'RIGHT_LID_LOWER', 'LEFT_EYE', 'RIGHT_EYE', 'LEFT_IRIS', 'RIGHT_IRIS', 'IRIS', 'SKIN',
-           'PUPILS', 'LEFT_CORNERS', 'RIGHT_CORNERS', 'OUTER_CORNERS', 'UPPER_LIP', 'LOWER_LIP', 'MOUTH_CORNERS',
-           'FOREHEAD', 'CHIN', 'NOSE_TIP', 'CHEEKS', 'LEFT_BROW', 'RIGHT_BROW', 'BROWS', 'OVAL', 'INNER_FACE',
-           'LID_PAIRS', 'LIP_PAIRS', 'LIPS', 'LEFT_REGION', 'RIGHT_REGION', 'FEW_OF_68', 'CODES', 'NOSE', 'eye_opening',
-           'inter_ocular', 'to_batch', 'cut', 'uncut', 'Face', 'overlap', 'merge', 'roi_of_landmarks', 'Networks',
-           'draw_landmarks', 'as_faces', 'make_finder', 'find_faces', 'is_human', 'yaw_of', 'one_face', 'doubts',
-           'Follower', 'fill_lost', 'guided_filter', 'foreground', 'Detector', 'detect_like', 'head_crop', 'blink',
-           'points_of_68', 'parsing']
+           'RIGHT_LID_UPPER', 'RIGHT_LID_LOWER', 'LEFT_EYE', 'RIGHT_EYE', 'LEFT_IRIS', 'RIGHT_IRIS', 'IRIS',
+           'FIRST_IRIS', 'PUPILS', 'LEFT_CORNERS', 'RIGHT_CORNERS', 'OUTER_CORNERS', 'UPPER_LIP', 'LOWER_LIP',
+           'MOUTH_CORNERS', 'FOREHEAD', 'CHIN', 'NOSE_TIP', 'CHEEKS', 'LEFT_BROW', 'RIGHT_BROW', 'BROWS', 'OVAL',
+           'INNER_FACE', 'LID_PAIRS', 'LIP_PAIRS', 'LIPS', 'LEFT_REGION', 'RIGHT_REGION', 'FEW_OF_68', 'CODES', 'NOSE',
+           'eye_opening', 'inter_ocular', 'to_batch', 'cut', 'uncut', 'Face', 'overlap', 'merge', 'roi_of_landmarks',
+           'Networks', 'draw_landmarks', 'as_faces', 'make_finder', 'find_faces', 'is_human', 'yaw_of', 'one_face',
+           'doubts', 'Follower', 'fill_lost', 'guided_filter', 'foreground', 'Detector', 'detect_like', 'head_crop',
+           'blink', 'points_of_68', 'parsing']
 
 # %% ../nbs/05_detect.ipynb #c003
 import logging
@@ -42,7 +42,7 @@ LEFT_EYE = [33, *LEFT_LID_UPPER, 133, *LEFT_LID_LOWER[::-1]]                    
 RIGHT_EYE = [362, *RIGHT_LID_UPPER, 263, *RIGHT_LID_LOWER[::-1]]
 LEFT_IRIS, RIGHT_IRIS = [468, 469, 470, 471, 472], [473, 474, 475, 476, 477]          # centre first, then four on the rim
 IRIS = LEFT_IRIS + RIGHT_IRIS
-SKIN, PUPILS = IRIS[0], [LEFT_IRIS[0], RIGHT_IRIS[0]]                                 # landmarks before number `SKIN` lie on the skin; `PUPILS`: the irises' centres
+FIRST_IRIS, PUPILS = IRIS[0], [LEFT_IRIS[0], RIGHT_IRIS[0]]                                 # landmarks before number `FIRST_IRIS` lie on the skin; `PUPILS`: the irises' centres
 LEFT_CORNERS, RIGHT_CORNERS, OUTER_CORNERS = (33, 133), (362, 263), (33, 263)         # of the eyes, from left to right
 UPPER_LIP, LOWER_LIP, MOUTH_CORNERS = 13, 14, (61, 291)                               # where the lips meet in the middle, and at the sides
 FOREHEAD, CHIN, NOSE_TIP, CHEEKS = 10, 152, 4, (234, 454)                             # the face's outermost points, and what stands out most
@@ -50,7 +50,7 @@ LEFT_BROW, RIGHT_BROW = [70, 63, 105, 66, 107, 55, 65, 52, 53, 46], [300, 293, 3
 BROWS = LEFT_BROW + RIGHT_BROW
 OVAL = [10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149, 150, 136, 172,
         58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109]                             # a ring from the forehead, clockwise
-INNER_FACE = [i for i in range(SKIN) if i not in set(OVAL)]
+INNER_FACE = [i for i in range(FIRST_IRIS) if i not in set(OVAL)]
 LID_PAIRS = list(zip(LEFT_LID_UPPER + RIGHT_LID_UPPER, LEFT_LID_LOWER + RIGHT_LID_LOWER))
 LIP_PAIRS = list(zip(INNER_LIPS_UPPER, INNER_LIPS_LOWER))
 
@@ -199,7 +199,7 @@ def roi_of_landmarks(
     angle = np.arctan2(d[:, 1], d[:, 0])
     c, s = np.cos(angle), np.sin(angle)
     turn = np.stack([np.stack([c, -s], -1), np.stack([s, c], -1)], -2)
-    upright = landmarks[:, :SKIN, :2] @ turn
+    upright = landmarks[:, :FIRST_IRIS, :2] @ turn
     low, high = upright.min(1), upright.max(1)
     centre = np.einsum("nij,nj->ni", turn, (low + high)/2)
     return np.concatenate([centre, wider*(high - low).max(1, keepdims=True), angle[:, None]], 1).astype(np.float32)
@@ -255,7 +255,7 @@ class Networks:
         def look(part):
             some = same if one else to_batch(images[part], self.device)
             base, lips, left, right, left_iris, right_iris, flag = net(cut(some, torch.from_numpy(rois[part]).to(self.device), net.size))
-            mesh = base.reshape(-1, SKIN, 3)
+            mesh = base.reshape(-1, FIRST_IRIS, 3)
             for group, value in ((LIPS, lips), (LEFT_REGION, left), (RIGHT_REGION, right)):
                 mesh[:, group, :2] = value.reshape(len(mesh), -1, 2)
             for ring, value in ((LEFT_EYE, left_iris), (RIGHT_EYE, right_iris)):

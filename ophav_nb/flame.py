@@ -22,7 +22,7 @@ from .run import InputError, asset, explain_os_errors, file_hash, write_atomic
 from .geometry import Camera, component, facing_camera, interpolate, mesh_laplacian, rasterize, vertex_normals
 from .head import HeadModel, Motion, read_head
 from .weights import read_values, require, weights_folder
-from .detect import Detector, roi_of_landmarks
+from .detect import FIRST_IRIS, Detector, roi_of_landmarks
 from .nearest import TriangleTree
 from .track import LandmarkModel, Track, _box_solve
 
@@ -142,7 +142,7 @@ def seen_landmarks(
         points, presence = detector.landmarks(picture[None], roi)
         roi = roi_of_landmarks(points)
     if presence[0] < .5: raise InputError("no face is seen on this head; is it a FLAME model, with y up and z out of the face?")
-    points = points[0, :468, :2]
+    points = points[0, :FIRST_IRIS, :2]
     at = np.floor(points).astype(int).clip(0, size - 1)
     depth = np.where(raster.mask, raster.depth, np.nan)[at[:, 1], at[:, 0]]
     return camera.unproject(np.concatenate([points, depth[:, None]], 1)) + centre + [0, 0, away]
@@ -196,8 +196,8 @@ def _fit_shape(head, flame, target: _Surface, anchors, count: int = 100, steps: 
     skin = np.unique(head.faces[~_hidden(head)])
     seen, there = anchors
     use = np.isfinite(seen).all(1) & np.isfinite(there).all(1)
-    bind = head.landmark_bary.numpy()[:468][use].astype(np.float64)
-    mark = head.faces[head.landmark_faces[:468]][use]
+    bind = head.landmark_bary.numpy()[:FIRST_IRIS][use].astype(np.float64)
+    mark = head.faces[head.landmark_faces[:FIRST_IRIS]][use]
     shape, D = np.zeros(count), head.shapedirs[..., :count].numpy().astype(np.float64)
     base = head(joints=_open_jaw(flame))[0].numpy().astype(np.float64)
     eyes, goal = head._J[3:].numpy().astype(np.float64), flame._J[3:].numpy().astype(np.float64)
@@ -343,11 +343,11 @@ def out_vertices(head, mask): return np.unique(head.faces[mask])
 
 
 def _irises(head, flame):
-    "Landmarks 468 to 477 on FLAME's eyeballs, by the direction from the eye's joint: triangles and weights."
-    p = head.landmarks(head.v_template[None])[0, 468:].numpy()
+    "The irises' ten landmarks on FLAME's eyeballs, by the direction from the eye's joint: triangles and weights."
+    p = head.landmarks(head.v_template[None])[0, FIRST_IRIS:].numpy()
     balls, triangles, weights = _eyeballs(flame), [], []
     for k, point in enumerate(p):
-        side = 1 if k < 5 else 0                           # 468..472 are the subject's right eye
+        side = 1 if k < 5 else 0                           # the first five are the subject's right eye
         j, there = head._J[4 - (1 - side)].numpy(), flame._J[3 + side].numpy()
         f = flame.faces[balls[:, side]]
         v = flame.v_template.numpy()
@@ -376,7 +376,7 @@ def transfer(
     good &= ~np.isin(np.arange(len(x)), head.faces[_hidden(head)])
     marks = (x[head.faces[head.landmark_faces]]*head.landmark_bary.numpy()[..., None]).sum(1)
     outward = (normals[head.faces[head.landmark_faces]]*head.landmark_bary.numpy()[..., None]).sum(1)
-    mark_face, mark_bary = surface.near(marks[:468], outward[:468])[:2]
+    mark_face, mark_bary = surface.near(marks[:FIRST_IRIS], outward[:FIRST_IRIS])[:2]
     iris_face, iris_bary = _irises(head, flame)
     regions = _regions(head, flame, x, surface, skin)
     n = lambda t: t.numpy()

@@ -23,7 +23,7 @@ from torch import Tensor
 # %% ../nbs/16_metrics.ipynb #c004
 from .run import InputError
 from .media import on_background, to_float, to_uint8
-from .detect import (SKIN, INNER_FACE, INNER_LIPS, LEFT_EYE, LEFT_IRIS, LID_PAIRS, LIP_PAIRS, OUTER_LIPS, OVAL, RIGHT_EYE,
+from .detect import (FIRST_IRIS, INNER_FACE, INNER_LIPS, LEFT_EYE, LEFT_IRIS, LID_PAIRS, LIP_PAIRS, OUTER_LIPS, OVAL, RIGHT_EYE,
                              RIGHT_IRIS, LEFT_CORNERS, RIGHT_CORNERS, Detector, cut, inter_ocular, points_of_68, roi_of_landmarks, to_batch)
 from .nets import arcface18, deep3d, fan, mica, retinaface, s3fd
 from .weights import find_weight, how_to_get, named_tensors, require
@@ -534,7 +534,7 @@ def point_distances(
     device: str = "cpu",
 ) -> np.ndarray:                # [N] px; NaN where this detector finds no face in one of both
     "Mean absolute difference of x and y over FAN's 68 points."
-    if detector == "default": boxes = [np.concatenate([seen[:, :SKIN, :2].min(1), seen[:, :SKIN, :2].max(1)], 1)]*2
+    if detector == "default": boxes = [np.concatenate([seen[:, :FIRST_IRIS, :2].min(1), seen[:, :FIRST_IRIS, :2].max(1)], 1)]*2
     else: boxes = [face_boxes(detector, film, device) for film in (images, truths)]
     ok, out = np.isfinite(boxes[0] + boxes[1]).all(1), np.full(len(images), np.nan)
     a, b = (fan.landmarks(net, film[ok], box[ok], half=False)[0] for film, box in zip((images, truths), boxes))

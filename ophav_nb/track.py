@@ -24,7 +24,7 @@ from .media import Crop, resize, write_arrays
 from .nets.blocks import batches
 from .geometry import Camera, axis_angle_to_matrix, facing_camera, kernel, matrix_to_axis_angle, rasterize, sample_bilinear, vertex_normals
 from .head import HeadModel, Motion, hair_thickness
-from .detect import (CHEEKS, INNER_FACE, LEFT_CORNERS, LEFT_EYE, LEFT_IRIS, LID_PAIRS, LIP_PAIRS, LIPS, MOUTH_CORNERS, NOSE_TIP, OVAL, PUPILS, RIGHT_CORNERS, RIGHT_EYE, RIGHT_IRIS, SKIN,
+from .detect import (CHEEKS, INNER_FACE, LEFT_CORNERS, LEFT_EYE, LEFT_IRIS, LID_PAIRS, LIP_PAIRS, LIPS, MOUTH_CORNERS, NOSE_TIP, OVAL, PUPILS, RIGHT_CORNERS, RIGHT_EYE, RIGHT_IRIS, FIRST_IRIS,
                      Detector, fill_lost, head_crop, inter_ocular)
 
 # %% ../nbs/06_track.ipynb #c005
@@ -270,7 +270,7 @@ class _Fit:
     def weights(self) -> Tensor:
         "Of the landmarks, [L], sum 1 (irises beyond)."
         w, s = self.model.head.landmark_weights.cpu().clone(), self.settings
-        w[SKIN:] = 0
+        w[FIRST_IRIS:] = 0
         w[LIPS] *= s.lips
         w[LEFT_EYE + RIGHT_EYE] *= s.lids
         w[OVAL] *= s.oval
@@ -639,7 +639,7 @@ def _subset(fit: _Fit, some) -> _Fit:
 
 def _spread_frames(fit: _Fit, count: int) -> np.ndarray:
     "Frames that differ most: farthest points among the seen ones, from the most usual one on."
-    x = (fit.target[:, :SKIN]/fit.iod)[:, ::6].flatten(1)
+    x = (fit.target[:, :FIRST_IRIS]/fit.iod)[:, ::6].flatten(1)
     x = x - x.median(0).values
     d, chosen = torch.where(fit.seen > 0, x.norm(dim=1), torch.tensor(torch.inf)), []
     far = torch.where(fit.seen > 0, torch.inf, -1.)
