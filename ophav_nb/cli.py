@@ -452,5 +452,9 @@ def main(
         if argv is None and threading.active_count() > 1: os._exit(130)   # notebooks of a sweep end with their parent
         return 130
     except BrokenPipeError: return 0   # the reader of a pipe went away
+    except Exception as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError": raise   # the second is torch's, on a GPU
+        print("ophav: memory is full; end what else uses it (`nvidia-smi` tells of a GPU's), or choose a smaller --preset or --size, or --device cpu; what is finished is kept", file=sys.stderr)
+        return 2
     finally:
         if handler: logging.getLogger("ophav_nb").removeHandler(handler)

@@ -226,6 +226,10 @@ def pick_device(
     if device.split(":")[0] not in ("cpu", "cuda"): raise InputError(f"unknown device '{device}'; choose auto, cpu, or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
+    try: index = torch.device(device).index
+    except RuntimeError: raise InputError(f"unknown device '{device}'; choose auto, cpu, or cuda") from None
+    if index and index >= (there := torch.cuda.device_count() if device.startswith("cuda") else 1):
+        raise InputError(f"--device {device}: torch sees {there} such device{'s'[:there != 1]}, counted from 0")
     return device
 
 
@@ -310,6 +314,9 @@ def make_key(
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 # %% ../nbs/00_run.ipynb #c028
+_NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL   # what network drives answer (NFS without its lock service, a drive mounted in Colab)
+
+
 class FolderLock:
     "An exclusive lock on a run folder, released by the operating system when its process ends."
 
@@ -331,6 +338,9 @@ class FolderLock:
             file.seek(0); holder = file.read().strip() or "another process"; file.close()
             raise InputError(f"{self.path.parent} is being written by {holder}; wait for it to finish, or choose another "
                              "--out") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS: file.close(); raise
+            say_once(log.warning, f"the file system of {self.path.parent} keeps no locks: do not write this folder from two processes")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%H:%M:%S}"); file.flush()
         self.file = file

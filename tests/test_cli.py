@@ -135,6 +135,9 @@ def test_errors_of_the_functions(calls, capsys, monkeypatch):
     assert main(["create", "a", "--out", "o"]) == 130 and "continues" in capsys.readouterr().err
     monkeypatch.setattr(sys.modules["ophav_nb.pipeline"], "animate", sys.modules["ophav_nb.pipeline"].create)
     assert main(["animate", "r", "--out", "a.mp4"]) == 130 and "starts anew" in capsys.readouterr().err
+    for error in (MemoryError(), type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried ...")):
+        fail(error)
+        assert "memory is full" in one_line(capsys, "create", "a", "--out", "o")
     fail(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError): main(["create", "a", "--out", "o"])
     assert not [h for h in logging.getLogger("ophav_nb").handlers if isinstance(h, cli._BarHandler)]

@@ -67,6 +67,18 @@ def test_two_writers_are_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     Run(tmp_path/"run").make("other", lambda folder: None)
 
 
+def test_a_drive_without_locks_is_written_all_the_same(tmp_path, monkeypatch, caplog):
+    fcntl = pytest.importorskip("fcntl")
+    def refuse(code):
+        def flock(*_): raise OSError(code, os.strerror(code))
+        monkeypatch.setattr(fcntl, "flock", flock)
+    refuse(errno.EOPNOTSUPP)
+    Run(tmp_path/"run").make("a", lambda folder: None)
+    assert "keeps no locks" in caplog.text and Run(tmp_path/"run").has("a")
+    refuse(errno.EIO)
+    with pytest.raises(OSError): Run(tmp_path/"run").make("b", lambda folder: None)
+
+
 def test_partial_of_other_parameters_is_not_continued(tmp_path):
     def stop(folder):
         (folder/"old").touch()
@@ -274,10 +286,15 @@ def test_damaged_notes_are_said_or_made_anew(tmp_path, text):
     assert len(built) == 1 and again.has("b")
 
 
-def test_devices():
+def test_devices(monkeypatch):
     assert pick_device("cpu") == "cpu" and pick_device() in ("cpu", "cuda")
     with pytest.raises(InputError, match="no double precision"): pick_device("mps")
-    with pytest.raises(InputError, match="unknown device"): pick_device("tpu")
+    for name in ("tpu", "cpu:x", "cpu-1"):
+        with pytest.raises(InputError, match="unknown device"): pick_device(name)
+    import torch
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True); monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == "cuda:1"
+    with pytest.raises(InputError, match="torch sees 2 such devices, counted from 0"): pick_device("cuda:2")
 
 
 def test_what_is_current(tmp_path):
