@@ -36,7 +36,7 @@ from .metrics import (Truth, correlation, flicker, head_mask, identity_distance,
 from .motion import retarget, scripted
 from .nets.blocks import at_half_precision
 from .photometric import photometric_refit
-from .pipeline import check_avatar, check_length, driven_key, frame_pose, get_preset, halved, head_key, load_driven, matting_detector, run_head, unusual
+from .pipeline import Lookers, check_avatar, check_length, driven_key, frame_pose, get_preset, halved, head_key, load_driven, run_head, unusual
 from .regions import make_parser, parsed_heads
 from .rounds import RoundsConfig, mesh_landmarks, read_frames, render_plan, run_rounds, shown_portrait, write_frames
 from .run import MEND, InputError, Run, file_hash, pick_device, progress, read_json, seed_all, write_atomic
@@ -78,12 +78,11 @@ def pick_preset(
 # %% ../nbs/20_evaluate.ipynb #c010
 def with_regions(
     heads: Iterable[np.ndarray],                         # straight RGBA, uint8 [S, S, 4]
-    parser: str,                                         # 'default': the mesh knows, nothing is to be done
+    lookers: Lookers,                                    # whose parser is 'default': the mesh knows, nothing is to be done
     frames: Callable[[], Iterable[np.ndarray]],          # gives the whole pictures that the heads were cut from, uint8 [H, W, 3]
-    device: str = 'cpu',
 ) -> Iterable:                                           # the heads, or pairs of a head without clothes and INSTA's codes
     "Heads with the regions that a network sees in the film's own pictures."
-    return heads if parser == 'default' else parsed_heads(heads, make_parser(parser, device), frames())
+    return heads if lookers.parser == 'default' else parsed_heads(heads, make_parser(lookers.parser, lookers.device), frames())
 
 
 def add_clip(
@@ -91,22 +90,20 @@ def add_clip(
     clip: str|Path,
     preset: EvaluationPreset,
     head: HeadModel,
-    device: str = 'cpu',
-    matte: str = 'default',   # who cuts out the person
-    finder: str = 'default',  # who looks for the face
+    lookers: Lookers = Lookers(),
 ) -> SimpleNamespace:         # frames uint8 [T, S, S, 3], matte float16 [T, S, S], track
     "Artifact `clip`: the head's crops, their mattes, and the track."
     def build(folder):
         frames = Film(clip, max_frames=preset.frames)
         check_length(clip, 'an evaluation')
-        detector = matting_detector(matte, device, finder)
+        detector = lookers.make_detector()
         crop, square, alpha, track = track_film(frames, detector, head, size=preset.crop, fps=frames.fps)
         track = echo(square, alpha, track, head, detector)
         np.save(folder/'frames.npy', square)
         write_mattes(folder/'matte.npy', alpha)
         track.save(folder/'track.npz')
 
-    folder = run.make('clip', build, params=dict(clip=file_hash(clip), crop=preset.crop, frames=preset.frames) | unusual(matte=matte, detector=finder) | head_key(head))
+    folder = run.make('clip', build, params=dict(clip=file_hash(clip), crop=preset.crop, frames=preset.frames) | unusual(matte=lookers.matte, detector=lookers.detector) | head_key(head))
     return SimpleNamespace(frames=read_array(folder/'frames.npy', mmap=True), matte=read_array(folder/'matte.npy', mmap=True),
                            track=Track.load(folder/'track.npz'))
 
@@ -138,14 +135,13 @@ def add_truth(
     preset: EvaluationPreset,
     head: HeadModel,
     test: int = 0,
-    device: str = 'cpu',
-    parser: str = 'default',   # who names the regions, and takes the clothes away
+    lookers: Lookers = Lookers(),       # whose parser takes the clothes away
     needs: Iterable[str] = ('clip',),   # artifacts that the film and its track come from
 ) -> HeadDataset:
     "Artifact `truth`: the film's matted head at the size of comparison."
-    regions = lambda heads, start: with_regions(heads, parser, lambda: islice(film.frames, start, None), device)
+    regions = lambda heads, start: with_regions(heads, lookers, lambda: islice(film.frames, start, None))
     build = lambda folder: film_dataset(film.frames, film.track, film.matte, head, preset.size, folder, test, regions)
-    return HeadDataset.load(run.make('truth', build, list(needs), dict(size=preset.size, test=test) | unusual(parser=parser)), head)
+    return HeadDataset.load(run.make('truth', build, list(needs), dict(size=preset.size, test=test) | unusual(parser=lookers.parser)), head)
 
 
 def first_frame(
@@ -162,19 +158,16 @@ def add_reenactment(
     preset: EvaluationPreset,
     head: HeadModel,
     animator: str = 'mesh',
-    device: str = 'cpu',
-    matte: str = 'default',    # of a network's film
-    parser: str = 'default',
-    finder: str = 'default',
+    lookers: Lookers = Lookers(),   # its matte and detector are for a network's film
 ) -> HeadDataset:
     "Artifact `rounds/0/dataset`: the portrait animated through the film's motion; a network takes expressions from the film itself."
     portrait, motion, size = first_frame(film), film.track.motion, preset.size
     parts = dict(image=portrait.image, track=portrait.track, head=head, matte=portrait.matte)
     def network(folder):
-        maker = make_animator(animator, driving=(film.frames, film.track), device=device, **parts)
-        made = film_heads(maker, motion, folder/'film', matting_detector(matte, device, finder))
+        maker = make_animator(animator, driving=(film.frames, film.track), device=lookers.device, **parts)
+        made = film_heads(maker, motion, folder/'film', lookers.make_detector())
         t = made.track
-        heads = lambda start: with_regions(made.frames(size=size, start=start), parser, lambda: islice(made.images, start, None), device)
+        heads = lambda start: with_regions(made.frames(size=size, start=start), lookers, lambda: islice(made.images, start, None))
         HeadDataset.from_frames(heads, t.motion, t.shape, t.camera, head, folder=folder, size=size, ok=t.ok)
         shutil.rmtree(folder/'film', ignore_errors=True)
     def build(folder):
@@ -182,11 +175,11 @@ def add_reenactment(
         maker = make_animator(animator, **parts)
         def heads(start):
             cut = maker.frames(motion[start:], size=size)
-            if parser == 'default': return cut
+            if lookers.parser == 'default': return cut
             cut, seen = tee(cut)
-            return with_regions(cut, parser, lambda: (to_uint8(maker.composite(h, **frame_pose(motion, i))) for i, h in enumerate(seen, start)), device)
+            return with_regions(cut, lookers, lambda: (to_uint8(maker.composite(h, **frame_pose(motion, i))) for i, h in enumerate(seen, start)))
         HeadDataset.from_frames(heads, motion, film.track.shape, film.track.camera, head, folder=folder, size=size, offset=maker.person_offset(), worn=maker.worn)
-    return HeadDataset.load(run.make('rounds/0/dataset', build, ['clip'], dict(size=size, animator=animator) | unusual(parser=parser) | halved(animator)), head)
+    return HeadDataset.load(run.make('rounds/0/dataset', build, ['clip'], dict(size=size, animator=animator) | unusual(parser=lookers.parser) | halved(animator)), head)
 
 # %% ../nbs/20_evaluate.ipynb #c012
 def compared_frames(
@@ -227,11 +220,11 @@ class Comparison:
         every: int,
         in_a_row: int,
         first: int = 1,
-        finder: str = 'default',    # who finds the faces for AKD, where FAN's weights are here
+        boxes: str = 'default',     # who finds the faces for AKD, where FAN's weights are here
         track: Track|None = None,   # of the film: lost frames are left out, and the first one found is the portrait; None: none is lost
     ):
         self.run, self.real, self.detector, self.device = run, real, detector, str(getattr(detector, 'device', 'cpu'))
-        self.params, self.finder = dict(every=every, in_a_row=in_a_row, first=first) | unusual(boxes=finder), finder
+        self.params, self.boxes = dict(every=every, in_a_row=in_a_row, first=first) | unusual(boxes=boxes), boxes
         if present_networks(): self.params['networks'] = present_networks()   # rows are measured again when weights arrive
         self.numbers, self.spread = compared_frames(len(real), every, in_a_row, first, track and track.ok)
         some = self.numbers[:self.spread]
@@ -255,7 +248,7 @@ class Comparison:
         row['landmark_distance_lips'], row['landmark_distance_lids'] = of(OUTER_LIPS + INNER_LIPS), of(LEFT_EYE + RIGHT_EYE)
         row['flicker'] = float(flicker(images[self.spread:], self.heads)/max(flicker(self.images[self.spread:], self.heads), 1e-6))
         row['frames'] = self.spread
-        if present_networks(): row |= network_metrics(images[:self.spread], found, self.images[:self.spread], wanted, device=self.device, detector=self.finder)
+        if present_networks(): row |= network_metrics(images[:self.spread], found, self.images[:self.spread], wanted, device=self.device, detector=self.boxes)
         return {k: v for k, v in row.items() if not k.endswith('_truth')}
 
     def add(
@@ -295,22 +288,19 @@ def add_baseline(
     preset: EvaluationPreset,
     head: HeadModel,
     table: Comparison,
-    device: str = 'cpu',
-    matte: str = 'default',
-    parser: str = 'default',
-    finder: str = 'default',
+    lookers: Lookers = Lookers(),
 ) -> dict:
     "Artifact `baselines/NAME` and its row: the first frame moved by the film as this method's authors do it; its pictures are matted and tracked by `film_heads`, and their heads cut out as the truth's are."
     size, portrait = preset.size, first_frame(film)
     def build(folder):
-        maker = make_baseline(name, image=portrait.image, driving=(film.frames, film.track), track=portrait.track, head=head, device=device)
-        made = film_heads(maker, film.track.motion, folder/'film', matting_detector(matte, device, finder))
+        maker = make_baseline(name, image=portrait.image, driving=(film.frames, film.track), track=portrait.track, head=head, device=lookers.device)
+        made = film_heads(maker, film.track.motion, folder/'film', lookers.make_detector())
         cut = (next(cut_heads(made.images, made.track, made.matte, head, size, i)) for i in map(int, table.numbers))   # as the truth
-        for k, one in enumerate(with_regions(cut, parser, lambda: (made.images[i] for i in table.numbers), device)):
+        for k, one in enumerate(with_regions(cut, lookers, lambda: (made.images[i] for i in table.numbers))):
             write_image(folder/f'{k:05d}.png', one[0] if isinstance(one, tuple) else one)
         del maker, made
         shutil.rmtree(folder/'film', ignore_errors=True)
-    folder = run.make(f'baselines/{name}', build, ['clip'], dict(size=size, numbers=table.numbers) | unusual(matte=matte, parser=parser, detector=finder) | halved(name))
+    folder = run.make(f'baselines/{name}', build, ['clip'], dict(size=size, numbers=table.numbers) | unusual(matte=lookers.matte, parser=lookers.parser, detector=lookers.detector) | halved(name))
     return table.add(name, lambda: on_background(read_frames(folder)), [f'baselines/{name}'])
 
 # %% ../nbs/20_evaluate.ipynb #c016
@@ -330,11 +320,11 @@ def compare(
     preset: EvaluationPreset,
     detector: Detector,
     first: int|None = None,   # None: after the portrait
-    finder: str = 'default',
+    boxes: str = 'default',   # who finds the faces for AKD
 ) -> Comparison:
     "The comparison of a film, at the preset's density."
     return Comparison(run, real, film.track.landmarks*np.float32(preset.size/preset.crop), detector, preset.every, preset.in_a_row,
-                      film.track.first + 1 if first is None else first, finder, film.track)
+                      film.track.first + 1 if first is None else first, boxes, film.track)
 
 
 def self_protocol(
@@ -344,21 +334,18 @@ def self_protocol(
     config: RoundsConfig,
     animator: str = 'mesh',
     seed: int = 0,
-    device: str = 'cpu',
     head: str = 'open',
-    matte: str = 'default',
-    parser: str = 'default',
+    lookers: Lookers = Lookers(),
     baselines: Iterable[str] = (),   # see `add_baseline`
-    finder: str = 'default',
 ) -> tuple[Comparison, str]:   # the rows, and the chosen one
     "Portrait = first frame, motion = the clip's own, truth = its matted head."
-    head, detector = load_head(head), Detector(device=device)
-    film = add_clip(run, clip, preset, head, device, matte, finder)
-    real, coarse = add_truth(run, film, preset, head, 0, device, parser), add_reenactment(run, film, preset, head, animator, device, matte, parser, finder)
-    table = compare(run, film, real, preset, detector, finder=finder)
+    head, device, detector = load_head(head), lookers.device, Detector(device=lookers.device)
+    film = add_clip(run, clip, preset, head, lookers)
+    real, coarse = add_truth(run, film, preset, head, 0, lookers), add_reenactment(run, film, preset, head, animator, lookers)
+    table = compare(run, film, real, preset, detector, boxes=lookers.detector)
     motion, camera = film.track.motion[table.numbers], film.track.camera.resized(preset.size, preset.size)
     table.add('source', lambda: np.repeat(table.portrait[None], len(table.numbers), 0))
-    for name in baselines: add_baseline(run, name, film, preset, head, table, device, matte, parser, finder)
+    for name in baselines: add_baseline(run, name, film, preset, head, table, lookers)
     table.add('coarse', lambda: shown_frames(coarse, table.numbers), ['rounds/0/dataset'])
     results, chosen = run_rounds(run, coarse, first_frame(film), head, config, seed, device, detector)
     for r in results:
@@ -372,19 +359,16 @@ def monocular_protocol(
     preset: EvaluationPreset,
     field: AvatarConfig,
     seed: int = 0,
-    device: str = 'cpu',
-    share: float = .8,
     head: str = 'open',
-    matte: str = 'default',
-    parser: str = 'default',
-    finder: str = 'default',
+    lookers: Lookers = Lookers(),
+    share: float = .8,   # of the film that is trained on
 ) -> tuple[Comparison, str]:
     "The field trained on the first part of the real film, tested on the rest."
-    head, detector = load_head(head), Detector(device=device)
-    film = add_photometric(run, add_clip(run, clip, preset, head, device, matte, finder), head)
+    head, device, detector = load_head(head), lookers.device, Detector(device=lookers.device)
+    film = add_photometric(run, add_clip(run, clip, preset, head, lookers), head)
     known = int(share*len(film.frames))
-    real = add_truth(run, film, preset, head, len(film.frames) - known, device, parser, ['clip', 'photometric'])
-    table = compare(run, film, real, replace(preset, every=max(1, preset.every//2)), detector, known, finder)   # before training: a film with nothing to compare is refused here
+    real = add_truth(run, film, preset, head, len(film.frames) - known, lookers, ['clip', 'photometric'])
+    table = compare(run, film, real, replace(preset, every=max(1, preset.every//2)), detector, known, lookers.detector)   # before training: a film with nothing to compare is refused here
     def train(folder):
         avatar = Avatar.create(head, real.shape, field, seed=seed, device=device)
         avatar.fit(real, preset.steps, folder=folder/'state', seed=seed)
@@ -511,8 +495,9 @@ def evaluate_clip(
                         animator=animator, backend=backend, device=device, head=head, matte=matte, parser=parser, detector=detector, baselines=earlier, half=half) | ({'recipe': otherwise} if otherwise else {}))
     with run, at_half_precision(half):
         seed_all(seed)
-        if protocol == 'self': table, chosen = self_protocol(run, clip, settings, config, animator, seed, device, head, matte, parser, earlier, detector)
-        else: table, chosen = monocular_protocol(run, clip, settings, field, seed, device, head=head, matte=matte, parser=parser, finder=detector)
+        lookers = Lookers(device, detector, matte, parser)
+        if protocol == 'self': table, chosen = self_protocol(run, clip, settings, config, animator, seed, head, lookers, earlier)
+        else: table, chosen = monocular_protocol(run, clip, settings, field, seed, head, lookers)
         return write_results(run, protocol, table, chosen, missing=missing)
 
 # %% ../nbs/20_evaluate.ipynb #c021
@@ -587,7 +572,7 @@ def evaluate_run(
     with run:
         head, detector = run_head(source), Detector(device=device)
         portrait = load_driven(source, head)
-        film = add_clip(run, motion, settings, head, device)
+        film = add_clip(run, motion, settings, head, Lookers(device))
         numbers, _ = compared_frames(len(film.track.motion), settings.every, 0, 0, film.track.ok)
         played = retarget(film.track.motion, portrait.track)[numbers]
         frames = driven_frames(run, source, portrait, played, settings, device)

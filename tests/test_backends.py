@@ -28,7 +28,7 @@ from ophav_nb.nets.pirender import PIRenderer
 from ophav_nb.nets.retinaface import RetinaFace
 from ophav_nb.nets.rvm import RobustVideoMatting
 from ophav_nb.nets.s3fd import S3FD
-from ophav_nb.pipeline import Preset, create, load_portrait
+from ophav_nb.pipeline import Lookers, Preset, create, load_portrait
 from ophav_nb.run import InputError, Run
 from ophav_nb.track import Track, track_film
 
@@ -232,9 +232,9 @@ def test_evaluation_reads_regions_in_whole_pictures(base, tmp_path, monkeypatch)
         before = [make(run, film, size, head) for make in (evaluate.add_truth, evaluate.add_reenactment)]
         assert not seen and before[0].alpha.max() == 255
         keys = [run.manifest(name)['key'] for name in ('clip', 'truth', 'rounds/0/dataset')]
-        truth, coarse = evaluate.add_truth(run, film, size, head, parser='bisenet'), evaluate.add_reenactment(run, film, size, head, parser='bisenet')
+        truth, coarse = (make(run, film, size, head, lookers=Lookers(parser='bisenet')) for make in (evaluate.add_truth, evaluate.add_reenactment))
         again = [run.manifest(name)['key'] for name in ('clip', 'truth', 'rounds/0/dataset')]
-        evaluate.add_reenactment(run, film, size, head, parser='bisenet')
+        evaluate.add_reenactment(run, film, size, head, lookers=Lookers(parser='bisenet'))
     assert [a == b for a, b in zip(keys, again)] == [True, False, False] and len(seen) == 2
     np.testing.assert_array_equal(seen[0], film.frames)
     assert not truth.alpha.any()                                     # all of it was called clothes

@@ -67,7 +67,7 @@ def test_driving_films_are_tracked_as_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "track_film", lambda *a, **k: (None, None, None, track))
     monkeypatch.setattr(pipeline, "echo", lambda frames, matte, track, head, detector: track)
     (tmp_path / "film.mp4").write_bytes(b"a film")
-    motion = pipeline.resolve_motion(str(tmp_path / "film.mp4"), 1., device="meta", finder="s3fd")
+    motion = pipeline.resolve_motion(str(tmp_path / "film.mp4"), 1., lookers=pipeline.Lookers("meta", "s3fd"))
     assert asked == dict(device="meta", finder="s3fd") and len(motion) == 4
 
 
