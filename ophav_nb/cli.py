@@ -58,7 +58,7 @@ presets (training film, side of its pictures, steps of round 0):
   quick       300 frames, 256 px,  4,000 steps    minutes on two cores
   standard  1,500 frames, 512 px, 12,000 steps    twenty minutes on two cores
   paper     4,500 frames, 512 px, 30,000 steps    INSTA's own networks; wants a GPU
-on disk quick takes half a gigabyte, standard about 7, paper about 20; with --tidy .2, 1 and 4.
+on disk quick takes half a gigabyte, standard about 7, paper about 20; with --tidy .2, 1 and 3.
 The same command again continues where it stopped; changed options redo only what they touch.""", _create)
     p.add_argument("portrait", help="a picture with a face (of several, --face says which), or the word astronaut")
     p.add_argument("--out", required=True, help="the run's folder; everything is written there")
