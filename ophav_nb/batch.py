@@ -40,7 +40,8 @@ def _engine():
         "papermill's engine for our notebooks: honours `eval: false`, keeps no widget state, passes variables to the kernel."
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=120, execution_timeout=None, env=None, **_):
-            "Run the cells; the frame around the notebook (saving, progress) is papermill's own."
+            "Run the cells; the frame around the notebook (saving, progress) is papermill's own. A parameter that the notebook does not have is refused: papermill, called by itself, only warns and runs without it."
+            _refuse_unknown(nb_man.nb.metadata.get("papermill", {}).get("input_path") or "the notebook", _declared(nb_man.nb), nb_man.nb.metadata.get("papermill", {}).get("parameters", {}))
             tagged = [c for c in nb_man.nb.cells if c.cell_type == "code" and skipped(c.source)]
             for cell in tagged: cell.metadata.setdefault("tags", []).append("skip-execution")
             client = PapermillNotebookClient(nb_man, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name,
@@ -76,19 +77,27 @@ def notebook_parameters(
     notebook: str|Path,
 ) -> dict:   # name -> default, as written in the notebook
     "The parameters that a template declares in its cell tagged `parameters`."
-    from papermill.translators import PythonTranslator
     try: nb = nbformat.read(notebook, 4)
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError) as error:
         raise InputError(f"{notebook} is not a notebook; give an .ipynb file") from error
+    return _declared(nb)
+
+
+def _declared(nb) -> dict:
+    "Name -> default of the parameters that a notebook's cell declares."
+    from papermill.translators import PythonTranslator
     cell = next((c for c in nb.cells if "parameters" in c.metadata.get("tags", [])), None)
     return {p.name: p.default for p in PythonTranslator.inspect(cell)} if cell else {}
 
 
-def _check_parameters(notebook: Path, parameters: dict) -> None:
-    known = notebook_parameters(notebook)
+def _refuse_unknown(notebook: str|Path, known: dict, parameters: dict) -> None:
+    "Raise `InputError` for parameters that a notebook does not have."
     unknown = sorted(set(parameters) - set(known))
     if unknown:
         raise InputError(f"{Path(notebook).name} has no parameter {', '.join(unknown)}; it knows {', '.join(known) or 'none'}")
+
+
+def _check_parameters(notebook: Path, parameters: dict) -> None: _refuse_unknown(notebook, notebook_parameters(notebook), parameters)
 
 
 def _braces(path: str|Path) -> str: return str(Path(path).absolute()).replace("{", "{{").replace("}", "}}")   # papermill formats paths

@@ -58,6 +58,15 @@ def test_unknown_parameters_are_refused(tmp_path, small):
     with pytest.raises(InputError, match="no template called"): template("nonsense")
 
 
+def test_papermill_itself_refuses_them_too(tmp_path, small):
+    import papermill
+    papermill.engines.papermill_engines.register("ophav", batch.OphavEngine)
+    run = lambda **parameters: papermill.execute_notebook(str(small), str(tmp_path/"out.ipynb"), parameters, engine_name="ophav", kernel_name="python3", language="python", progress_bar=False)
+    with pytest.raises(InputError, match="small.ipynb has no parameter y; it knows x, portrait, out"): run(y=1)
+    run(x=3, out=str(tmp_path/"o"))
+    assert json.loads((tmp_path/"o"/"metrics.json").read_text())["x"] == 3
+
+
 def test_filled_in_is_not_run(tmp_path, small):
     nb = nbformat.read(fill_in(small, tmp_path/"{curly}"/"a.ipynb", dict(x="it's")), 4)
     assert any('x = "it\'s"' in c.source for c in nb.cells) and not any(c.get("outputs") for c in nb.cells)
