@@ -863,14 +863,14 @@ def _trust(X: np.ndarray, eyes: np.ndarray) -> np.ndarray:
     return np.where((X[..., 1] - eyes[:, 1].mean())/wide > .75, .3, np.where(np.abs(X[..., 0])/wide < .2, 3., 1.))
 
 
-def _reference_points(fit: _Fit, i: int, R, tau, levels, matte, verts: np.ndarray, eyes: np.ndarray, size: int, scale: float, most: int = 6000):
-    "The rigid region of frame i as points with colours; None where there is too little of it."
-    focal = float(fit.logf.exp())*scale
-    camera = facing_camera(focal, size, size)
+def _reference_points(settler: "_PoseSettler", i: int, levels, matte, verts: np.ndarray, most: int = 6000):
+    "The rigid region of frame i, at its current pose, as points with colours; None where there is too little of it."
+    head, size, eyes, R, tau = settler.fit.model.head, settler.size, settler.eyes, settler.R[i], settler.t[i]
+    camera = facing_camera(float(settler.fit.logf.exp())*settler.scale, size, size)
     posed = (verts @ R.T + tau).astype(np.float32)
-    outer = fit.model.head.faces[~np.any([m for n, m in fit.model.head.regions.items() if n in ("mouth_interior", "upper_teeth", "lower_teeth", "tongue")], 0)]
-    thick = np.full(len(posed), .015, np.float32)*fit.model.head.region_vertices("scalp") if matte is None else hair_thickness(fit.model.head, posed, camera, matte)
-    raster = rasterize(camera.project(posed + vertex_normals(posed, fit.model.head.faces)*thick[:, None]), outer, size, size)
+    outer = head.faces[~np.any([m for n, m in head.regions.items() if n in ("mouth_interior", "upper_teeth", "lower_teeth", "tongue")], 0)]
+    thick = np.full(len(posed), .015, np.float32)*head.region_vertices("scalp") if matte is None else hair_thickness(head, posed, camera, matte)
+    raster = rasterize(camera.project(posed + vertex_normals(posed, head.faces)*thick[:, None]), outer, size, size)
     depth, covered = raster.depth, raster.mask
     if not covered.any(): return None
     away, (ny, nx) = ndi.distance_transform_edt(~covered, return_indices=True)
@@ -932,7 +932,7 @@ class _PoseSettler:
         matte = None
         if self.matte is not None: matte = resize(self.matte[i].astype(np.float32), (self.size, self.size), "linear")
         levels = [p[0] for p in self.pictures([i])]
-        points = _reference_points(fit, i, self.R[i], self.t[i], levels, matte, verts, self.eyes, self.size, self.scale)
+        points = _reference_points(self, i, levels, matte, verts)
         if points is None: return False
         self.points[i] = points
         return True
