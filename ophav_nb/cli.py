@@ -437,6 +437,7 @@ def main(
 ) -> int:                          # exit code: 0 done, 1 failed in part, 2 the user can mend it, 130 interrupted
     "The command `ophav`."
     handler = args = None
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")   # a terminal that knows no dash or dots gets a question mark, not a traceback
     try:
         args = argument_parser().parse_args(argv)
         if args.quiet: os.environ["OPHAV_QUIET"] = "1"

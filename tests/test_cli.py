@@ -153,6 +153,13 @@ def test_help_is_fast_and_teaches():
     assert heavy.strip() == "[]" and seconds < 5   # under a second where nothing else runs
 
 
+def test_a_terminal_of_few_letters():
+    for argv in (["create", "--help"], ["evaluate", "--help"], ["weights"]):
+        done = subprocess.run([sys.executable, "-c", f"import sys; from ophav_nb.cli import main; sys.exit(main({argv}))"],
+                              capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0 and "Traceback" not in done.stderr and done.stdout.isascii() and len(done.stdout) > 500
+
+
 def test_weights_table(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("OPHAV_HOME", str(tmp_path))
     assert main(["weights"]) == 0
