@@ -2057,6 +2057,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ophav_nb.render._requests': ('render.html#_requests', 'ophav_nb/render.py'),
                                  'ophav_nb.render._search': ('render.html#_search', 'ophav_nb/render.py'),
                                  'ophav_nb.render._search_kernel': ('render.html#_search_kernel', 'ophav_nb/render.py'),
+                                 'ophav_nb.render._seen_around': ('render.html#_seen_around', 'ophav_nb/render.py'),
                                  'ophav_nb.render._spread': ('render.html#_spread', 'ophav_nb/render.py'),
                                  'ophav_nb.render._stretch': ('render.html#_stretch', 'ophav_nb/render.py'),
                                  'ophav_nb.render._view_fast': ('render.html#_view_fast', 'ophav_nb/render.py'),

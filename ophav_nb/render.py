@@ -602,25 +602,30 @@ def _view_fast(field, deformer, poses, o, d, limits, samples, begin=None, end=No
                              int(np.clip(R//(4*numba.get_num_threads()), TILE, 4096)), rgba, span)
     return rgba, span
 
+@kernel
+def _seen_around(scout, behind, i, j, cell):
+    "What scouts saw around a pixel: how many saw matter, and whether any looked; where it begins and ends from the end of the band, and from the camera; how deep these bands' ends are, at most and at least."
+    h, w, nothing = scout.shape[0], scout.shape[1], float32(np.inf)
+    seen, known, a0, b1, z0, z1, deep, flat = 0, False, nothing, -nothing, nothing, -nothing, -nothing, nothing
+    for nine in range(2):                                  # four scouts around the pixel, or, if they saw nothing, the nine around its cell
+        y, x, n = (i//cell - 1, j//cell - 1, 3) if nine else ((i - cell//2)//cell, (j - cell//2)//cell, 2)
+        for q in range(n*n):
+            u, v = min(max(y + q//n, 0), h - 1), min(max(x + q % n, 0), w - 1)
+            known |= scout[u, v, 1] >= 0
+            if not scout[u, v, 1] > 0: continue
+            seen += 1
+            first, last, d = scout[u, v, 0], scout[u, v, 1], behind[u, v]
+            a0, b1, z0, z1, deep, flat = min(a0, first - d), max(b1, last - d), min(z0, first), max(z1, last), max(deep, d), min(flat, d)
+        if seen > 0: break
+    return seen, known, a0, b1, z0, z1, deep, flat
+
 @kernel(parallel=True)
 def _search_kernel(scout, behind, mask, far, cell, jump, near, end, wanted, lonely):
-    h, w, H, W, nothing = scout.shape[0], scout.shape[1], mask.shape[0], mask.shape[1], float32(np.inf)
+    H, W = mask.shape
     for i in prange(H):
         for j in range(W):
             if not mask[i, j]: continue
-            seen, known = 0, False
-            for nine in range(2):                                  # four scouts around the pixel, or, if they saw nothing, the nine around its cell
-                a0, b1 = nothing, -nothing                                  # where matter begins and ends, from the end of the band
-                z0, z1, deep, flat = nothing, -nothing, -nothing, nothing  # and from the camera; how deep these bands' ends are
-                y, x, n = (i//cell - 1, j//cell - 1, 3) if nine else ((i - cell//2)//cell, (j - cell//2)//cell, 2)
-                for q in range(n*n):
-                    u, v = min(max(y + q//n, 0), h - 1), min(max(x + q % n, 0), w - 1)
-                    known |= scout[u, v, 1] >= 0
-                    if not scout[u, v, 1] > 0: continue
-                    seen += 1
-                    first, last, d = scout[u, v, 0], scout[u, v, 1], behind[u, v]
-                    a0, b1, z0, z1, deep, flat = min(a0, first - d), max(b1, last - d), min(z0, first), max(z1, last), max(deep, d), min(flat, d)
-                if seen > 0: break
+            seen, known, a0, b1, z0, z1, deep, flat = _seen_around(scout, behind, i, j, cell)          # on its own: numba 0.68 cannot compile it in here under Python 3.12
             near[i, j], end[i, j] = far[i, j] + a0, far[i, j] + b1                  # as far from the end of the band: follows the surface
             if max(deep - far[i, j], far[i, j] - flat) > jump:                      # but not across its edge
                 near[i, j], end[i, j] = min(near[i, j], z0), max(end[i, j], z1)
