@@ -624,7 +624,7 @@ class Detector(Networks):
         self,
         device: str|torch.device = "cpu",
         batch: int = 8,             # squares a call of a network
-        finder: str = "default",    # who looks for faces' boxes, see `make_finder`
+        finder: str = "default",    # who looks for faces' boxes (the command's --detector), see `make_finder`
     ):
         super().__init__(device, batch)
         self.finder = make_finder(finder, device)
