@@ -322,12 +322,10 @@ def _brows(self) -> np.ndarray:
     return np.median(brows[brows.sum(1) <= np.median(brows.sum(1))], axis=0)
 
 @patch_to(Hair)
-def _lit(self, colour, core, away) -> np.ndarray:
-    "Colours carried on from the nearest hair [H, W, 3], `away` from it by so many pixels: what hangs in its own shadow is dark, and light hair farther on is as its lit half again. `core`: the hair that is known, bool [H, W]."
+def _lit(self, colour, known, away) -> np.ndarray:
+    "Colours carried on from the nearest hair [H, W, 3], `away` from it by so many pixels: what hangs in its own shadow is dark, and light hair farther on is as most of it is again, not as its gloss. `known`: the hair that is shown, bool [H, W]."
     p = self.portrayed
-    known = p.bled[core]
-    light = known.sum(-1)
-    lit = np.median(known[light >= np.median(light)], axis=0)
+    lit = np.median(p.bled[known], axis=0)
     share = smoothstep(.3, .5, lit.mean())*smoothstep(.1*p.eyes_apart, .7*p.eyes_apart, away)       # a shadow is hardly seen on dark hair
     return colour + share[..., None]*np.maximum(lit - colour, 0)
 
@@ -335,7 +333,7 @@ def _lit(self, colour, core, away) -> np.ndarray:
 def _mane(self, alpha) -> np.ndarray:
     "The portrait's hair, carried on over all of the picture as if it grew everywhere, [H, W, 3]."
     p = self.portrayed
-    hair, soft, r = self.seen & (alpha > .5), 6*p.size/512, max(4, round(16*p.size/512))
+    hair, soft, r = self.seen & (alpha > .5), 6*p.size/512, max(4, round(9*p.size/512))
     if not hair.any(): return p.skin if p.shown.all() or self.bald else np.full(p.image.shape, self._brows(), np.float32)
     deep, pieces = ndi.distance_transform_edt(hair), ndi.label(hair)[0] if self.bald else hair*1         # a bald head's sides are apart, each has its own colour
     area = np.bincount(pieces.ravel())
@@ -346,7 +344,7 @@ def _mane(self, alpha) -> np.ndarray:
     away, (i, j) = ndi.distance_transform_edt(~core, return_indices=True)
     colour = smooth(core)[i, j]
     if self.cut: colour += smoothstep(.2*p.eyes_apart, p.eyes_apart, away)[..., None]*(np.median(colour[core], axis=0) - colour)     # on a crown that the picture cuts off the sides meet
-    colour = blurred(self._lit(colour, core, away), 2*soft)
+    colour = blurred(self._lit(colour, core | hair & (deep > 4*p.size/512), away), 2*soft)
     beard = (self.bearded > .5) & (p.facing0 > .3)
     if beard.sum() > 12: colour += smoothstep(-.3, -.8, self.height)[..., None]*(np.median(sampled(p.skin, p.T0[beard]), axis=0) - colour)
     strands = np.where(hair, (p.bled - smooth(hair)).mean(-1), 0)

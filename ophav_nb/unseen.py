@@ -69,13 +69,17 @@ class Unseen:
 
 @patch_to(Unseen)
 def _specks(self, colour) -> np.ndarray:
-    "Where a slope's few pixels are darker than all around, a strand or an earring lies before it: drawn out over a cheek that turns to the front it would be a smudge, 0..1 [V]."
+    "Where a slope's few pixels are darker than all around, a strand or an earring lies before it, where lighter, an ear's edge: drawn out over a cheek that turns to the front it would be a smudge, 0..1 [V]."
     p = self.portrayed
+    slope = (1 - smoothstep(.5, .65, p.facing0))*p.is_face
     light = np.log(np.maximum(colour.sum(1), 0) + .05)
     around = p.over_skin(light[:, None], .02*p.seen*p.is_face)[:, 0]
-    dark = smoothstep(.12, .3, around - light)*(1 - smoothstep(.5, .65, p.facing0))*p.is_face
+    lit, shown = smoothstep(.1, .22, light - around), np.flatnonzero((p.seen > .3) & p.is_face)
+    near = cKDTree(p.rest[shown]).query_ball_point(p.rest, .025)
+    lit *= p.is_face*(1 - smoothstep(.3, .45, p.facing0))*(1 - smoothstep(.2, .35, np.array([lit[shown[k]].mean() if k else 1. for k in near])))      # a side that is lit is no speck
+    dark = slope*smoothstep(.12, .3, around - light)
     cheek = smoothstep(.035, .045, np.abs(p.rest[:, 0]))*(1 - smoothstep(-.02, -.01, p.level))         # a lid, a nostril and a mouth's corner are dark, too
-    return np.clip(2*p.evened(dark, .5), 0, 1)*(1 - smoothstep(.55, .7, p.facing0))*cheek
+    return np.clip(2*p.evened(np.maximum(dark, lit), .5), 0, 1)*(1 - smoothstep(.55, .7, p.facing0))*cheek
 
 @patch_to(Unseen)
 def _with_beard(self, hair, colour):
