@@ -237,7 +237,7 @@ def widen_band(
         if shares[-1] <= enough or len(shares) > rounds: break
         need = _spread(np.max([n for n, _ in found], axis=0), np.asarray(vertices[0]), loose, .03)
         widths = np.maximum(widths, np.minimum(need, most))
-    log.info('band: %.2f%% of the head uncovered, %.2f%% after widening to %.0f mm', 100*shares[0], 100*shares[-1], 1000*widths.max())
+    log.info('where the field may be: up to %.0f mm before the mesh, so that %.2f%% of the head lie outside (%.2f%% before widening)', 1000*widths.max(), 100*shares[-1], 100*shares[0])
     return widths, shares[0], shares[-1]
 
 # %% ../nbs/13_render.ipynb #c019
