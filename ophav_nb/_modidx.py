@@ -404,6 +404,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ophav_nb.clothes.Clothes._head_alone': ('clothes.html#clothes._head_alone', 'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._large': ('clothes.html#clothes._large', 'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._light_collars': ('clothes.html#clothes._light_collars', 'ophav_nb/clothes.py'),
+                                  'ophav_nb.clothes.Clothes._long_hair': ('clothes.html#clothes._long_hair', 'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._look_around': ('clothes.html#clothes._look_around', 'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._mouths_height': ('clothes.html#clothes._mouths_height', 'ophav_nb/clothes.py'),
                                   'ophav_nb.clothes.Clothes._neck_shadows': ('clothes.html#clothes._neck_shadows', 'ophav_nb/clothes.py'),

@@ -28,7 +28,7 @@ class Clothes:
         self._look_around()
         cloth = self._other_than_skin()
         cloth[self._neck_shadows(cloth)] = 0
-        hanging = self._from_above(cloth) | self._beard()                       # hair: it goes along
+        hanging = self._from_above(cloth) | self._long_hair() | self._beard()    # hair: it goes along
         cloth = np.where(hanging, 0, np.max([cloth, self._light_collars(), self._white_collars(cloth)], axis=0))
         self.hanging = self._dilated(hanging, 4*self.px)
         stray = self.area & ~self.hanging & ~self._dilated(self.core | p.neck_seen, 4*self.px)     # where there is neither face nor neck nor hair
@@ -96,6 +96,25 @@ def _from_above(self, cloth) -> np.ndarray:
     label = self._pieces(cloth*self.area)
     shoulder = np.isin(label, self._background_above(label)) & self._large(self._pieces(self._coloured(cloth)))
     return np.isin(label, np.setdiff1d(label[self._mouths_height()], 0)) & ~shoulder
+
+@patch_to(Clothes)
+def _long_hair(self) -> np.ndarray:
+    "What stands beside the cheek from the eyes down to the mouth without background and is not as the face is: hair, of any colour and gloss. It goes on downwards in its own colours, bool [H, W]."
+    p, L, across = self.portrayed, self.portrayed.landmarks, self._mouths_height()
+    logs, columns, out = np.log(blurred(p.image, 1.5*self.px) + .04), np.arange(p.size), np.zeros(p.matte.shape, bool)
+    skin = sum(unlikeness(logs, sampled(logs, p.T0[p.well_seen()])))
+    beside = (p.matte > .5)[max(int(L[[468, 473], 1].mean()), 0):across.stop].all(0) & self.around[self.first:across.stop].all(0)
+    for side in (columns < L[152, 0], columns > L[152, 0]):
+        here = beside & side
+        mane = (p.matte > .9) & here & (self.rows >= self.first) & (self.rows < across.stop)
+        if here.sum() < .25*self.unit or mane.sum() < 30: continue             # an ear is narrower
+        away, width = unlikeness(logs, logs[mane])
+        rather = np.where(away < 9, np.clip(skin - away - width, -9, 9), -9)
+        if np.median(rather[mane]) < 2: continue
+        near = (p.matte > .5) & self._dilated(here, .15*self.unit) & self.around
+        hair = ndi.binary_propagation(mane, mask=mane | near & (ndi.gaussian_filter(rather, 1.5*self.px) > 0))
+        out |= ndi.binary_closing(hair, iterations=max(1, int(.08*self.unit)))
+    return out & self.area & (p.matte > .5)
 
 @patch_to(Clothes)
 def _mouths_height(self) -> slice:

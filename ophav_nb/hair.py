@@ -352,5 +352,6 @@ def _mane(self, alpha) -> np.ndarray:
     thin = not self.bald and hair.sum() < .5*p.eyes_apart**2                      # too little of it to tell its strands
     lines = .12*hanging(p.size) if thin else .6*most/max(colour[core].mean(), .02)*combed(strands, hair, p.size)
     made = colour*(1 + lines[..., None])
-    share = ndi.gaussian_filter(hair.astype(np.float32), p.size/512)[..., None]
+    whole = hair | ndi.binary_closing(hair, iterations=max(1, int(.1*p.eyes_apart))) & self.unlike_skin & (alpha > .5)       # holes of a shade that is like skin would be dots
+    share = ndi.gaussian_filter(whole.astype(np.float32), p.size/512)[..., None]
     return crisp(p.bled*share + np.clip(made, 0, 1)*(1 - share))

@@ -23,7 +23,7 @@ from ophav_nb.head import HeadModel, Motion
 from ophav_nb.media import resize
 from ophav_nb.mouth import Mouth, edge_blur
 from ophav_nb.paint import OF_HULL, OF_SKIN, fixed_columns, paint_mesh, paint_sheet
-from ophav_nb.portrayed import Portrayed, facing
+from ophav_nb.portrayed import Portrayed, facing, sampled
 from ophav_nb.run import InputError
 from ophav_nb.sheet import Sheet
 from ophav_nb.track import Track, closing
@@ -721,6 +721,23 @@ def test_hair_that_hangs_does_not_bend(portrait, head):
         assert follows[0] > .9 and follows[-1] > .2 and np.abs(np.diff(follows)).max()*unit < 1
 
 
+def test_long_hair_with_gloss_is_no_cloth(portrait, head):
+    "Hair that hangs beside the cheek past the mouth, brown, with strands below that shine blue, is hair as far as it has its colours; a red shirt beneath it is cloth."
+    image, track, matte = portrait
+    (y, x), L = np.mgrid[:SIZE, :SIZE], track.landmarks[0]
+    unit, (eyes, mouth, chin) = np.linalg.norm(L[468, :2] - L[473, :2]), (L[k, 1] for k in (468, 13, 152))
+    side = (np.abs(x - L[152, 0]) < 1.7*unit) & (matte < .5)
+    hair, shirt = side & (y > eyes - unit) & (y <= chin + .5*unit), side & (y > chin + .5*unit)
+    gloss = hair & (y > mouth + .15*unit) & (y < chin + .3*unit) & (np.abs(np.abs(x - L[152, 0]) - 1.2*unit) < .2*unit)
+    brown, noise = np.median(image[(matte > .5) & (y < chin)], axis=0)*.5, np.random.default_rng(0).normal(0, 1, (2, SIZE, SIZE, 1))
+    picture = np.where(hair[..., None], (brown + .2*noise[1]*([84, 84, 100] - brown))*(1 + .15*noise[0]), image)
+    picture[gloss], picture[shirt] = .4*brown + .6*np.array([84, 84, 100]), [170, 20, 25]
+    clothes = Clothes(Portrayed(np.clip(picture, 0, 255).astype(np.uint8), track, head, np.maximum(matte, hair | shirt).astype(np.float32)))
+    inner = ndi.binary_erosion(gloss, iterations=2)
+    assert inner.sum() > 50 and clothes.cloth[inner].mean() < .1 and clothes.hanging[inner].mean() > .9
+    assert clothes.cloth[ndi.binary_erosion(shirt, iterations=4)].mean() > .8
+
+
 def test_a_necks_outline_gives_way_evenly(portrait, head):
     "Of two neighbours on the sheet no one goes and the other stays: that would be stairs on a neck."
     _, animator = dressed(head, portrait)
@@ -834,6 +851,21 @@ def test_a_strand_before_a_slope_is_no_smudge(head, portrait, light):
         there = np.hypot(x - p.T0[at, 0], y - p.T0[at, 1]) < .012*SIZE
         return MeshAnimator(np.where(there[..., None], np.clip(light*image, 0, 255).astype(np.uint8), image), track, head, matte, supersample=1).unseen.seen[at]
     assert seen(slope[0]) < .3*plain.unseen.seen[slope[0]] and seen(front[0]) > .9*plain.unseen.seen[front[0]]
+
+
+def test_what_lies_between_a_vertex_and_one_that_is_not_shown_is_a_smudge_too(head, portrait):
+    "A dark speck halfway along an edge from a slope's vertex outwards; the colours at both ends are those of skin."
+    image, track, matte = portrait
+    unseen = MeshAnimator(image, track, head, matte, supersample=1).unseen
+    p, (y, x) = unseen.portrayed, np.mgrid[:SIZE, :SIZE] + .5
+    slope = p.is_face & (p.level < -.03) & (p.level > -.06) & (np.abs(p.rest[:, 0]) > .045) & (p.facing0 < .45)
+    i, j = p.skin_faces[:, :2].T
+    apart = np.linalg.norm(p.T0[i] - p.T0[j], axis=1)[:, None]
+    at = np.argmax(np.where(slope[i] & (p.facing0[i] > .3) & (p.facing0[j] < p.facing0[i]), apart[:, 0], 0))
+    i, j, apart = i[at], j[at], apart[at, 0]
+    u, v = .5*(p.T0[i] + p.T0[j])[:2]
+    p.skin = np.where((np.hypot(x - u, y - v) < .3*apart)[..., None], .2*p.skin, p.skin)
+    assert unseen._specks(sampled(p.skin, p.T0))[i] > .6
 
 
 def test_what_is_shown_ends_evenly_beside_made_up_hair(head):
