@@ -72,18 +72,17 @@ def _specks(self, colour) -> np.ndarray:
     "Where a slope's few pixels are darker than all around, a strand or an earring lies before it, where lighter, an ear's edge: drawn out over a cheek that turns to the front it would be a smudge, 0..1 [V]."
     p = self.portrayed
     slope = (1 - smoothstep(.5, .65, p.facing0))*p.is_face
-    of = lambda colour: np.log(np.maximum(colour.sum(1), 0) + .05)
+    of = lambda colour: np.log(np.maximum(colour.sum(1), 0) + .05)             # light, as a logarithm
     light = of(colour)
     around = p.over_skin(light[:, None], .02*p.seen*p.is_face)[:, 0]
     edges = np.concatenate([p.skin_faces[:, [0, 1]], p.skin_faces[:, [1, 2]], p.skin_faces[:, [2, 0]]])
-    between, darkest = of(sampled(p.skin, .5*(p.T0[edges[:, 0]] + p.T0[edges[:, 1]]))), light.copy()
-    for ends in edges.T: np.minimum.at(darkest, ends, between)                      # what lies halfway to a vertex that is not shown is shown by half
+    dark, between = smoothstep(.12, .3, around - light), around[edges].mean(1) - of(sampled(p.skin, p.T0[edges].mean(1)))
+    for ends in edges.T: np.maximum.at(dark, ends, smoothstep(.35, .6, between))     # what lies halfway to a vertex that is not shown is shown by half
     lit, shown = smoothstep(.1, .22, light - around), np.flatnonzero((p.seen > .3) & p.is_face)
     near = cKDTree(p.rest[shown]).query_ball_point(p.rest, .025)
     lit *= p.is_face*(1 - smoothstep(.3, .45, p.facing0))*(1 - smoothstep(.2, .35, np.array([lit[shown[k]].mean() if k else 1. for k in near])))      # a side that is lit is no speck
-    dark = slope*smoothstep(.12, .3, around - darkest)
     cheek = smoothstep(.035, .045, np.abs(p.rest[:, 0]))*(1 - smoothstep(-.02, -.01, p.level))         # a lid, a nostril and a mouth's corner are dark, too
-    return np.clip(2*p.evened(np.maximum(dark, lit), .5), 0, 1)*(1 - smoothstep(.55, .7, p.facing0))*cheek
+    return np.clip(2*p.evened(np.maximum(slope*dark, lit), .5), 0, 1)*(1 - smoothstep(.55, .7, p.facing0))*cheek
 
 @patch_to(Unseen)
 def _with_beard(self, hair, colour):
