@@ -11,6 +11,7 @@ from scipy import ndimage as ndi
 
 # %% ../nbs/07k_body.ipynb #c004
 from .clothes import Clothes
+from .detect import CHIN, PUPILS
 from .geometry import push_pull, rasterize, smoothstep, vertex_normals
 from .layers import bleed, blurred
 from .media import resize
@@ -138,8 +139,8 @@ def _following(self, hanging) -> np.ndarray:
     p, unit, h, inside = self.portrayed, self.portrayed.eyes_apart, self.portrayed.size, self.portrayed.above_cut
     soft = ndi.gaussian_filter((ndi.binary_dilation(p.neck_seen, iterations=max(1, int(.08*unit))) | hanging).astype(np.float32), .08*unit)
     out = smoothstep(-1.1*unit, 0, inside)*soft + smoothstep(-.5*unit, 0, inside)*(1 - soft)
-    low = p.landmarks[152, 1] + 1.5*unit
-    falls = 1 - smoothstep(p.landmarks[[468, 473], 1].mean(), low, np.arange(h))[:, None]
+    low = p.landmarks[CHIN, 1] + 1.5*unit
+    falls = 1 - smoothstep(p.landmarks[PUPILS, 1].mean(), low, np.arange(h))[:, None]
     out = np.maximum(out, ndi.gaussian_filter(self.sheet.hangs, .05*unit)*falls)
     out *= smoothstep(0, .12*h, h - 1 - np.arange(h))[:, None]
     out *= 1 - smoothstep(0, .8*unit, np.arange(h) - low)[:, None]

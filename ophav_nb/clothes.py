@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage as ndi
 
 # %% ../nbs/07e_clothes.ipynb #c004
-from .detect import OUTER_LIPS, OVAL
+from .detect import CHIN, MOUTH_CORNERS, OUTER_LIPS, OVAL, PUPILS
 from .geometry import rasterize, smoothstep
 from .layers import CHEEKS, blurred, crisp, polygon_mask
 from .portrayed import Portrayed, sampled, unlikeness
@@ -58,14 +58,14 @@ class Clothes:
 
     def _closed(self, cloth) -> np.ndarray:
         "Cloth below the chin without its narrow gaps, bool [H, W]."
-        return ndi.binary_closing(cloth > .5, iterations=max(1, int(.06*self.unit))) & (self.rows > self.portrayed.landmarks[152, 1] + .1*self.unit)
+        return ndi.binary_closing(cloth > .5, iterations=max(1, int(.06*self.unit))) & (self.rows > self.portrayed.landmarks[CHIN, 1] + .1*self.unit)
 
 @patch_to(Clothes)
 def _look_around(self):
     "Where clothes are looked for: `around` the face and skull (`core`), from the nose's height down; `area`: of it what lies below the mouth."
     p, L = self.portrayed, self.portrayed.landmarks
     core = rasterize(p.P0, p.faces[~p.region('neck')], p.size, p.size).mask
-    mouth = L[[61, 291], 1].mean()
+    mouth = L[MOUTH_CORNERS, 1].mean()
     core &= (polygon_mask(L[OVAL, :2], p.size, p.size, grow=0) > .5) | (self.rows < mouth + .4*self.unit)   # not under the chin
     self.core, self.around = core, ~self._dilated(core, self.px)
     self.area = self.around & (self.rows > mouth)
@@ -103,8 +103,8 @@ def _long_hair(self) -> np.ndarray:
     p, L, across = self.portrayed, self.portrayed.landmarks, self._mouths_height()
     logs, columns, out = np.log(blurred(p.image, 1.5*self.px) + .04), np.arange(p.size), np.zeros(p.matte.shape, bool)
     skin = sum(unlikeness(logs, sampled(logs, p.T0[p.well_seen()])))
-    beside = (p.matte > .5)[max(int(L[[468, 473], 1].mean()), 0):across.stop].all(0) & self.around[self.first:across.stop].all(0)
-    for side in (columns < L[152, 0], columns > L[152, 0]):
+    beside = (p.matte > .5)[max(int(L[PUPILS, 1].mean()), 0):across.stop].all(0) & self.around[self.first:across.stop].all(0)
+    for side in (columns < L[CHIN, 0], columns > L[CHIN, 0]):
         here = beside & side
         mane = (p.matte > .9) & here & (self.rows >= self.first) & (self.rows < across.stop)
         if here.sum() < .25*self.unit or mane.sum() < 30: continue             # an ear is narrower
@@ -141,8 +141,8 @@ def _large(self, label) -> np.ndarray:
 def _beard(self) -> np.ndarray:
     "What of the pixels around the face hangs from a chin that is not bare, in its colours, bool [H, W]."
     p, L, unit, side = self.portrayed, self.portrayed.landmarks, self.unit, self.portrayed.size
-    mouth = L[[61, 291], :2].mean(0)
-    down = L[152, :2] - mouth
+    mouth = L[MOUTH_CORNERS, :2].mean(0)
+    down = L[CHIN, :2] - mouth
     low = ((np.mgrid[:side, :side].T + .5 - mouth) @ (down/np.linalg.norm(down)))/unit
     chin = (polygon_mask(L[OVAL, :2], side, side, grow=-.05*unit) > .5) & (polygon_mask(L[OUTER_LIPS, :2], side, side, grow=.1*unit) < .5) & (low > .15)
     cheeks = np.median(sampled(blurred(p.light[..., None], .05*unit), L[CHEEKS]))
@@ -244,7 +244,7 @@ def _cut_off(self) -> np.ndarray:
     p = self.portrayed
     label = ndi.label((self.cloth <= .5) & (p.matte > .4))[0]
     box = ndi.find_objects(label)
-    high = [k + 1 for k, at in enumerate(box) if at[0].start < p.landmarks[152, 1] + .1*self.unit]
+    high = [k + 1 for k, at in enumerate(box) if at[0].start < p.landmarks[CHIN, 1] + .1*self.unit]
     large = np.flatnonzero(np.bincount(label.ravel()) > .8*self.unit**2)
     return (label > 0) & ~np.isin(label, np.concatenate([high, large]))
 

@@ -11,7 +11,7 @@ from scipy import ndimage as ndi
 from scipy.spatial import cKDTree
 
 # %% ../nbs/07g_hair.ipynb #c004
-from .detect import BROWS, OVAL
+from .detect import BROWS, CHIN, MOUTH_CORNERS, OVAL, PUPILS
 from .geometry import interpolate, pixel_centres, rasterize, sample_bilinear, smoothstep, spread_over
 from .layers import EYES, blurred, crisp, polygon_mask
 from .portrayed import Portrayed, sampled, unlikeness
@@ -61,8 +61,8 @@ class Hair:
 def _height(self) -> np.ndarray:
     "Above the eyes, along the face, in distances between them, [H, W]."
     p = self.portrayed
-    eyes = p.landmarks[[468, 473], :2].mean(0)
-    up = eyes - p.landmarks[152, :2]
+    eyes = p.landmarks[PUPILS, :2].mean(0)
+    up = eyes - p.landmarks[CHIN, :2]
     return (np.mgrid[:p.size, :p.size].T + .5 - eyes) @ (up/np.linalg.norm(up))/p.eyes_apart
 
 @patch_to(Hair)
@@ -86,7 +86,7 @@ def _hanging_beside(self, alpha) -> np.ndarray:
     head = grown(p.raster0.mask, .06) | grown(p.ear_in_view('left') | p.ear_in_view('right'), .15)
     beside = ndi.binary_erosion(self.told, iterations=max(1, int(4*p.size/512))) & (alpha > .5) & ~head & (np.abs(self.height + .3) < 1)
     beside = ndi.binary_opening(beside, iterations=max(1, int(.03*unit)))
-    more, (x, y), (u, v) = np.full(head.shape, -9.), p.landmarks[152, :2], p.landmarks[[468, 473], :2].mean(0)
+    more, (x, y), (u, v) = np.full(head.shape, -9.), p.landmarks[CHIN, :2], p.landmarks[PUPILS, :2].mean(0)
     right = (np.arange(p.size) - x)*(v - y) < (np.arange(p.size)[:, None] - y)*(u - x)        # of the picture: the person's left
     crown = self.told & (self.height > .5) & (ndi.distance_transform_edt(np.pad(p.matte > .5, 1, mode='edge'))[1:-1, 1:-1] < .3*unit)
     if crown.sum() < 30: return more
@@ -205,7 +205,7 @@ def _behind_temples(self) -> np.ndarray:
     "Where hair that hangs from the temples may cover a side [V]: it does not go along the jaw. What covers a side that is turned away and goes on beside the chin (a veil) hangs before the cheek, too."
     p = self.portrayed
     up, back = p.level, p.joints3[3:, 2].mean() - p.rest[:, 2]
-    (x, y), columns = np.clip(p.landmarks[152, :2].astype(int), 0, p.size - 1), np.arange(p.size)
+    (x, y), columns = np.clip(p.landmarks[CHIN, :2].astype(int), 0, p.size - 1), np.arange(p.size)
     beside = self.seen[y]/p.eyes_apart
     veiled = p.of_side(*(smoothstep(.1, .3, beside[some].sum())*p.turned_away(side) for side, some in (('left', columns > x), ('right', columns < x))))
     return np.maximum(np.maximum(smoothstep(0, .02, back + .15*up - .04), smoothstep(-.02, .02, up)), veiled)
@@ -217,7 +217,7 @@ def _raggedness(self) -> float:
     usual, smooth = .06, 5*px
     solid = p.matte > .5
     even = ndi.gaussian_filter(solid.astype(np.float32), smooth) > .5
-    there = ndi.binary_dilation(self.seen, iterations=max(1, int(14*px))) & (p.certain > .9) & (np.arange(p.size)[:, None] < p.landmarks[[468, 473], 1].mean())
+    there = ndi.binary_dilation(self.seen, iterations=max(1, int(14*px))) & (p.certain > .9) & (np.arange(p.size)[:, None] < p.landmarks[PUPILS, 1].mean())
     long = (even & ~ndi.binary_erosion(even, border_value=1) & there).sum()
     if long < p.eyes_apart or smooth < 1: return usual                              # too little of it is shown, or too small
     return float(np.clip(.13*((solid != even) & there).sum()/long/px, .03, .16))     # never cut out with scissors, never a hedgehog's
@@ -239,7 +239,7 @@ def _hairlike(self) -> np.ndarray:
 def _shorn(self, haired) -> np.ndarray:
     "Of each vertex, is the hair of its side short: does none of it hang beside cheek and jaw, 0..1 [V]? `haired`: which pixels are hair, bool [H, W]."
     p = self.portrayed
-    (x, y), columns = p.landmarks[152, :2], np.arange(p.size)
+    (x, y), columns = p.landmarks[CHIN, :2], np.arange(p.size)
     rows = slice(*np.clip(p.landmarks[[2, 17], 1].astype(int) + [0, 1], 0, p.size))
     out = (haired & ~ndi.binary_dilation(p.raster0.mask, iterations=max(1, int(.06*p.eyes_apart))))[rows]
     wide = [out[:, some].sum(1).mean()/p.eyes_apart if rows.stop > rows.start else 0. for some in (columns > x, columns < x)]
@@ -268,7 +268,7 @@ def _beard(self, alpha) -> tuple:
     value = (value + value[p.twin])/np.maximum(known + known[p.twin], 1e-6)
     ear = p.rest[p.part('left_ear', 'right_ear'), 1]
     low, top = (ear.min(), ear.max()) if len(ear) else p.joints3[3, 1] + np.array([-.05, .01])
-    jaw = (may > .5) & (known > .5) & (p.facing0 > .35) & (p.rest[:, 1] < p.points(p.rest, [61, 291])[:, 1].mean())
+    jaw = (may > .5) & (known > .5) & (p.facing0 > .35) & (p.rest[:, 1] < p.points(p.rest, MOUTH_CORNERS)[:, 1].mean())
     sides = [there[jaw & (sign*p.rest[:, 0] > .01)] for sign in (-1, 1)]           # on both: a shadow is on one
     full = smoothstep(.15, .35, min(side.mean() if len(side) > 2 else 1. for side in sides)) if any(len(side) > 2 for side in sides) else 0.
     above = p.scalp & (self.grown > .8)

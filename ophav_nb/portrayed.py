@@ -13,7 +13,7 @@ from scipy.interpolate import RBFInterpolator
 from scipy.spatial import cKDTree
 
 # %% ../nbs/07d_portrayed.ipynb #c004
-from .detect import INNER_FACE, INNER_LIPS, OVAL
+from .detect import CHIN, INNER_FACE, INNER_LIPS, LOWER_LIP, MOUTH_CORNERS, OVAL, inter_ocular
 from .geometry import axis_angle_to_matrix, component, rasterize, sample_bilinear, smoothstep, spread_over, vertex_normals
 from .head import HeadModel, hair_thickness
 from .layers import CHEEKS, EYES, NeckCut, bleed, crisp, parted, polygon_mask, pose_of, visible_teeth, without_mouth
@@ -73,7 +73,7 @@ class Portrayed:
         h, w = self.image.shape[:2]
         if min(h, w) < SMALLEST: raise InputError(f'a crop of {w} x {h} pixels shows no face; use one of {SMALLEST} x {SMALLEST} at least')
         self.landmarks = np.asarray(track.landmarks[0], np.float32)*[w/track.camera.width, h/track.camera.height, 1.]   # pixels
-        self.eyes_apart = np.linalg.norm(self.landmarks[468, :2] - self.landmarks[473, :2])     # pixels
+        self.eyes_apart = inter_ocular(self.landmarks)     # pixels
         self.parted = parted(self.landmarks)                                                    # of the lips, 0..1
         known = track.known(self.size)
         self.shown = np.ones(self.matte.shape, bool) if known is None else known | self._below_head()
@@ -88,7 +88,7 @@ class Portrayed:
 def _below_head(self) -> np.ndarray:
     "Below the chin, and beside the cheeks below the mouth, where a guess will do: shoulders go on, bool [H, W]."
     x, y, L = np.arange(self.size), np.arange(self.size)[:, None], self.landmarks
-    return (y > L[152, 1]) | (y > L[[61, 291], 1].mean()) & (np.abs(x - L[152, 0]) > 1.5*self.eyes_apart)
+    return (y > L[CHIN, 1]) | (y > L[MOUTH_CORNERS, 1].mean()) & (np.abs(x - L[CHIN, 0]) > 1.5*self.eyes_apart)
 
 @patch_to(Portrayed)
 def _as_at_border(self, known) -> np.ndarray:
@@ -218,7 +218,7 @@ def _tuck_teeth(self, V, most: float = .0035) -> np.ndarray:
     for v in V:
         y = v[teeth, 1]
         low, top = y[front].min(), y[front].max()
-        v[teeth, 1] -= max(top - self.points(v, [14])[0, 1] - most, 0)*np.clip((y - low)/(top - low), 0, 1)
+        v[teeth, 1] -= max(top - self.points(v, [LOWER_LIP])[0, 1] - most, 0)*np.clip((y - low)/(top - low), 0, 1)
     return V
 
 @patch_to(Portrayed)

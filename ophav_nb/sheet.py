@@ -12,6 +12,7 @@ from scipy import sparse
 
 # %% ../nbs/07i_sheet.ipynb #c004
 from .clothes import Clothes
+from .detect import CHIN, PUPILS
 from .geometry import smoothstep
 from .hair import Hair
 from .layers import depth_shell
@@ -112,7 +113,7 @@ def _hung(self, shell, clothes, hair) -> np.ndarray:
     "A depth [H, W] in which hair beside the hull hangs: about as deep as the head's outline beside the eyes, not as the outline of jaw and neck, which goes to and fro. And how much of each pixel hangs, beside clothes by and by less (`hangs`, 0..1 [H, W])."
     p = self.portrayed
     self.hangs = np.zeros(shell.shape, np.float32)
-    unit, eyes = p.eyes_apart, p.landmarks[[468, 473], 1].mean()
+    unit, eyes = p.eyes_apart, p.landmarks[PUPILS, 1].mean()
     rows, cols, solid = np.arange(p.size)[:, None], np.arange(p.size), p.matte > .5
     rim = solid & ~ndi.binary_erosion(solid, iterations=max(1, int(.08*unit)), border_value=1) & (np.abs(rows - eyes) < .2*unit)
     sides = [side for side in (rim & (cols < p.landmarks[1, 0]), rim & (cols > p.landmarks[1, 0])) if side.any()]
@@ -123,7 +124,7 @@ def _hung(self, shell, clothes, hair) -> np.ndarray:
     cloth, ears = clothes.cloth > .5, [p.ear_in_view(side) for side, bare in hair.ear_bare.items() if bare > .5]
     ears = ndi.binary_dilation(np.any(ears, 0), iterations=max(1, int(.1*unit))) if ears else np.zeros_like(solid)       # may be larger than the model's
     long = self._goes_down(solid & ~cloth)
-    outside = ~hair.hull.mask & (hair.beside | (hair.near > .5) | long & ~cloth & (rows < p.landmarks[152, 1]))     # beside the cheek it may have any colour
+    outside = ~hair.hull.mask & (hair.beside | (hair.near > .5) | long & ~cloth & (rows < p.landmarks[CHIN, 1]))     # beside the cheek it may have any colour
     recedes = hair.hull.mask & (hair.beside | hair.hides) & (shell > deep) & long                               # behind the ears the hull does, hair that hangs does not
     share = np.maximum(soft(outside | recedes)*smoothstep(-.6*unit, .6*unit, rows - eyes), soft(hair.beside)*edge*smoothstep(0, .8*unit, rows - eyes))      # by and by, or it would wave
     share *= 1 - ndi.gaussian_filter((self.lobes | ears).astype(np.float32), .02*unit)
@@ -137,7 +138,7 @@ def _goes_down(self, person) -> np.ndarray:
     rows = slice(*np.clip(p.landmarks[[2, 17], 1].astype(int) + [0, 1], 0, p.size))
     off = (person & ~ndi.binary_dilation(p.raster0.mask, iterations=max(1, int(.06*p.eyes_apart))))[rows]
     out = np.zeros(p.size, bool)
-    for side in (cols < p.landmarks[152, 0], cols >= p.landmarks[152, 0]):
+    for side in (cols < p.landmarks[CHIN, 0], cols >= p.landmarks[CHIN, 0]):
         out[side] = rows.stop > rows.start and off[:, side].sum(1).mean() > .15*p.eyes_apart
     return out
 

@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 
 # %% ../nbs/07h_unseen.ipynb #c004
 from .clothes import Clothes
-from .detect import INNER_LIPS, OUTER_LIPS
+from .detect import CHIN, INNER_LIPS, LOWER_LIP, OUTER_LIPS
 from .geometry import rasterize, smoothstep, spread_over, vertex_normals
 from .hair import Hair
 from .layers import CHEEKS, polygon_mask
@@ -140,7 +140,7 @@ def _lit_by_ground(self) -> np.ndarray:
 def _under_the_chin(self) -> np.ndarray:
     "Light comes from above: under the chin there is little, and skin in shadow is warm; a factor, float32 [V, 3]."
     p = self.portrayed
-    below = (p.rest[:, 1] < p.points(p.rest, [14])[0, 1]) & ~p.scalp
+    below = (p.rest[:, 1] < p.points(p.rest, [LOWER_LIP])[0, 1]) & ~p.scalp
     under = smoothstep(.15, .85, -vertex_normals(p.rest, p.faces)[:, 1])*below
     return (1 - np.outer(under, np.array([.32, .42, .48])*(1 - p.colourless) + .41*p.colourless)).astype(np.float32)
 
@@ -224,7 +224,7 @@ def _dressed(self, unseen, hair, Q, strands, seen) -> np.ndarray:
 def _gives_way(self, clothes, hair) -> np.ndarray:
     "Where long hair hangs beside a neck the hull's lower end would be a helmet's: it gives way to what hangs, 0..1 [V]."
     p = self.portrayed
-    (x, y), columns = np.clip(p.landmarks[152, :2].astype(int), 0, p.size - 1), np.arange(p.size)
+    (x, y), columns = np.clip(p.landmarks[CHIN, :2].astype(int), 0, p.size - 1), np.arange(p.size)
     near = int(.1*p.eyes_apart)
     beside = np.median((hair.seen & (clothes.cloth < .5))[max(y - near, 0):y + near + 1], axis=0)/p.eyes_apart
     hangs = p.of_side(*(smoothstep(.15, .4, beside[some].sum()) for some in (columns > x, columns < x)))
