@@ -25,7 +25,7 @@ from scipy.spatial import cKDTree
 
 # %% ../nbs/09_dataset.ipynb #c004
 from .layers import NeckCut, bleed, head_alpha
-from .detect import INNER_LIPS_LOWER, INNER_LIPS_UPPER
+from .detect import INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER
 from .geometry import Camera, depth_range, kernel, rasterize, smoothstep
 from .flame import flame_head, load_head, read_tracker
 from .head import HeadModel, Motion, Worn
@@ -105,7 +105,7 @@ def parse_frame(
     return out, np.where(seen, 0, r.depth).astype(np.float32)
 
 # %% ../nbs/09_dataset.ipynb #c010c
-_LIPS = np.array([[78, *INNER_LIPS_UPPER, 308], [78, *INNER_LIPS_LOWER, 308]])       # upper and lower, from corner to corner
+_LIPS = np.array([[INNER_LIPS[0], *edge, INNER_LIPS[10]] for edge in (INNER_LIPS_UPPER, INNER_LIPS_LOWER)])       # from corner to corner
 
 class MeetingLips:
     "Lips that are all but closed meet, and lie over each other, in the mesh that a field follows."
