@@ -34,7 +34,7 @@ from .deform import Deformer, Mapping
 from .encoding import Backend, gpu, gpu_kernels, resolve_backend
 from .field import Field, FieldConfig, field_config
 from .geometry import Camera, facing_camera, interpolate, kernel, rasterize, vertex_normals
-from .head import HeadModel, Motion
+from .head import IN_MOUTH, HeadModel, Motion
 from .render import Occupancy, along, band_widths, mouth_amount, render_view, shade_samples, surface_band, view_compiled, widen_band
 from .run import MEND, InputError, file_hash, make_key, patch_to, progress, read_json, write_atomic
 from .training import AveragedAdam, OnePass, Truth, one_pass_serves
@@ -363,7 +363,7 @@ class Avatar:
         self.loose, self.widths = band_widths(head, rest, config.face_band, config.hair_band)
         pick = lambda *names: sum((regions[k] for k in names if k in regions), np.zeros(len(head.faces), bool))
         eyes, worn = pick('left_eye_region', 'right_eye_region'), pick('glasses')
-        self.outer = np.ascontiguousarray(head.faces[~pick('mouth_interior', 'upper_teeth', 'lower_teeth', 'tongue')])
+        self.outer = np.ascontiguousarray(head.faces[~pick(*IN_MOUTH)])
         around = np.linalg.norm(rest[:, None] - head.joint_positions()[None, 3:].numpy(), axis=-1).min(1) < .016
         self.lids = np.unique(head.faces[np.asarray(eyes, bool)])
         self.lids = self.lids[around[self.lids]]

@@ -175,17 +175,14 @@ def _white_collars(self, cloth) -> np.ndarray:
     shade = sampled(light, face)
     most, lit = np.percentile(shade, 95), face[shade >= np.median(shade)]
     chroma = image[..., :2]/np.maximum(image.sum(-1, keepdims=True), .05)
-    of_face = sampled(chroma, lit)
-    middle = np.median(of_face, axis=0)
-    spread = 1.48*np.median(np.abs(of_face - middle), axis=0) + .008
-    unlike = np.sqrt((((chroma - middle)/spread)**2).sum(-1))
+    def hues_away(some):                                                       # each pixel's, in deviations of what most of some are like
+        middle = np.median(some, axis=0)
+        return np.sqrt((((chroma - middle)/(1.48*np.median(np.abs(some - middle), axis=0) + .008))**2).sum(-1))
+    unlike = hues_away(sampled(chroma, lit))
     tells = unlike + (1 + 2*p.colourless)*smoothstep(1.03, 1.18, light/most)
     sure = (tells > 2.3) & (image.sum(-1) > 1.1*most) & self.around & (p.matte > .4) & (p.rim_light < .3)
     collar = self.around*smoothstep(1.2, 2.2, tells)*smoothstep(1.1, 1.4, p.light)*smoothstep(1, 1.08, light/most)           # less tells what goes on from there
-    if sure.any():                                                             # skin in too much light turns white by and by, but stays nearer to the face's hue than to the collar's
-        hue = np.median(chroma[sure], axis=0)
-        wide = 1.48*np.median(np.abs(chroma[sure] - hue), axis=0) + .008
-        collar *= np.maximum(p.colourless, smoothstep(-.5, .5, unlike - np.sqrt((((chroma - hue)/wide)**2).sum(-1))))
+    if sure.any(): collar *= np.maximum(p.colourless, smoothstep(-.5, .5, unlike - hues_away(chroma[sure])))       # skin in too much light turns white by and by, but stays nearer to the face's hue than to the collar's
     collar *= ndi.binary_propagation(ndi.binary_erosion(sure, iterations=max(1, int(.06*self.unit))), mask=(collar > .1) & (p.matte > .4))
     enough = lambda label, on, least: (label > 0) & (np.bincount(label.ravel(), on.ravel())[label] > least*self.unit**2)
     collar *= enough(ndi.label(collar > .1)[0], p.neck_seen, .03)

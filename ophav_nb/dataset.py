@@ -28,7 +28,7 @@ from .layers import NeckCut, bleed, head_alpha
 from .detect import INNER_LIPS, INNER_LIPS_LOWER, INNER_LIPS_UPPER
 from .geometry import Camera, depth_range, kernel, rasterize, smoothstep
 from .flame import flame_head, load_head, read_tracker
-from .head import HeadModel, Motion, Worn
+from .head import IN_MOUTH, HeadModel, Motion, Worn
 from .media import open_picture, read_array, read_image, resize, to_float, to_uint8, write_arrays
 from .run import DAMAGE, MEND, InputError, check_readable, make_key, progress, write_atomic
 
@@ -71,7 +71,7 @@ def face_labels(
     for side, i in BROWS.items(): out[front & _inside(c, hull(i))] = PARSING[f'{side}_brow']
     lips, line = region('lips'), L[[13, 14], 1].mean()
     out[lips] = np.where(c[lips, 1] > line, PARSING['upper_lip'], PARSING['lower_lip'])
-    for name in ('mouth_interior', 'upper_teeth', 'lower_teeth', 'tongue'): out[region(name)] = PARSING['mouth']
+    for name in IN_MOUTH: out[region(name)] = PARSING['mouth']
     for side in ('left', 'right'): out[region(f'{side}_eyeball')] = PARSING[f'{side}_eye']
     out[region('glasses')] = PARSING['glasses']
     return out
@@ -128,7 +128,7 @@ class MeetingLips:
         distance, place = np.stack([cKDTree(fine @ edge).query(parted.numpy()) for edge in edges], 1)
         lower, every = distance.argmin(0), np.arange(len(parted))
         weight = np.exp(-(distance.min(0)/reach)**2)*(distance.min(0) < 2*reach)
-        weight[head.region_vertices(*{'upper_teeth', 'lower_teeth', 'tongue', 'glasses'}.intersection(head.regions if head.has('regions') else ()))] = 0
+        weight[head.region_vertices(*{*IN_MOUTH[1:], 'glasses'}.intersection(head.regions if head.has('regions') else ()))] = 0
         share = fine[place.astype(int)[lower, every], 1:-1]*(weight*np.where(lower, 1, -1))[:, None]
         self.vertices = np.flatnonzero(weight)
         self.share = share[self.vertices].astype(np.float32)

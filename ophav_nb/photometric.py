@@ -16,7 +16,7 @@ from torch import Tensor
 from .run import progress, side_by_side
 from .media import resize, to_float
 from .geometry import rasterize, vertex_normals
-from .head import HeadModel
+from .head import IN_MOUTH, HeadModel
 from .track import FitSettings, LandmarkModel, Track, _fit_frames, _fit_of, _pixel_rate, _roomy, _summary, _track_of
 
 # %% ../nbs/06c_photometric.ipynb #c005
@@ -40,7 +40,7 @@ def detail(
     return out
 
 # %% ../nbs/06c_photometric.ipynb #c011
-NO_SKIN = ("mouth_interior", "upper_teeth", "lower_teeth", "tongue", "left_eyeball", "right_eyeball", "scalp", "neck", "left_ear", "right_ear")   # regions without points
+NO_SKIN = (*IN_MOUTH, "left_eyeball", "right_eyeball", "scalp", "neck", "left_ear", "right_ear")   # regions without points
 
 
 def skin_points(

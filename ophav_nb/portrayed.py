@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 # %% ../nbs/07d_portrayed.ipynb #c004
 from .detect import CHIN, INNER_FACE, INNER_LIPS, LOWER_LIP, MOUTH_CORNERS, OVAL, inter_ocular
 from .geometry import axis_angle_to_matrix, component, rasterize, sample_bilinear, smoothstep, spread_over, vertex_normals
-from .head import HeadModel, hair_thickness
+from .head import IN_MOUTH, HeadModel, hair_thickness
 from .layers import CHEEKS, EYES, NeckCut, bleed, crisp, parted, polygon_mask, pose_of, visible_teeth, without_mouth
 from .media import to_float
 from .paint import OF_EYE, OF_MOUTH, OF_SKIN, OF_TEETH
@@ -239,7 +239,7 @@ def _sort_mesh(self):
     f = self.faces = np.ascontiguousarray(self.head.faces, np.int32)
     self.kind, is_neck = np.zeros(len(f), np.int8), self.region('neck')
     self.kind[self.region('left_eyeball') | self.region('right_eyeball')] = OF_EYE
-    self.kind[np.any([self.region(n) for n in ('mouth_interior', 'upper_teeth', 'lower_teeth', 'tongue')], 0)] = OF_MOUTH
+    self.kind[np.any([self.region(n) for n in IN_MOUTH], 0)] = OF_MOUTH
     self.kind[self.region('upper_teeth') | self.region('lower_teeth')] = OF_TEETH
     self.skin_faces, self.neck_faces = f[self.kind == OF_SKIN], f[is_neck & (self.kind == OF_SKIN)]
     self.skin_vertices, self.eye_vertices = np.unique(self.skin_faces), np.zeros(len(self.V0), bool)

@@ -26,6 +26,7 @@ from .dense import Packed, for_frame, layers_forward
 from .encoding import GRID_TILE, encode_tile, harmonics, resolve_backend
 from .field import Field, told
 from .geometry import Camera, depth_range, interpolate, kernel, rasterize, smoothstep, vertex_normals
+from .head import IN_MOUTH
 from .lanes import exponentials
 from .nearest import ROOM, nearest_triangle
 
@@ -55,7 +56,7 @@ def band_widths(
         at = np.unique(head.faces[regions[name]])
         loose[at] = np.maximum(loose[at], least)
     inside = np.zeros(len(v), bool)
-    for name in ('mouth_interior', 'upper_teeth', 'lower_teeth', 'tongue', 'left_eyeball', 'right_eyeball'): inside[head.faces[regions[name]]] = True
+    for name in (*IN_MOUTH, 'left_eyeball', 'right_eyeball'): inside[head.faces[regions[name]]] = True
     loose[inside] = 0
     widths = face + (hair - face)*loose
     worn = np.unique(head.faces[regions['glasses']]) if 'glasses' in regions else []
@@ -72,7 +73,7 @@ def mouth_amount(
     if not head.has('regions'): return np.ones(len(v), np.float32)
     lips = cKDTree(v[np.unique(head.faces[head.regions['lips']])]).query(v)[0]
     out = 1 - smoothstep(.25*reach, reach, lips)
-    for name in ('mouth_interior', 'upper_teeth', 'lower_teeth', 'tongue'): out[np.unique(head.faces[head.regions[name]])] = 1
+    for name in IN_MOUTH: out[np.unique(head.faces[head.regions[name]])] = 1
     if 'glasses' in head.regions: out[np.unique(head.faces[head.regions['glasses']])] = 0
     return out.astype(np.float32)
 

@@ -23,7 +23,7 @@ from .weights import find_weight
 from .media import Crop, resize, write_arrays
 from .nets.blocks import batches
 from .geometry import Camera, axis_angle_to_matrix, facing_camera, kernel, matrix_to_axis_angle, rasterize, sample_bilinear, vertex_normals
-from .head import HeadModel, Motion, hair_thickness
+from .head import IN_MOUTH, HeadModel, Motion, hair_thickness
 from .detect import (CHEEKS, INNER_FACE, LEFT_CORNERS, LEFT_EYE, LEFT_IRIS, LID_PAIRS, LIP_PAIRS, LIPS, MOUTH_CORNERS, NOSE_TIP, OVAL, PUPILS, RIGHT_CORNERS, RIGHT_EYE, RIGHT_IRIS, FIRST_IRIS,
                      Detector, fill_lost, head_crop, inter_ocular)
 
@@ -868,7 +868,7 @@ def _reference_points(settler: "_PoseSettler", i: int, levels, matte, verts: np.
     head, size, eyes, R, tau = settler.fit.model.head, settler.size, settler.eyes, settler.R[i], settler.t[i]
     camera = facing_camera(float(settler.fit.logf.exp())*settler.scale, size, size)
     posed = (verts @ R.T + tau).astype(np.float32)
-    outer = head.faces[~np.any([m for n, m in head.regions.items() if n in ("mouth_interior", "upper_teeth", "lower_teeth", "tongue")], 0)]
+    outer = head.faces[~np.any([m for n, m in head.regions.items() if n in IN_MOUTH], 0)]
     thick = np.full(len(posed), .015, np.float32)*head.region_vertices("scalp") if matte is None else hair_thickness(head, posed, camera, matte)
     raster = rasterize(camera.project(posed + vertex_normals(posed, head.faces)*thick[:, None]), outer, size, size)
     depth, covered = raster.depth, raster.mask
